@@ -1,0 +1,359 @@
+"""The one run configuration: YAML in, validated, frozen.
+
+Every refusal is one line that names the key, the value and what is allowed, and comes before any actor starts.
+Values are never repaired: `auto` is a value that a user writes, and is resolved later against the cluster.
+Model keys are those of DeepSeek-V3's `config.json`, so a published model card can be pasted under `model:`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Auto = Literal["auto"]
+
+
+class ConfigError(ValueError):
+    """A refused setting. `str()` is the one line a user sees."""
+
+    def __init__(self, key: str, value: Any, allowed: str):
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(f"{key} = {_shown(value)}: {allowed}")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RopeScaling(Section):
+    """YaRN, as in DeepSeek-V3's `rope_scaling` (report, section 4.3)."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=1.0)
+    original_max_position_embeddings: int = Field(gt=0)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    mscale: float = Field(1.0, ge=0)
+    mscale_all_dim: float = Field(1.0, ge=0)
+
+
+class ModelConfig(Section):
+    """DeepSeek-V3's own keys. The defaults are the tiny model that runs anywhere."""
+
+    vocab_size: int = Field(257, gt=1)
+    hidden_size: int = Field(128, gt=0)
+    num_hidden_layers: int = Field(4, gt=0)
+    first_k_dense_replace: int = Field(1, ge=0, description="leading layers with a dense MLP")
+    intermediate_size: int = Field(256, gt=0)
+    moe_intermediate_size: int = Field(64, gt=0)
+    n_routed_experts: int = Field(16, gt=0)
+    n_shared_experts: int = Field(1, ge=0)
+    num_experts_per_tok: int = Field(4, gt=0)
+    n_group: int = Field(4, gt=0)
+    topk_group: int = Field(2, gt=0)
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = Field(2.5, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    q_lora_rank: int | None = Field(64, gt=0, description="null: queries are projected directly")
+    kv_lora_rank: int = Field(32, gt=0)
+    qk_nope_head_dim: int = Field(32, gt=0)
+    qk_rope_head_dim: int = Field(16, gt=0)
+    v_head_dim: int = Field(32, gt=0)
+    num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="depth of multi-token prediction")
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = Field(4096, gt=0)
+    initializer_range: float = Field(0.006, gt=0, description="standard deviation of every weight matrix at the start")
+    tie_word_embeddings: Literal[False] = False
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def experts_per_group(self) -> int:
+        return self.n_routed_experts // self.n_group
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether decoder layer `layer` has routed experts; the multi-token-prediction layer always has."""
+        return layer >= self.first_k_dense_replace
+
+
+class RunSection(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    directory: str = Field("runs", description="folder of all runs: a local path or any pyarrow.fs URI")
+    seed: int = Field(1234, ge=0)
+
+
+class DataSection(Section):
+    path: str = Field("auto", description="folder written by jobs.tokenize (path or URI); auto: the built-in corpus")
+    tokenizer: str = Field("byte", description="byte, or the path of a tokenizer.json; must be what the data was made with")
+    sequence_length: int = Field(128, ge=4)
+    shuffle_window: int = Field(32, ge=1, description="row groups whose sequences are mixed with each other")
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out by jobs.tokenize")
+    prefetch_steps: int = Field(4, ge=1)
+
+
+class BatchRamp(Section):
+    start_sequences: int = Field(gt=0)
+    steps: int = Field(gt=0, description="steps over which the batch grows linearly to training.batch_sequences")
+
+
+class TrainingSection(Section):
+    steps: int = Field(100, gt=0)
+    batch_sequences: int = Field(64, gt=0, description="sequences of one optimizer step, all ranks together")
+    batch_ramp: BatchRamp | None = None
+    microbatch_sequences: int = Field(4, gt=0)
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    mtp_loss_weight: float = Field(0.3, ge=0)
+    balance_loss_weight: float = Field(0.0001, ge=0, description="sequence-wise balance loss (report, eq. 17)")
+    bias_update_speed: float = Field(0.001, ge=0, description="gate bias step per optimizer step (report, section 2.1.2)")
+    validate_every: int = Field(50, ge=0, description="steps between validations; 0: only at the end")
+    validation_sequences: int = Field(64, ge=0, description="0: no validation at all")
+    step_timeout_seconds: float = Field(600.0, gt=0, description="bound on every wait inside a step")
+
+
+class OptimizerSection(Section):
+    learning_rate: float = Field(2.2e-4, gt=0)
+    final_learning_rate: float = Field(2.2e-5, ge=0)
+    warmup_steps: int = Field(20, ge=0)
+    constant_steps: int = Field(0, ge=0, description="steps at the full rate before the cosine begins")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class LayoutSection(Section):
+    pipeline: int = Field(2, gt=0, description="positions of one pipeline (PP)")
+    expert: int | Auto = Field("auto", description="ranks of one EP group")
+    data: int | Auto = Field("auto", description="replicas: sets of rows that together hold every expert")
+    shape: Auto | tuple[int, int] = Field("auto", description="[positions on a node, ranks of a position on a node]")
+    layers_per_stage: Auto | list[int] = "auto"
+
+
+class ScheduleSection(Section):
+    kind: Literal["dualpipe"] = "dualpipe"
+
+
+class TopologySection(Section):
+    virtual_nodes: int = Field(0, ge=0, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
+    ranks_per_node: int | Auto = Field("auto", description="auto: GPUs of the node, else its `rank` resource, else its CPUs")
+
+
+class ElasticSection(Section):
+    copies: int = Field(1, ge=0, le=2, description="further owners of each optimizer shard, on other nodes")
+
+
+class CheckpointSection(Section):
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(3, gt=0)
+
+
+class TelemetrySection(Section):
+    host: str = Field("127.0.0.1", description="address that exporters bind to")
+    port: int = Field(0, ge=0, le=65535, description="of the coordinator's target list and metrics; 0: any free port")
+    trace_steps: list[int] = Field(default_factory=list, description="steps whose spans go to trace.json")
+
+
+class RunConfig(Section):
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    data: DataSection = DataSection()
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    layout: LayoutSection = LayoutSection()
+    schedule: ScheduleSection = ScheduleSection()
+    topology: TopologySection = TopologySection()
+    elastic: ElasticSection = ElasticSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    telemetry: TelemetrySection = TelemetrySection()
+
+
+def load(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read `path` (none: all defaults), apply `key=value` overrides, validate.
+
+    Raises ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or range, or
+    settings contradict each other.
+    """
+    return parse(_read(path) if path else {}, overrides)
+
+
+def parse(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Validate a nested dictionary after applying `dotted.key=value` overrides (values are YAML)."""
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = RunConfig.model_validate(_for_validation(tree))
+    except ValidationError as error:
+        raise _first_error(error) from None
+    check(config)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `parse(yaml.safe_load(dump(c))) == c`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def check(config: RunConfig) -> None:
+    """Rules that span keys. Raises ConfigError for the first that fails."""
+    _check_model(config.model)
+    _check_layout(config)
+    training, optimizer, data = config.training, config.optimizer, config.data
+    if training.batch_ramp and training.batch_ramp.start_sequences > training.batch_sequences:
+        raise ConfigError("training.batch_ramp.start_sequences", training.batch_ramp.start_sequences,
+                          f"at most training.batch_sequences = {training.batch_sequences}")
+    if optimizer.final_learning_rate > optimizer.learning_rate:
+        raise ConfigError("optimizer.final_learning_rate", optimizer.final_learning_rate,
+                          f"at most optimizer.learning_rate = {optimizer.learning_rate}")
+    if data.sequence_length > config.model.max_position_embeddings:
+        raise ConfigError("data.sequence_length", data.sequence_length,
+                          f"at most model.max_position_embeddings = {config.model.max_position_embeddings}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.n_routed_experts % model.n_group:
+        raise ConfigError("model.n_group", model.n_group, f"a divisor of model.n_routed_experts = {model.n_routed_experts}")
+    if model.topk_group > model.n_group:
+        raise ConfigError("model.topk_group", model.topk_group, f"at most model.n_group = {model.n_group}")
+    reachable = model.topk_group * model.experts_per_group
+    if model.num_experts_per_tok > reachable:
+        raise ConfigError("model.num_experts_per_tok", model.num_experts_per_tok,
+                          f"at most {reachable}, the experts of model.topk_group = {model.topk_group} groups")
+    if model.n_group > 1 and model.experts_per_group < 2:
+        raise ConfigError("model.n_group", model.n_group,
+                          f"at most {model.n_routed_experts // 2}: a group is scored by its two best experts")
+    if model.qk_rope_head_dim % 2:
+        raise ConfigError("model.qk_rope_head_dim", model.qk_rope_head_dim, "an even number: rotary pairs")
+    if model.first_k_dense_replace > model.num_hidden_layers:
+        raise ConfigError("model.first_k_dense_replace", model.first_k_dense_replace,
+                          f"at most model.num_hidden_layers = {model.num_hidden_layers}")
+
+
+def _check_layout(config: RunConfig) -> None:
+    layout, model = config.layout, config.model
+    pipeline = layout.pipeline
+    if pipeline > 1 and pipeline % 2:
+        raise ConfigError("layout.pipeline", pipeline, f"{config.schedule.kind} takes 1 or an even number")
+    if pipeline > model.num_hidden_layers:
+        raise ConfigError("layout.pipeline", pipeline, f"at most model.num_hidden_layers = {model.num_hidden_layers}")
+    for key in ("expert", "data"):
+        value = getattr(layout, key)
+        if value != "auto" and value < 1:
+            raise ConfigError(f"layout.{key}", value, "auto or at least 1")
+    if layout.shape != "auto":
+        c, k = layout.shape
+        if c < 1 or pipeline % c:
+            raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with c a divisor of layout.pipeline = {pipeline}")
+        if k < 1 or (layout.expert != "auto" and layout.expert % k and config.layout.data == 1):
+            raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with k >= 1, a divisor of layout.expert = {layout.expert}")
+    per_stage = layout.layers_per_stage
+    if per_stage != "auto" and (len(per_stage) != pipeline or min(per_stage) < 1 or sum(per_stage) != model.num_hidden_layers):
+        raise ConfigError("layout.layers_per_stage", per_stage,
+                          f"{pipeline} positive numbers whose sum is model.num_hidden_layers = {model.num_hidden_layers}")
+    ranks = config.topology.ranks_per_node
+    if ranks != "auto" and ranks < 1:
+        raise ConfigError("topology.ranks_per_node", ranks, "auto or at least 1")
+    if config.topology.virtual_nodes and ranks == "auto":
+        raise ConfigError("topology.ranks_per_node", ranks, "a number when topology.virtual_nodes is set")
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError("--config", path, f"a readable YAML file ({reason})") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if getattr(error, "problem_mark", None) else ""
+        raise ConfigError("--config", path, f"valid YAML{line}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("--config", path, "a YAML mapping of sections")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError("--set", override, "dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(key, text, "a YAML value") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        inner = tree.get(parent)
+        if inner is None:
+            inner = tree[parent] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(key, value, f"{parent} is not a section")
+        tree = inner
+    tree[leaf] = value
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 (no dot) as a string; a person means a number."""
+    try:
+        return float(text) if text.strip()[:1] in "+-.0123456789" else text
+    except ValueError:
+        return text
+
+
+def _for_validation(tree: Any, path: tuple[str, ...] = ()) -> Any:
+    """Integers where a real number is wanted and lists where a pair is wanted are what YAML gives: let them pass."""
+    if isinstance(tree, dict):
+        return {key: _for_validation(value, (*path, str(key))) for key, value in tree.items()}
+    if isinstance(tree, str):
+        numeric = _number(tree)
+        if isinstance(numeric, float) and "e" in tree.lower() and math.isfinite(numeric):
+            return numeric
+    if path == ("layout", "shape") and isinstance(tree, list):
+        return tuple(tree)
+    return tree
+
+
+def _first_error(error: ValidationError) -> ConfigError:
+    """The misspelt key rather than the missing one, since it is what the user typed."""
+    errors = error.errors(include_url=False)
+    found = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    location = [str(part) for part in found["loc"] if isinstance(part, int) or part.isidentifier()]
+    location = [part for part in location if part not in ("int", "literal", "tuple", "list", "str", "float")]
+    key = ".".join(location)
+    if found["type"] == "extra_forbidden":
+        return ConfigError(key, found["input"], f"unknown key; allowed here: {', '.join(_keys_at(location[:-1]))}")
+    if found["type"] == "missing":
+        return ConfigError(key, None, "a value is required")
+    same_place = [e["msg"] for e in errors if [str(p) for p in e["loc"]][: len(location)] == location]
+    allowed = " or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same_place))
+    return ConfigError(key or "configuration", found["input"], allowed)
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
