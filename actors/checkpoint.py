@@ -1,0 +1,226 @@
+"""Checkpoints: written beside the training, atomic, and readable by any layout.
+
+A checkpoint is a folder `step-00000100` of safetensors files, one per rank that owns state, and `manifest.json`, which
+is written last: without it the folder does not count. The manifest lists every piece (a flat range of one kind of state
+of one weight) with the hash of its bytes; whoever loads a piece verifies it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import safetensors.torch
+import torch
+
+from actors import storage
+from actors.messages import SavedPiece
+from actors.optimizer import OwnedShard, owned_by_name
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MASTER, EXP_AVG, EXP_AVG_SQ, BIAS = "master", "exp_avg", "exp_avg_sq", "bias"
+_DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read. `str()` is one line."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`step`: committed steps in it. `model`: the model section, which must be the same to load."""
+
+    step: int
+    model: dict
+    dtype: str
+    pieces: tuple[SavedPiece, ...]
+
+
+class PieceWriter:
+    """Copies a rank's state at once and writes it in a thread of its own."""
+
+    def __init__(self, directory: str, rank: int, shards: Iterable[OwnedShard], biases: Mapping[int, torch.Tensor]):
+        self._file = f"rank-{rank:05d}.safetensors"
+        self._path = storage.join(directory, self._file)
+        self._tensors: dict[tuple[str, str, int, int], torch.Tensor] = {}
+        for owned in shards:
+            if owned.bucket.owners[owned.shard][0] == rank:
+                self._copy(owned)
+        for layer, bias in biases.items():
+            self._tensors[bias_name(layer), BIAS, 0, bias.numel()] = bias.detach().cpu().clone()
+        self._pieces: list[SavedPiece] = []
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> list[SavedPiece]:
+        """Wait for the file. Raises CheckpointError."""
+        self._thread.join()
+        if self._error is not None:
+            raise CheckpointError(f"checkpoint file {self._path}: {_reason(self._error)}")
+        return self._pieces
+
+    def _copy(self, owned: OwnedShard) -> None:
+        flats = {MASTER: owned.master, EXP_AVG: owned.moment(EXP_AVG), EXP_AVG_SQ: owned.moment(EXP_AVG_SQ)}
+        flats = {kind: flat.detach().cpu().clone() for kind, flat in flats.items()}
+        for spec, start, stop, offset in owned.bucket.pieces(owned.shard):
+            for kind, flat in flats.items():
+                self._tensors[spec.name, kind, start, stop] = flat[offset : offset + stop - start]
+
+    def _run(self) -> None:
+        try:
+            if self._tensors:
+                named = {_key(*identity): tensor.contiguous() for identity, tensor in self._tensors.items()}
+                storage.write_atomic(self._path, safetensors.torch.save(named))
+                self._pieces = [SavedPiece(*identity, self._file, _sha256(tensor))
+                                for identity, tensor in self._tensors.items()]
+        except Exception as error:  # handed to whoever calls finish()
+            self._error = error
+        self._tensors = {}
+
+
+def restore_shards(directory: str, pieces: Iterable[SavedPiece], shards: Iterable[OwnedShard],
+                   biases: Mapping[int, torch.Tensor], steps: int) -> None:
+    """Fill owned shards and gate biases from the pieces that overlap them. Raises CheckpointError: a piece is missing,
+    its file is truncated, or its bytes are not those that were written."""
+    index: dict[tuple[str, str], list[SavedPiece]] = {}
+    for piece in pieces:
+        index.setdefault((piece.name, piece.kind), []).append(piece)
+    reader, shards = _Reader(directory), list(shards)
+    moments = {id(owned): (torch.zeros_like(owned.master), torch.zeros_like(owned.master)) for owned in shards}
+    for name, ranges in owned_by_name(shards).items():
+        for owned, start, stop, offset in ranges:
+            for kind, flat in zip((MASTER, EXP_AVG, EXP_AVG_SQ), (owned.master, *moments[id(owned)])):
+                _fill(flat[offset : offset + stop - start], start, index.get((name, kind), []), reader, f"{name} ({kind})")
+    for owned in shards:
+        if steps:
+            owned.set_moments(*moments[id(owned)], steps)
+    for layer, bias in biases.items():
+        _fill(bias, 0, index.get((bias_name(layer), BIAS), []), reader, bias_name(layer))
+
+
+def bias_name(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
+
+
+# --- folders, as the coordinator sees them ---------------------------------------------------------------------------
+
+
+def folder(root: str, step: int) -> str:
+    return storage.join(root, f"step-{step:08d}")
+
+
+def commit(directory: str, manifest: Manifest) -> None:
+    """Make the checkpoint count: its manifest appears whole or not at all. Raises CheckpointError."""
+    body = {"format": FORMAT, **asdict(manifest)}
+    try:
+        storage.write_atomic(storage.join(directory, MANIFEST), json.dumps(body).encode())
+    except (storage.StorageError, OSError) as error:
+        raise CheckpointError(f"checkpoint manifest {directory}: {_reason(error)}") from error
+
+
+def read_manifest(directory: str) -> Manifest:
+    """Raises CheckpointError: no manifest, or one that is truncated or of another format."""
+    path = storage.join(directory, MANIFEST)
+    try:
+        body = json.loads(storage.read_bytes(path))
+        if body.pop("format") != FORMAT:
+            raise CheckpointError(f"checkpoint {path}: format is not {FORMAT}")
+        return Manifest(**body | {"pieces": tuple(SavedPiece(**piece) for piece in body["pieces"])})
+    except storage.StorageError as error:
+        raise CheckpointError(f"checkpoint {path}: {_reason(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path}: truncated or not a manifest") from error
+
+
+def complete(root: str) -> list[str]:
+    """Folders of the checkpoints that count, oldest first."""
+    if not storage.exists(root):
+        return []
+    return [name for name in _folders(root) if storage.exists(storage.join(name, MANIFEST))]
+
+
+def prune(root: str, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints, manifest first, and what an interrupted save left behind."""
+    found = complete(root)
+    kept = set(found[-keep:])
+    newest = found[-1] if found else ""
+    for directory in _folders(root):
+        if directory not in kept and directory < newest:
+            if storage.exists(storage.join(directory, MANIFEST)):
+                storage.delete_file(storage.join(directory, MANIFEST))
+            storage.delete_tree(directory)
+
+
+def discard(directory: str) -> None:
+    """Remove an unfinished checkpoint."""
+    if storage.exists(directory):
+        storage.delete_tree(directory)
+
+
+def _folders(root: str) -> list[str]:
+    return sorted(storage.join(root, name) for name in storage.list_names(root) if name.startswith("step-"))
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads pieces by range, each file's header once, each piece's hash always."""
+
+    def __init__(self, directory: str):
+        self._directory = directory
+        self._headers: dict[str, tuple[dict, int]] = {}
+
+    def read(self, piece: SavedPiece) -> torch.Tensor:
+        path = storage.join(self._directory, piece.file)
+        try:
+            with storage.open_input(path) as stream:
+                header, base = self._header(piece.file, stream)
+                entry = header[_key(piece.name, piece.kind, piece.start, piece.stop)]
+                begin, end = entry["data_offsets"]
+                stream.seek(base + begin)
+                raw = bytes(stream.read(end - begin))
+        except (storage.StorageError, OSError) as error:
+            raise CheckpointError(f"checkpoint file {path}: {_reason(error)}") from error
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"checkpoint file {path}: truncated or corrupt header") from error
+        if hashlib.sha256(raw).hexdigest() != piece.sha256:
+            raise CheckpointError(f"checkpoint file {path}: {piece.name} ({piece.kind}) is truncated or corrupt (hash differs)")
+        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[entry["dtype"]])
+
+    def _header(self, file: str, stream) -> tuple[dict, int]:
+        if file not in self._headers:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length < 1 << 30:
+                raise ValueError(length)
+            self._headers[file] = (json.loads(bytes(stream.read(length))), 8 + length)
+        return self._headers[file]
+
+
+def _fill(target: torch.Tensor, start: int, pieces: list[SavedPiece], reader: _Reader, label: str) -> None:
+    """Copy [start, start + len) of a weight out of the pieces that overlap it."""
+    filled, stop = 0, start + target.numel()
+    for piece in pieces:
+        first, last = max(start, piece.start), min(stop, piece.stop)
+        if first < last:
+            target[first - start : last - start] = reader.read(piece)[first - piece.start : last - piece.start].to(target)
+            filled += last - first
+    if filled != target.numel():
+        raise CheckpointError(f"checkpoint: {label} lacks {target.numel() - filled} of {target.numel()} values")
+
+
+def _key(name: str, kind: str, start: int, stop: int) -> str:
+    return f"{name}|{kind}|{start}|{stop}"
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]

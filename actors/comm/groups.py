@@ -1,0 +1,144 @@
+"""Process groups of one generation: made together, aborted together, dropped together.
+
+Group objects are made directly on a prefixed store, never through torch's global registry, so a new generation can be
+built in living processes while the old one is dying. gloo on CPU; NCCL where the device is a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+CREATE_TIMEOUT_SECONDS = 60.0
+_UNUSED_TAG = 999_999
+
+
+class Aborted(RuntimeError):
+    """A communication ended because its group was aborted, timed out, or lost a member."""
+
+
+class Group:
+    """An ordered set of ranks of one generation. Member i of the group is rank `ranks[i]` of the layout."""
+
+    def __init__(self, ranks: Sequence[int], rank: int, backend: dist.Backend | None):
+        self.ranks, self.size, self.rank = tuple(ranks), len(ranks), tuple(ranks).index(rank)
+        self._backend = backend
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """In place; every member ends with the same bits."""
+        if self.size > 1 and tensor.numel():
+            options = dist.AllreduceOptions()
+            options.reduceOp = op
+            _wait(self._backend.allreduce([tensor], options))
+
+    def all_gather(self, output: torch.Tensor, part: torch.Tensor) -> None:
+        """`output` [size * n] receives every member's `part` [n], in member order. `part` may be a slice of `output`."""
+        if self.size > 1:
+            _wait(self._backend._allgather_base(output, part.clone(), dist.AllgatherOptions()))
+        elif output.data_ptr() != part.data_ptr():
+            output.copy_(part)
+
+    def all_to_all(self, rows: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> torch.Tensor:
+        """Exchange rows of a contiguous [n, ...] tensor: the first `send_counts[0]` go to member 0, and so on.
+
+        Returns the rows received, in member order: [sum(receive_counts), ...], same dtype.
+        """
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        if self.size == 1:
+            return received.copy_(rows)
+        sent, landed = (t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (rows, received))
+        _wait(self._backend.alltoall_base(landed, sent, receive_counts, send_counts, dist.AllToAllOptions()))
+        return received
+
+    def send(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
+        """Start a send; the tensor must stay unchanged until the work is done."""
+        return self._backend.send([tensor], member, tag)
+
+    def receive(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
+        """Post a receive into `tensor`."""
+        return self._backend.recv([tensor], member, tag)
+
+    def abort(self) -> None:
+        """End every blocked operation of this group within milliseconds; each raises in the thread that waits for it."""
+        if self._backend is None:
+            return
+        if self._backend.name() != "gloo":
+            self._backend.abort()
+            return
+        # gloo's own abort does nothing. A wait that times out closes every pair of the group, which ends all operations.
+        try:
+            work = self._backend.recv([torch.empty(1)], (self.rank + 1) % self.size, _UNUSED_TAG)
+            work.wait(datetime.timedelta(milliseconds=1))
+        except RuntimeError:
+            pass
+
+
+def wait(work: dist.Work) -> None:
+    """Block until done. Raises Aborted."""
+    _wait(work)
+
+
+class Generation:
+    """All process groups of one rank in one generation, by their set of ranks (equal sets share a group)."""
+
+    def __init__(self, number: int, rank: int, device: torch.device, host: str, timeout_seconds: float):
+        self.number, self.rank = number, rank
+        self._device, self._host = device, host
+        self._timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._groups: dict[tuple[int, ...], Group] = {}
+
+    def create(self, store: dist.Store, wanted: Iterable[tuple[int, ...]]) -> None:
+        """Make the groups that contain this rank. Every rank must pass the same sequence, or creation would deadlock.
+
+        Raises Aborted when a member does not come within CREATE_TIMEOUT_SECONDS.
+        """
+        for index, ranks in enumerate(dict.fromkeys(wanted)):
+            if self.rank not in ranks:
+                continue
+            backend = None
+            if len(ranks) > 1:
+                prefix = dist.PrefixStore(f"generation-{self.number}/group-{index}", store)
+                backend = self._backend(prefix, ranks.index(self.rank), len(ranks))
+            self._groups[ranks] = Group(ranks, self.rank, backend)
+
+    def group(self, ranks: tuple[int, ...]) -> Group:
+        return self._groups[ranks]
+
+    def abort(self) -> None:
+        for group in list(self._groups.values()):
+            group.abort()
+
+    def close(self) -> None:
+        """Drop the groups: their sockets and threads go with the last reference."""
+        self._groups.clear()
+
+    def _backend(self, store: dist.Store, rank: int, size: int) -> dist.Backend:
+        create_timeout = min(self._timeout, datetime.timedelta(seconds=CREATE_TIMEOUT_SECONDS))
+        if self._device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            return dist.ProcessGroupNCCL(store, rank, size, options)
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = create_timeout
+        options._threads = 2
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host, lazy_init=False)]
+        try:
+            backend = dist.ProcessGroupGloo(store, rank, size, options)
+        except RuntimeError as error:
+            raise Aborted(f"group of {size} ranks did not form: {_first_line(error)}") from error
+        backend._set_default_timeout(self._timeout)
+        return backend
+
+
+def _wait(work: dist.Work) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise Aborted(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,97 @@
+"""What the coordinator and the ranks say to each other. Frozen values, small enough to pickle at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy
+
+from orchestrator.layout import Layout
+from orchestrator.schedule.actions import Program
+from orchestrator.schedule.spans import Figures, Span
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A rank's place in one generation, shipped once. `store`: (host, port) of the generation's TCPStore.
+
+    Programs follow when a number of microbatches comes up for the first time (`Rank.learn`).
+    """
+
+    generation: int
+    rank: int
+    layout: Layout
+    store: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Finish committed step `step`: the pending update, at this learning rate."""
+
+    step: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class LossDivisors:
+    """Counts of the global batch: labels of the next-token loss, of the multi-token loss, and sequences."""
+
+    next_token: int
+    mtp: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """One step for one rank. `microbatches` names the program; `sizes`: sequences of each (slot, microbatch) of its stream.
+
+    `tokens` int32 [n, S+1] and `valid` int32 [n] (real tokens of a row): the stream's sequences in the order of `sizes`;
+    only the ranks at the two ends of a pipeline get them.
+    """
+
+    step: int
+    apply: Apply | None
+    microbatches: int
+    sizes: dict[tuple[int, int], int]
+    divisors: LossDivisors
+    tokens: numpy.ndarray | None
+    valid: numpy.ndarray | None
+    keep_spans: bool = False
+
+
+@dataclass(frozen=True)
+class LossSums:
+    next_token: float = 0.0
+    mtp: float = 0.0
+    balance: float = 0.0
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.next_token + other.next_token, self.mtp + other.mtp, self.balance + other.balance)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A rank's answer after the reduce; nothing persistent has changed yet."""
+
+    rank: int
+    step: int
+    losses: LossSums
+    gradient_norm: float
+    digest: int
+    figures: Figures
+    seconds: float
+    busiest_expert: float  # max over MoE layers of (largest load / mean load) over the global batch
+    bytes_sent: int
+    spans: tuple[Span, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class SavedPiece:
+    """The flat range [start, stop) of one kind of state of one weight, in a file of a checkpoint."""
+
+    name: str
+    kind: str
+    start: int
+    stop: int
+    file: str
+    sha256: str

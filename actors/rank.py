@@ -1,0 +1,238 @@
+"""One rank's whole runtime: its stages, its optimizer shards, its process groups.
+
+Needs torch.distributed only; a Ray actor or a plain process wraps it. A step is `step` (compute and reduce; nothing
+persistent changes) and, once the coordinator has committed it, the `Apply` that the next call carries.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from actors.checkpoint import PieceWriter, restore_shards
+from actors.comm.exchange import ExpertExchange
+from actors.comm.groups import Generation
+from actors.comm.links import Links
+from actors.executor import Executor, StepWork
+from actors.messages import Apply, Assignment, LossDivisors, LossSums, SavedPiece, StepReport, StepRequest
+from actors.model.chunk import Chunk, LossScales, Microbatch
+from actors.model.weights import WeightGradients
+from actors.optimizer import Optimizer
+from orchestrator import ownership
+from orchestrator.config import RunConfig
+from orchestrator.layout import Layout
+from orchestrator.ledger import combine, sequence_digest
+from orchestrator.parameters import moe_layers, stage_layers
+from orchestrator.placement import place_experts
+from orchestrator.schedule.actions import Program
+from orchestrator.schedule.spans import figures
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Rank:
+    """`host`: the address of this rank's node that its peers can reach."""
+
+    def __init__(self, config: RunConfig, host: str):
+        self._config, self._host = config, host
+        self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._dtype = DTYPES[config.training.dtype]
+        self._generation: Generation | None = None
+        self._abort_lock = threading.Lock()
+        if self._device.type == "cpu":
+            torch.set_num_threads(1)
+
+    # --- generations ---------------------------------------------------------------------------------------------
+
+    def form(self, assignment: Assignment) -> None:
+        """Take a place in a new generation: groups, buffers, stages. State is empty until `initialise` or `restore`.
+
+        Raises Aborted when a member does not come.
+        """
+        self.close()
+        layout, config = assignment.layout, self._config
+        self._assignment, self._layout, self._place = assignment, layout, layout.places[assignment.rank]
+        self._queue = WeightGradients()
+        self._buckets = ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage)
+        generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
+                                config.training.step_timeout_seconds)
+        self._generation = generation
+        generation.create(_store(assignment.store), _groups(layout, self._buckets))
+        self._world = generation.group(tuple(range(layout.size)))
+        self._stage_group = generation.group(_stage_holders(layout, self._place.position))
+        self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
+        self._chunks = self._build_chunks()
+        self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue)
+        self._programs: dict[tuple[bool, int], Program] = {}
+
+    def learn(self, program: Program, training: bool) -> None:
+        """Keep a program of this rank's position for steps with its number of microbatches."""
+        self._programs[training, program.microbatches] = program
+
+    def initialise(self) -> None:
+        """State of step 0, the same on any layout."""
+        self.optimizer.initialise(self._config.run.seed, self._config.model.initializer_range)
+        self.optimizer.publish(self._generation)
+
+    def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
+        """State of a checkpoint, whatever layout wrote it. Raises CheckpointError."""
+        restore_shards(directory, pieces, self.optimizer.shards, self.biases, steps)
+        self.optimizer.steps = steps
+        self.optimizer.publish(self._generation)
+
+    def abort(self) -> None:
+        """End every blocked communication of this rank; safe from any thread, at any time."""
+        with self._abort_lock:
+            if self._generation is not None:
+                self._generation.abort()
+
+    def close(self) -> None:
+        if self._generation is not None:
+            self._generation.close()
+            self._generation = None
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def step(self, request: StepRequest) -> StepReport:
+        """Apply the step committed before, then compute and reduce this one. Raises ActionFailed, Aborted."""
+        started = time.perf_counter()
+        if request.apply is not None:
+            self.apply(request.apply)
+        self.optimizer.zero_gradients()
+        tapes = self._tapes(request, keep=True)
+        for chunk in self._chunks.values():
+            chunk.scales = self._scales(request.divisors)
+            for load in chunk.load.values():
+                load.zero_()
+        work = StepWork(tapes, self._links(request.sizes), self._reduce)
+        self._executor.run(self._programs[True, request.microbatches], work)
+        ended = time.perf_counter()
+        return StepReport(
+            rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
+            digest=self._digest(request, tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
+            busiest_expert=self._busiest_expert(), bytes_sent=work.links.bytes_sent,
+            spans=tuple(work.spans) if request.keep_spans else ())
+
+    def apply(self, apply: Apply) -> None:
+        """Finish a committed step: weights, moments, gate biases. Raises Aborted."""
+        self.optimizer.apply(self._generation, apply.learning_rate)
+        speed = self._config.training.bias_update_speed
+        for layer, load in self._load.items():
+            self.biases[layer] += speed * torch.sign(load.double().mean() - load).to(self.biases[layer])
+
+    def evaluate(self, request: StepRequest) -> LossSums:
+        """Loss sums over a batch, forward only; changes nothing."""
+        tapes = self._tapes(request, keep=False)
+        work = StepWork(tapes, self._links(request.sizes), lambda: None)
+        with torch.no_grad():
+            self._executor.run(self._programs[False, request.microbatches], work)
+        return _sums(tapes)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def snapshot(self, directory: str) -> None:
+        """Copy the state that this rank is primary owner of, and begin to write it beside the training."""
+        rank = self._assignment.rank
+        biases = self.biases if rank == self._stage_group.ranks[0] else {}
+        self._writer = PieceWriter(directory, rank, self.optimizer.shards, biases)
+
+    def saved(self) -> list[SavedPiece]:
+        """Wait for the writing that `snapshot` began. Raises CheckpointError."""
+        return self._writer.finish()
+
+    # --- what a rank is made of ----------------------------------------------------------------------------------
+
+    def _build_chunks(self) -> dict[int, Chunk]:
+        config, layout, place = self._config, self._layout, self._place
+        per_stage = stage_layers(config.model, layout.pipeline, config.layout.layers_per_stage)
+        placed = place_experts(config.model, layout, place.replica, place.position)
+        group = self._generation.group(layout.expert_group(place.replica, place.position))
+        slot_of_expert = torch.empty(config.model.n_routed_experts, dtype=torch.int64, device=self._device)
+        for slot, expert in enumerate(e for experts in placed for e in experts):
+            slot_of_expert[expert] = slot
+        exchange = ExpertExchange(group if group.size > 1 else None, slot_of_expert, [len(e) for e in placed])
+        exact = torch.float64 if self._dtype == torch.float64 else torch.float32
+        chunks, self.biases = {}, {}
+        for slot, stage in enumerate(layout.stages(place.position)):
+            layers, last = per_stage[stage], stage == layout.pipeline - 1
+            moe = moe_layers(config.model, layers, last=last)
+            for layer in moe:
+                self.biases[layer] = torch.zeros(config.model.n_routed_experts, dtype=exact, device=self._device)
+            chunks[slot] = Chunk(
+                config.model, layers=layers, first=stage == 0, last=last, weights=self.optimizer.weights,
+                biases=self.biases, exchanges=dict.fromkeys(moe, exchange),
+                local_experts=dict.fromkeys(moe, list(placed[place.expert_rank])), queue=self._queue,
+                recompute=config.training.recompute)
+        self._load: dict[int, torch.Tensor] = {}
+        return chunks
+
+    def _tapes(self, request: StepRequest, *, keep: bool) -> dict[tuple[int, int], Microbatch]:
+        tapes, at = {}, 0
+        for key, count in request.sizes.items():
+            tokens = valid = None
+            if request.tokens is not None:
+                tokens = torch.from_numpy(request.tokens[at : at + count]).to(self._device, torch.int64)
+                valid = torch.from_numpy(request.valid[at : at + count]).to(self._device, torch.int64)
+            tapes[key] = Microbatch(sequences=count, length=self._config.data.sequence_length, tokens=tokens, valid=valid,
+                                    keep=keep)
+            at += count
+        return tapes
+
+    def _links(self, sizes: Mapping[tuple[int, int], int]) -> Links:
+        line = self._generation.group(self._layout.line(self._place.row, self._place.width))
+        length, width = self._config.data.sequence_length, self._config.model.hidden_size
+
+        def shape_of(slot: int, microbatch: int) -> tuple[int, ...] | None:
+            count = sizes[slot, microbatch]
+            return (count, length, width) if count else None
+
+        return Links(line, self._dtype, self._device, shape_of)
+
+    def _scales(self, divisors: LossDivisors) -> LossScales:
+        training = self._config.training
+        return LossScales(next_token=1 / divisors.next_token, mtp=training.mtp_loss_weight / divisors.mtp,
+                          balance=training.balance_loss_weight / divisors.sequences)
+
+    def _reduce(self) -> None:
+        self._load = {layer: load.clone() for chunk in self._chunks.values() for layer, load in sorted(chunk.load.items())}
+        if self._load:
+            counts = torch.stack([self._load[layer] for layer in sorted(self._load)])
+            self._stage_group.all_reduce(counts)
+            self._load = dict(zip(sorted(self._load), counts))
+        self.optimizer.reduce(self._generation, self._world)
+
+    def _busiest_expert(self) -> float:
+        ratios = [float(load.max() / load.double().mean()) for load in self._load.values() if load.sum()]
+        return max(ratios, default=1.0)
+
+    def _digest(self, request: StepRequest, tapes: Mapping[tuple[int, int], Microbatch]) -> int:
+        """Of the sequences that entered the pipeline here: each is hashed by one rank only, after its backward."""
+        entered = [tape.tokens for (slot, _), tape in tapes.items() if self._chunks[slot].first and tape.tokens is not None]
+        return combine(sequence_digest(row.tobytes()) for tokens in entered for row in tokens.cpu().numpy().astype(numpy.int32))
+
+
+def _sums(tapes: Mapping[tuple[int, int], Microbatch]) -> LossSums:
+    return sum((LossSums(float(t.loss_sum), float(t.mtp_loss_sum), float(t.balance_loss_sum)) for t in tapes.values()),
+               LossSums())
+
+
+def _stage_holders(layout: Layout, position: int) -> tuple[int, ...]:
+    positions = {position, layout.mirror(position)}
+    return tuple(p.rank for p in layout.places if p.position in positions)
+
+
+def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...]) -> list[tuple[int, ...]]:
+    """Every group of a generation, in the one order in which all ranks create them."""
+    lines = [layout.line(row, w) for row in range(layout.rows) for w in range(layout.width)]
+    experts = [layout.expert_group(r, p) for r in range(len(layout.replicas)) for p in range(layout.pipeline)]
+    stages = [_stage_holders(layout, position) for position in range(layout.pipeline)]
+    return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)]
+
+
+def _store(address: tuple[str, int]) -> dist.Store:
+    return dist.TCPStore(address[0], address[1], is_master=False, wait_for_workers=False)

@@ -1,0 +1,75 @@
+"""`runs/<name>/`: what a run leaves behind, on any pyarrow.fs URI.
+
+`ledger.jsonl` is the commit: a line is durable before the step counts. The journals are append-only while a run lasts;
+a run that continues from a checkpoint first trims them to it, so that each step stands in them once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from actors import storage
+
+CHECKPOINTS = "checkpoints"
+
+
+class RunFolder:
+    """The folder of one run. Raises StorageError where it cannot be written."""
+
+    def __init__(self, directory: str, name: str):
+        self.path = storage.join(directory, name)
+        storage.make_directory(self.path)
+        self._ledger = storage.Journal(storage.join(self.path, "ledger.jsonl"), durable=True)
+        self._metrics = storage.Journal(storage.join(self.path, "metrics.jsonl"))
+        self._events = storage.Journal(storage.join(self.path, "events.jsonl"))
+
+    @property
+    def checkpoints(self) -> str:
+        return storage.join(self.path, CHECKPOINTS)
+
+    def write(self, name: str, content: str | bytes) -> str:
+        """A whole file, atomically; returns its path."""
+        path = storage.join(self.path, name)
+        storage.write_atomic(path, content.encode() if isinstance(content, str) else content)
+        return path
+
+    def commit(self, line: str) -> None:
+        """Durable when this returns: the step is committed."""
+        self._ledger.append(line)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        self._metrics.append(json.dumps(values))
+
+    def event(self, kind: str, **details: Any) -> dict[str, Any]:
+        """One line of `events.jsonl`; `time` is seconds since the epoch."""
+        event = {"time": round(time.time(), 3), "event": kind, **details}
+        self._events.append(json.dumps(event))
+        return event
+
+    def trim(self, step: int) -> int:
+        """Keep the journal lines of steps before `step`. Returns how many committed steps were dropped."""
+        dropped = 0
+        for journal in (self._ledger, self._metrics):
+            lines = journal.lines()
+            kept = [line for line in lines if (found := _step(line)) is not None and found < step]
+            dropped = max(dropped, len(lines) - len(kept))
+            if len(kept) != len(lines):
+                journal.rewrite(kept)
+        return dropped
+
+    def metric_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._metrics.lines()]
+
+    def close(self) -> None:
+        for journal in (self._ledger, self._metrics, self._events):
+            journal.close()
+
+
+def _step(line: str) -> int | None:
+    """Step of a journal line; None for a line that a crash cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None

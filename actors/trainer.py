@@ -1,0 +1,291 @@
+"""The training loop: carries a run from its state to its last committed step, over any transport of ranks.
+
+A step: deal the batch, one call per rank, wait for all answers (computed and reduced, nothing changed yet), write the
+ledger line; the update is carried by the next call. Nothing here touches a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from actors import checkpoint, storage
+from actors.dealing import Batch, Dealer, programs_for
+from actors.messages import Apply, Assignment, LossSums, StepReport
+from actors.ranks import Pending, RankFailed, Ranks, call
+from actors.run_folder import RunFolder
+from orchestrator import order
+from orchestrator.config import RunConfig
+from orchestrator.layout import Layout
+from orchestrator.ledger import LedgerLine, combine, digest_text, to_json
+from orchestrator.recipe import learning_rate
+
+FORM_TIMEOUT_SECONDS = 180.0
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on. `str()` is one line."""
+
+
+class Batches(Protocol):
+    """Where batches come from: `next()` gives those of consecutive steps."""
+
+    def next(self) -> Batch: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """`training(first_step)` opens the batches from a step on; `validation()` gives the held-out batch, or None."""
+
+    training: Callable[[int], Batches]
+    validation: Callable[[], Batch | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `interrupted`: it was asked to stop and has saved."""
+
+    step: int
+    interrupted: bool
+    validation_loss: float | None
+
+
+class Trainer:
+    """`watch(kind, values)` is told each step's metrics ("step") and each event ("event")."""
+
+    def __init__(self, config: RunConfig, layout: Layout, ranks: Ranks, folder: RunFolder, sources: Sources,
+                 host: str = "127.0.0.1", watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None):
+        self._config, self._layout, self._ranks, self._folder = config, layout, ranks, folder
+        self._sources, self._host, self._watch = sources, host, watch
+        self._dealer = Dealer(config, layout)
+        self._stop = threading.Event()
+        self._generation = 0
+        self._known: set[tuple[bool, int]] = set()
+        self._saving: tuple[int, str, Pending] | None = None
+        self._pending: Apply | None = None
+        self._validation: Batch | None = None
+        self._change: dict[str, Any] | None = None
+
+    def stop(self) -> None:
+        """Ask the loop to save and end after the step under way."""
+        self._stop.set()
+
+    def run(self) -> Outcome:
+        """Train to the end, or until stopped. Raises TrainingFailed, RankFailed, StorageError, CheckpointError, DatasetError."""
+        try:
+            self._form()
+            step = self._load()
+            return self._train(step)
+        except BaseException:
+            self._ranks.abort()
+            raise
+        finally:
+            self._folder.close()
+
+    # --- the way to the first step -------------------------------------------------------------------------------
+
+    def _form(self) -> None:
+        self._generation += 1
+        self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        address = (self._host, self._store.port)
+        self._call("form", [(Assignment(self._generation, rank, self._layout, address),) for rank in range(self._layout.size)],
+                   FORM_TIMEOUT_SECONDS)
+        self._known.clear()
+        self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.kind}
+        self._event("generation", generation=self._generation, layout=self._layout.describe(), nodes=len(self._layout.nodes))
+
+    def _load(self) -> int:
+        """Initial state, or that of the newest checkpoint. Returns the first step to run."""
+        found = checkpoint.complete(self._folder.checkpoints)
+        if not found:
+            self._call("initialise", [()] * self._layout.size, FORM_TIMEOUT_SECONDS)
+            self._folder.trim(0)
+            return 0
+        directory = found[-1]
+        manifest = checkpoint.read_manifest(directory)
+        check_compatible(manifest, self._config, directory)
+        self._call("restore", [(directory, manifest.pieces, manifest.step)] * self._layout.size, FORM_TIMEOUT_SECONDS)
+        redone = self._folder.trim(manifest.step)
+        self._event("resumed", step=manifest.step, checkpoint=directory, steps_to_redo=redone)
+        return manifest.step
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def _train(self, step: int) -> Outcome:
+        training, losses = self._config.training, None
+        batches = self._sources.training(step)
+        try:
+            while step < training.steps and not self._stop.is_set():
+                self._one_step(step, batches.next())
+                step += 1
+                if self._due(step, training.validate_every) and step < training.steps:
+                    self._validate(step)
+                if self._due(step, self._config.checkpoint.every) and step < training.steps:
+                    self._save(step)
+                self._collect_save(wait=False)
+            interrupted = step < training.steps
+            if not interrupted:
+                losses = self._validate(step)
+            if self._saved_step() != step:
+                self._save(step)
+            self._collect_save(wait=True, last=True)
+            return Outcome(step, interrupted, losses)
+        finally:
+            batches.close()
+
+    def _one_step(self, step: int, batch: Batch) -> None:
+        started = time.perf_counter()
+        requests = self._dealer.requests(batch, self._pending, training=True,
+                                         keep_spans=step in self._config.telemetry.trace_steps)
+        self._teach(requests[0].microbatches, training=True)
+        reports: list[StepReport] = self._call("step", [(request,) for request in requests])
+        self._pending = None
+        losses = _losses(sum((report.losses for report in reports), LossSums()), batch, self._config)
+        self._refuse_not_finite(step, losses, reports)
+        line = LedgerLine(step, self._generation, order.first_position(self._config.training, step), len(batch.valid),
+                          digest_text(combine(report.digest for report in reports)), losses["loss"])
+        self._folder.commit(to_json(line, self._change))
+        self._change = None
+        rate = learning_rate(self._config.optimizer, step, self._config.training.steps)
+        self._pending = Apply(step, rate)
+        self._publish(step, batch, losses, rate, reports, time.perf_counter() - started)
+
+    def _refuse_not_finite(self, step: int, losses: dict[str, float], reports: list[StepReport]) -> None:
+        norm = reports[0].gradient_norm
+        if all(map(math.isfinite, losses.values())) and math.isfinite(norm):
+            return
+        self._event("not_finite", step=step, gradient_norm=repr(norm), **{name: repr(value) for name, value in losses.items()})
+        self._settle(step)
+        raise TrainingFailed(f"step {step}: loss {losses['loss']}, gradient norm {norm}: not finite; the weights are those "
+                             f"of step {step - 1}, no update was made")
+
+    def _settle(self, step: int) -> None:
+        """Keep what is committed when the run must end here: the state before `step`."""
+        if step and self._saved_step() != step:
+            self._save(step)
+        self._collect_save(wait=True)
+
+    def _publish(self, step: int, batch: Batch, losses: dict[str, float], rate: float, reports: list[StepReport],
+                 seconds: float) -> None:
+        tokens = int((batch.valid - 1).sum())
+        mean = {name: sum(getattr(r.figures, name) for r in reports) / len(reports)
+                for name in ("overlap_ratio", "bubble_ratio", "exposed_communication_seconds")}
+        values = {
+            "step": step, **losses, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
+            "overlap_ratio": mean["overlap_ratio"], "bubble_ratio": mean["bubble_ratio"],
+            "exposed_comm_seconds": mean["exposed_communication_seconds"], "generation": self._generation,
+            "nodes": len(self._layout.nodes), "gradient_norm": reports[0].gradient_norm, "learning_rate": rate,
+            "busiest_expert": max(report.busiest_expert for report in reports),
+            "sequences": len(batch.valid), "compute_seconds": sum(r.figures.compute_seconds for r in reports) / len(reports),
+            "communication_seconds": sum(r.figures.communication_seconds for r in reports) / len(reports),
+            "rank_seconds": max(report.seconds for report in reports),
+        }
+        self._folder.metrics(values)
+        self._watch("step", values)
+        if reports[0].spans:
+            self._watch("spans", {"step": step, "spans": [span for report in reports for span in report.spans]})
+
+    # --- validation and checkpoints: between a committed step and the next ----------------------------------------
+
+    def _validate(self, step: int) -> float | None:
+        if self._validation is None:
+            self._validation = self._sources.validation()
+        if self._validation is None:
+            return None
+        self._apply()
+        started = time.perf_counter()
+        requests = self._dealer.requests(self._validation, None, training=False)
+        self._teach(requests[0].microbatches, training=False)
+        sums = sum(self._call("evaluate", [(request,) for request in requests]), LossSums())
+        losses = _losses(sums, self._validation, self._config)
+        self._event("validation", step=step, loss=losses["loss"], seconds=round(time.perf_counter() - started, 3))
+        return losses["loss"]
+
+    def _save(self, step: int) -> None:
+        """Begin a checkpoint of the state after `step` steps; the writing goes on beside the training."""
+        self._collect_save(wait=True)
+        self._apply()
+        directory = checkpoint.folder(self._folder.checkpoints, step)
+        storage.make_directory(directory)
+        self._call("snapshot", [(directory,)] * self._layout.size)
+        self._saving = (step, directory, self._ranks.start("saved", [()] * self._layout.size))
+        self._saving_since = time.perf_counter()
+
+    def _collect_save(self, *, wait: bool, last: bool = False) -> None:
+        """Make a finished checkpoint count. One that failed is dropped and told; only the run's last one ends the run."""
+        if self._saving is None or not (wait or self._saving[2].done()):
+            return
+        (step, directory, pending), self._saving = self._saving, None
+        try:
+            found = pending.results(self._config.training.step_timeout_seconds)
+            pieces = tuple(piece for of_rank in found for piece in of_rank)
+            model = self._config.model.model_dump(mode="json")
+            checkpoint.commit(directory, checkpoint.Manifest(step, model, self._config.training.dtype, pieces))
+        except (RankFailed, checkpoint.CheckpointError) as error:
+            checkpoint.discard(directory)
+            self._event("checkpoint_failed", step=step, reason=str(error))
+            if last:
+                raise TrainingFailed(f"no checkpoint of step {step}: {error}") from error
+            return
+        self._event("checkpoint", step=step, path=directory, seconds=round(time.perf_counter() - self._saving_since, 3))
+        checkpoint.prune(self._folder.checkpoints, self._config.checkpoint.keep)
+
+    def _saved_step(self) -> int | None:
+        found = checkpoint.complete(self._folder.checkpoints)
+        pending = self._saving[0] if self._saving else None
+        return pending if pending is not None else (checkpoint.read_manifest(found[-1]).step if found else None)
+
+    def _apply(self) -> None:
+        if self._pending is not None:
+            self._call("apply", [(self._pending,)] * self._layout.size)
+            self._pending = None
+
+    # --- small things --------------------------------------------------------------------------------------------
+
+    def _teach(self, microbatches: int, *, training: bool) -> None:
+        """Ship each position's program the first time a number of microbatches comes up in this generation."""
+        if (training, microbatches) not in self._known:
+            programs = programs_for(self._layout.pipeline, microbatches, training=training)
+            self._call("learn", [(programs[place.position], training) for place in self._layout.places])
+            self._known.add((training, microbatches))
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _call(self, method: str, arguments: list[tuple], timeout_seconds: float | None = None) -> list[Any]:
+        return call(self._ranks, method, arguments, timeout_seconds or self._config.training.step_timeout_seconds + 30)
+
+    def _event(self, kind: str, **details: Any) -> None:
+        self._watch("event", self._folder.event(kind, **details))
+
+
+def check_compatible(manifest: checkpoint.Manifest, config: RunConfig, directory: str) -> None:
+    """Raises TrainingFailed: the checkpoint is of another model."""
+    ours = config.model.model_dump(mode="json")
+    for key, value in manifest.model.items():
+        if ours.get(key) != value:
+            raise TrainingFailed(f"model.{key} = {ours.get(key)}: the checkpoint {directory} has {value}")
+
+
+def _losses(sums: LossSums, batch: Batch, config: RunConfig) -> dict[str, float]:
+    """Means over the batch. `loss` is the next-token cross-entropy in nats a token."""
+    divisors = batch.divisors
+    found = {"loss": sums.next_token / divisors.next_token}
+    if config.model.num_nextn_predict_layers:
+        found["mtp_loss"] = sums.mtp / divisors.mtp
+    found["balance_loss"] = sums.balance / divisors.sequences
+    return found
+
+
+def _layout_record(layout: Layout) -> dict[str, Any]:
+    record = asdict(layout)
+    record["nodes"] = list(layout.nodes)
+    return record

@@ -1,0 +1,123 @@
+"""Who holds a weight, who owns its optimizer state.
+
+Weights that the same ranks hold (and that are treated alike) form a bucket: one flat buffer, one gradient reduction.
+A bucket is cut into equal shards, one per holder (ZeRO-1); each shard has a primary owner and up to `copies` further
+owners on other nodes, which get the same reduced gradient and apply the same update, so that losing a node loses no state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.config import ModelConfig
+from orchestrator.layout import Layout
+from orchestrator.parameters import ParameterSpec, stage_layers, stage_parameters
+from orchestrator.placement import place_experts
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`members`: holders, then ranks that only own; they all take part in the reduction. `owners[s]`: of shard s, primary first."""
+
+    index: int
+    holders: tuple[int, ...]
+    members: tuple[int, ...]
+    specs: tuple[ParameterSpec, ...]
+    decay: bool
+    precise: bool
+    owners: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(spec.size for spec in self.specs)
+
+    @property
+    def shard_size(self) -> int:
+        """Elements of one shard; the flat buffer is padded to a whole number of them."""
+        return -(-self.size // len(self.owners))
+
+    def shards_of(self, rank: int) -> tuple[int, ...]:
+        return tuple(s for s, owners in enumerate(self.owners) if rank in owners)
+
+    def pieces(self, shard: int) -> list[tuple[ParameterSpec, int, int, int]]:
+        """(spec, start, stop, offset): the flat range [start, stop) of a weight that stands at `offset` of this shard."""
+        first, last, at, found = shard * self.shard_size, (shard + 1) * self.shard_size, 0, []
+        for spec in self.specs:
+            start, stop = max(first - at, 0), min(last - at, spec.size)
+            if start < stop:
+                found.append((spec, start, stop, at + start - first))
+            at += spec.size
+        return found
+
+
+def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: list[int] | str = "auto") -> tuple[Bucket, ...]:
+    """All buckets of a layout, in the one order in which every rank reduces them."""
+    grouped: dict[tuple, list[ParameterSpec]] = {}
+    for spec, holders in _holders(model, layout, layers_per_stage):
+        grouped.setdefault((holders, spec.decay, spec.precise), []).append(spec)
+    found = []
+    for index, ((holders, decay, precise), specs) in enumerate(grouped.items()):
+        members = holders + _extra_owners(layout, holders, copies)
+        owners = _owners(layout, holders, members, copies)
+        found.append(Bucket(index, holders, members, tuple(specs), decay, precise, owners))
+    return tuple(found)
+
+
+def local_experts(model: ModelConfig, layout: Layout, rank: int) -> tuple[int, ...]:
+    """Expert ids that `rank` holds, for every MoE layer of its stages, in slot order."""
+    place = layout.places[rank]
+    return place_experts(model, layout, place.replica, place.position)[place.expert_rank]
+
+
+def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str):
+    """(spec, ranks that hold it) for every weight, each once."""
+    expert_holders: dict[tuple[int, int], list[int]] = {}
+    for place in layout.places:
+        for expert in local_experts(model, layout, place.rank):
+            expert_holders.setdefault((place.position, expert), []).append(place.rank)
+    per_stage = stage_layers(model, layout.pipeline, layers_per_stage)
+    seen: set[str] = set()
+    for stage, layers in enumerate(per_stage):
+        positions = dict.fromkeys((stage, layout.mirror(stage)))
+        everyone = tuple(p.rank for p in layout.places if p.position in positions)
+        for spec in stage_parameters(model, layers, first=stage == 0, last=stage == layout.pipeline - 1):
+            if spec.name in seen:
+                continue
+            seen.add(spec.name)
+            if spec.expert is None:
+                yield spec, everyone
+            else:
+                yield spec, tuple(sorted(r for p in positions for r in expert_holders[p, spec.expert]))
+
+
+def _extra_owners(layout: Layout, holders: tuple[int, ...], copies: int) -> tuple[int, ...]:
+    """Ranks on further nodes, where the holders sit on fewer than 1 + copies nodes: same position first, then the next rows."""
+    nodes = {layout.places[r].node for r in holders}
+    home = layout.places[holders[0]]
+    extras: list[int] = []
+    others = sorted(layout.places, key=lambda p: (p.position != home.position, (p.row - home.row) % layout.rows, p.rank))
+    for place in others:
+        if len(nodes) > copies:
+            break
+        if place.node not in nodes:
+            nodes.add(place.node)
+            extras.append(place.rank)
+    return tuple(extras)
+
+
+def _owners(layout: Layout, holders: tuple[int, ...], members: tuple[int, ...], copies: int) -> tuple[tuple[int, ...], ...]:
+    """Per shard: its holder, then up to `copies` members on nodes not used yet, those that own least so far."""
+    load = dict.fromkeys(members, 0)
+    owners = []
+    for shard, primary in enumerate(holders):
+        chosen, nodes = [primary], {layout.places[primary].node}
+        ring = members[shard + 1 :] + members[:shard]
+        for candidate in sorted(ring, key=lambda rank: load[rank]):
+            if len(chosen) > copies:
+                break
+            if layout.places[candidate].node not in nodes:
+                chosen.append(candidate)
+                nodes.add(layout.places[candidate].node)
+                load[candidate] += 1
+        owners.append(tuple(chosen))
+    return tuple(owners)
