@@ -151,19 +151,17 @@ def prune(root: str, keep: int) -> None:
     newest = found[-1] if found else ""
     for directory in _folders(root):
         if directory not in kept and directory < newest:
-            if storage.exists(storage.join(directory, MANIFEST)):
-                storage.delete_file(storage.join(directory, MANIFEST))
+            storage.delete(storage.join(directory, MANIFEST))
             storage.delete_tree(directory)
 
 
 def discard(directory: str) -> None:
     """Remove an unfinished checkpoint."""
-    if storage.exists(directory):
-        storage.delete_tree(directory)
+    storage.delete_tree(directory)
 
 
 def _folders(root: str) -> list[str]:
-    return sorted(storage.join(root, name) for name in storage.list_names(root) if name.startswith("step-"))
+    return [entry.uri for entry in storage.list_folder(root) if entry.is_folder and entry.name.startswith("step-")]
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
@@ -179,7 +177,7 @@ class _Reader:
     def read(self, piece: SavedPiece) -> torch.Tensor:
         path = storage.join(self._directory, piece.file)
         try:
-            with storage.open_input(path) as stream:
+            with storage.open_input(path, random_access=True) as stream:
                 header, base = self._header(piece.file, stream)
                 entry = header[_key(piece.name, piece.kind, piece.start, piece.stop)]
                 begin, end = entry["data_offsets"]
@@ -223,4 +221,4 @@ def _sha256(tensor: torch.Tensor) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error).splitlines()[0]

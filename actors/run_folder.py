@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from actors import storage
+from actors.journal import Journal
 
 CHECKPOINTS = "checkpoints"
 
@@ -20,10 +21,9 @@ class RunFolder:
 
     def __init__(self, directory: str, name: str):
         self.path = storage.join(directory, name)
-        storage.make_directory(self.path)
-        self._ledger = storage.Journal(storage.join(self.path, "ledger.jsonl"), durable=True)
-        self._metrics = storage.Journal(storage.join(self.path, "metrics.jsonl"))
-        self._events = storage.Journal(storage.join(self.path, "events.jsonl"))
+        self._ledger = Journal(storage.join(self.path, "ledger.jsonl"), durable=True)
+        self._metrics = Journal(storage.join(self.path, "metrics.jsonl"))
+        self._events = Journal(storage.join(self.path, "events.jsonl"))
 
     @property
     def checkpoints(self) -> str:
@@ -61,6 +61,9 @@ class RunFolder:
 
     def metric_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics.lines()]
+
+    def event_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._events.lines()]
 
     def close(self) -> None:
         for journal in (self._ledger, self._metrics, self._events):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from actors import checkpoint, storage
+from actors import checkpoint
 from actors.dealing import Batch, Dealer, programs_for
 from actors.messages import Apply, Assignment, LossSums, StepReport
 from actors.ranks import Pending, RankFailed, Ranks, call
@@ -214,7 +214,6 @@ class Trainer:
         self._collect_save(wait=True)
         self._apply()
         directory = checkpoint.folder(self._folder.checkpoints, step)
-        storage.make_directory(directory)
         self._call("snapshot", [(directory,)] * self._layout.size)
         self._saving = (step, directory, self._ranks.start("saved", [()] * self._layout.size))
         self._saving_since = time.perf_counter()

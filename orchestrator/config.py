@@ -90,7 +90,7 @@ class ModelConfig(Section):
 
 class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    directory: str = Field("runs", description="folder of all runs: a local path or any pyarrow.fs URI")
+    directory: str = Field("auto", description="folder of all runs: a path or any pyarrow.fs URI; auto: ./runs, under `ray job` ~/dualray/runs")
     seed: int = Field(1234, ge=0)
 
 

@@ -222,6 +222,11 @@ class Deal:
     def indices(self, stream: int, slot: int, microbatch: int) -> tuple[int, ...]:
         return self.held[stream][slot][microbatch]
 
+    def sizes(self, stream: int) -> dict[tuple[int, int], int]:
+        """Sequences of each (slot, microbatch) of a stream, in the order of `of_stream`."""
+        return {(slot, number): len(microbatch) for slot, microbatches in enumerate(self.held[stream])
+                for number, microbatch in enumerate(microbatches)}
+
     def of_stream(self, stream: int) -> list[int]:
         """All indices of a stream: slot by slot, microbatch by microbatch."""
         return [index for slot in self.held[stream] for microbatch in slot for index in microbatch]

@@ -8,6 +8,7 @@ owners on other nodes, which get the same reduced gradient and apply the same up
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from orchestrator.config import ModelConfig
 from orchestrator.layout import Layout
@@ -27,7 +28,7 @@ class Bucket:
     precise: bool
     owners: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         return sum(spec.size for spec in self.specs)
 

@@ -1,0 +1,153 @@
+"""The Ray actor that carries decisions out: it drives the ranks that the driver created, and tells how the run goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from actors.dataset import Dataset
+from actors.dealing import Batch
+from actors.feed import Feed, read_validation
+from actors.metrics import Exporter, RunMetrics, reachable
+from actors.ranks import RankFailed
+from actors.run_folder import RunFolder
+from actors.trainer import Outcome, Sources, Trainer
+from orchestrator.config import RunConfig
+from orchestrator.layout import Layout
+
+
+class RayRanks:
+    """Ranks that are StageActors, by rank number."""
+
+    def __init__(self, actors: Sequence[Any]):
+        self._actors, self.size = list(actors), len(actors)
+
+    def start(self, method: str, arguments: Sequence[tuple]) -> _RayPending:
+        return _RayPending([getattr(actor, method).remote(*values) for actor, values in zip(self._actors, arguments)])
+
+    def abort(self) -> None:
+        for actor in self._actors:
+            actor.abort.remote()
+
+
+class _RayPending:
+    def __init__(self, references: list[ray.ObjectRef]):
+        self._references = references
+
+    def done(self) -> bool:
+        return len(ray.wait(self._references, num_returns=len(self._references), timeout=0)[0]) == len(self._references)
+
+    def results(self, timeout_seconds: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_seconds
+        waiting = list(self._references)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankFailed(self._references.index(waiting[0]), f"no answer within {timeout_seconds:g} s")
+            self._get(ready[0])
+        return ray.get(self._references)
+
+    def _get(self, reference: ray.ObjectRef) -> None:
+        rank = self._references.index(reference)
+        try:
+            ray.get(reference)
+        except RayTaskError as error:
+            cause = error.cause if error.cause is not None else error
+            raise RankFailed(rank, f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from error
+        except RayActorError as error:
+            raise RankFailed(rank, "its process or node was lost") from error
+        except (GetTimeoutError, RayError) as error:
+            raise RankFailed(rank, str(error).splitlines()[0]) from error
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"training": 1, "control": 4})
+class Coordinator:
+    """`ranks`: StageActors in rank order of `layout`. `data`: the folder that jobs.tokenize wrote."""
+
+    def __init__(self, config: RunConfig, layout: Layout, ranks: list[Any], data: str):
+        self._config, self._layout = config, layout
+        self._host = ray.util.get_node_ip_address()
+        self._ranks, self._data = RayRanks(ranks), data
+        self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
+        self._count = 0
+        self._lock = threading.Lock()
+        self._metrics = RunMetrics()
+        self._targets: list[dict[str, Any]] = []
+        self._exporter = Exporter(self._metrics.registry, config.telemetry.host, config.telemetry.port, lambda: self._targets)
+        self._trainer: Trainer | None = None
+        self._stop_requested = False
+
+    @ray.method(concurrency_group="control")
+    def address(self) -> str:
+        """host:port of the metrics and of the list of targets (/targets)."""
+        return f"{reachable(self._config.telemetry.host, self._host)}:{self._exporter.port}"
+
+    @ray.method(concurrency_group="training")
+    def run(self) -> Outcome:
+        """The whole run. Raises what Trainer.run raises."""
+        self._targets = self._find_targets()
+        folder = RunFolder(self._config.run.directory, self._config.run.name)
+        dataset = Dataset.open(self._data)
+        sources = Sources(lambda step: _Fed(Feed(dataset, self._config, step, self._config.training.steps)),
+                          lambda: _validation(dataset, self._config))
+        self._trainer = Trainer(self._config, self._layout, self._ranks, folder, sources, self._host, self._watch)
+        if self._stop_requested:
+            self._trainer.stop()
+        return self._trainer.run()
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Save and end after the step under way."""
+        self._stop_requested = True
+        if self._trainer is not None:
+            self._trainer.stop()
+
+    @ray.method(concurrency_group="control")
+    def updates(self, since: int) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
+        """What happened after update number `since`: (number of the newest, [(kind, values)])."""
+        with self._lock:
+            return self._count, [(kind, values) for number, kind, values in self._updates if number > since]
+
+    def _watch(self, kind: str, values: dict[str, Any]) -> None:
+        self._metrics.observe(kind, values)
+        with self._lock:
+            self._count += 1
+            self._updates.append((self._count, kind, values))
+
+    def _find_targets(self) -> list[dict[str, Any]]:
+        """Prometheus http_sd: the coordinator and every rank, with its place as labels."""
+        run = {"run": self._config.run.name}
+        found = [{"targets": [f"{reachable(self._config.telemetry.host, self._host)}:{self._exporter.port}"],
+                  "labels": run | {"role": "coordinator"}}]
+        for place, target in zip(self._layout.places, self._ranks.start("target", [()] * self._layout.size).results(60)):
+            found.append({"targets": [target], "labels": run | {
+                "role": "rank", "rank": str(place.rank), "node": place.node, "position": str(place.position)}})
+        return found
+
+
+class _Fed:
+    """A feed whose batches carry what a trainer deals."""
+
+    def __init__(self, feed: Feed):
+        self._feed = feed
+
+    def next(self) -> Batch:
+        found = self._feed.next()
+        return Batch(found.step, found.tokens, found.valid)
+
+    def close(self) -> None:
+        self._feed.close()
+
+
+def _validation(dataset: Dataset, config: RunConfig) -> Batch | None:
+    count = min(config.training.validation_sequences, dataset.validation.sequences)
+    if not count:
+        return None
+    found = read_validation(dataset, count)
+    return Batch(-1, found.tokens, found.valid)

@@ -1,0 +1,125 @@
+"""Prometheus exporters: one per rank, and the coordinator's, which also serves the list of targets for `http_sd`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
+
+from actors.messages import StepReport
+
+
+class PortInUse(RuntimeError):
+    """The exporter's address cannot be bound. `str()` is one line."""
+
+
+class Exporter:
+    """Serves /metrics, and /targets where `targets` is given, from threads of its own."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, port: int,
+                 targets: Callable[[], list[dict[str, Any]]] | None = None):
+        metrics = make_wsgi_app(registry)
+
+        def application(environ, start_response):
+            if targets is not None and environ["PATH_INFO"] == "/targets":
+                body = json.dumps(targets()).encode()
+                start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+                return [body]
+            return metrics(environ, start_response)
+
+        try:
+            self._server = make_server(host, port, application, _Server, _Quiet)
+        except OSError as error:
+            raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); 0 takes any free port") from error
+        self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class RankMetrics:
+    """What one rank exports. Labels are bounded: the rank's place is in the target's labels, not in each series."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._step = Gauge("dualray_rank_step", "Step that this rank computed last", registry=self.registry)
+        self._seconds = Gauge("dualray_rank_step_seconds", "Duration of the last step on this rank", registry=self.registry)
+        self._compute = Counter("dualray_rank_compute_seconds", "Time with compute", registry=self.registry)
+        self._exposed = Counter("dualray_rank_exposed_communication_seconds", "Time with communication and no compute",
+                                registry=self.registry)
+        self._overlap = Gauge("dualray_rank_overlap_ratio", "Share of communication hidden by compute, last step",
+                              registry=self.registry)
+        self._bubble = Gauge("dualray_rank_bubble_ratio", "Share of the last step spent waiting for the pipeline",
+                             registry=self.registry)
+        self._sent = Counter("dualray_rank_pipeline_sent_bytes", "Bytes sent to pipeline neighbours", registry=self.registry)
+
+    def observe(self, report: StepReport) -> None:
+        self._step.set(report.step)
+        self._seconds.set(report.seconds)
+        self._compute.inc(report.figures.compute_seconds)
+        self._exposed.inc(report.figures.exposed_communication_seconds)
+        self._overlap.set(report.figures.overlap_ratio)
+        self._bubble.set(report.figures.bubble_ratio)
+        self._sent.inc(report.bytes_sent)
+
+
+class RunMetrics:
+    """What the coordinator exports: the run as a whole."""
+
+    _GAUGES = {
+        "step": ("dualray_committed_step", "Newest committed step"),
+        "loss": ("dualray_loss", "Next-token cross-entropy of the last committed step, nats a token"),
+        "tokens_per_second": ("dualray_tokens_per_second", "Tokens a second, last step"),
+        "seconds": ("dualray_step_seconds", "Duration of the last step"),
+        "overlap_ratio": ("dualray_overlap_ratio", "Share of communication hidden by compute, mean over ranks"),
+        "bubble_ratio": ("dualray_bubble_ratio", "Share of the step spent waiting for the pipeline, mean over ranks"),
+        "exposed_comm_seconds": ("dualray_exposed_communication_seconds", "Communication with no compute, mean over ranks"),
+        "gradient_norm": ("dualray_gradient_norm", "Global gradient norm before clipping"),
+        "learning_rate": ("dualray_learning_rate", "Learning rate of the last committed step"),
+        "busiest_expert": ("dualray_expert_load_ratio", "Largest expert load divided by the mean, worst layer"),
+        "generation": ("dualray_generation", "Generation of the layout"),
+        "nodes": ("dualray_nodes", "Nodes in the layout"),
+    }
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in self._GAUGES.items()}
+        self._tokens = Counter("dualray_tokens", "Tokens of committed steps", registry=self.registry)
+        self._validation = Gauge("dualray_validation_loss", "Newest validation loss, nats a token", registry=self.registry)
+        self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made",
+                                 registry=self.registry)
+        self._checkpointed = Gauge("dualray_checkpoint_step", "Committed steps in the newest checkpoint", registry=self.registry)
+
+    def observe(self, kind: str, values: dict[str, Any]) -> None:
+        """Take what a trainer's `watch` is told."""
+        if kind == "step":
+            for key, gauge in self._gauges.items():
+                gauge.set(values[key])
+            self._tokens.inc(values["tokens"])
+        elif kind == "event" and values["event"] == "validation":
+            self._validation.set(values["loss"])
+        elif kind == "event" and values["event"] == "checkpoint":
+            self._checkpoint.set(values["time"])
+            self._checkpointed.set(values["step"])
+
+
+def reachable(listen: str, host: str) -> str:
+    """The address under which others reach an exporter that listens on `listen` of node `host`."""
+    return host if listen in ("0.0.0.0", "::", "") else listen
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    allow_reuse_address = False
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass

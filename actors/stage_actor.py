@@ -1,0 +1,80 @@
+"""The Ray actor of a rank: thin. Compute calls run in one thread, control calls in another, so that a rank whose compute
+is blocked in communication still answers and can be aborted."""
+
+from __future__ import annotations
+
+import ray
+
+from actors import storage
+from actors.messages import Apply, Assignment, LossSums, SavedPiece, StepReport, StepRequest
+from actors.metrics import Exporter, RankMetrics, reachable
+from actors.rank import Rank
+from orchestrator.config import RunConfig
+from orchestrator.schedule.actions import Program
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"compute": 1, "control": 2, "files": 1})
+class StageActor:
+    """One rank. Created by the driver, so that it outlives the coordinator."""
+
+    def __init__(self, config: RunConfig):
+        self._host = ray.util.get_node_ip_address()
+        self._listen = config.telemetry.host
+        self._rank = Rank(config, self._host)
+        self._metrics = RankMetrics()
+        self._exporter = Exporter(self._metrics.registry, config.telemetry.host, 0)
+
+    @ray.method(concurrency_group="control")
+    def target(self) -> str:
+        """host:port of this rank's exporter, as others reach it."""
+        return f"{reachable(self._listen, self._host)}:{self._exporter.port}"
+
+    @ray.method(concurrency_group="control")
+    def reads(self, path: str, token: str) -> bool:
+        """Whether this node sees the run folder: the token that the driver wrote there."""
+        try:
+            return storage.read_bytes(path).decode() == token
+        except storage.StorageError:
+            return False
+
+    @ray.method(concurrency_group="control")
+    def abort(self) -> None:
+        self._rank.abort()
+
+    @ray.method(concurrency_group="compute")
+    def form(self, assignment: Assignment) -> None:
+        self._rank.form(assignment)
+
+    @ray.method(concurrency_group="compute")
+    def initialise(self) -> None:
+        self._rank.initialise()
+
+    @ray.method(concurrency_group="compute")
+    def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
+        self._rank.restore(directory, pieces, steps)
+
+    @ray.method(concurrency_group="compute")
+    def learn(self, program: Program, training: bool) -> None:
+        self._rank.learn(program, training)
+
+    @ray.method(concurrency_group="compute")
+    def step(self, request: StepRequest) -> StepReport:
+        report = self._rank.step(request)
+        self._metrics.observe(report)
+        return report
+
+    @ray.method(concurrency_group="compute")
+    def apply(self, apply: Apply) -> None:
+        self._rank.apply(apply)
+
+    @ray.method(concurrency_group="compute")
+    def evaluate(self, request: StepRequest) -> LossSums:
+        return self._rank.evaluate(request)
+
+    @ray.method(concurrency_group="compute")
+    def snapshot(self, directory: str) -> None:
+        self._rank.snapshot(directory)
+
+    @ray.method(concurrency_group="files")
+    def saved(self) -> list[SavedPiece]:
+        return self._rank.saved()

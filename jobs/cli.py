@@ -1,0 +1,85 @@
+"""What all jobs share on the command line: `--config`, `--set`, exit codes, one-line refusals.
+
+Exit codes: 0 done; 1 failed; 2 bad usage or configuration, with one line on standard error that names key, value and what is
+allowed; 130 interrupted. An exception that nobody foresaw keeps its traceback (and exits 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from orchestrator.config import ConfigError, RunConfig, load
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+class JobFailed(Exception):
+    """The job could not do what it was asked to. `str()`: the one line that the user sees."""
+
+
+class UsageError(Exception):
+    """The command line is wrong. `str()`: the one line that the user sees."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; sub-parsers are of the same class."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every job takes."""
+    parser.add_argument("--config", metavar="FILE", help="run configuration in YAML; without it, all defaults")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
+                        help="override one setting, as section.key=value; repeatable")
+
+
+def configuration(options: argparse.Namespace) -> RunConfig:
+    """The configuration that `arguments` named. Raises ConfigError."""
+    return load(options.config, options.overrides)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a job's `main` and turn what it raises into an exit code: `sys.exit(run(main))`.
+
+    A reader of our output that goes away (`| head`) ends the job quietly, as failed: it did not finish.
+    """
+    try:
+        code = main() or DONE
+        sys.stdout.flush()
+        return code
+    except (ConfigError, UsageError) as error:
+        return _refuse(error, REFUSED)
+    except JobFailed as error:
+        return _refuse(error, FAILED)
+    except KeyboardInterrupt:
+        return _refuse("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        return FAILED
+
+
+def _reader_gone() -> bool:
+    """Whether it is standard output that is broken; if so, drop what is left, or the interpreter complains at exit."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _refuse(reason: object, code: int) -> int:
+    print(" ".join(str(reason).splitlines()), file=sys.stderr)
+    return code

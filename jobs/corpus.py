@@ -1,0 +1,44 @@
+"""The built-in corpus: the source of Python's own standard library, real text that every machine has."""
+
+from __future__ import annotations
+
+import sys
+
+from actors.dataset import Dataset, DatasetError
+from actors.tokenizer import TokenizerError
+from actors.tokenizer import load as load_tokenizer
+from orchestrator.config import ConfigError, RunConfig
+
+BUILT_IN = "stdlib"
+_LARGEST_VOCABULARY = 1024
+_TRAINING_SEQUENCES = 16_384
+
+
+def prepare(config: RunConfig, data: str) -> None:
+    """Tokenize the built-in corpus into `data` where `data.path` is auto and that was not done yet. Raises ConfigError."""
+    if config.data.path != "auto":
+        return
+    try:
+        Dataset.open(data)
+        return
+    except DatasetError:
+        pass  # not there, or left unfinished: tokenize resumes
+    from jobs.tokenize import tokenize
+
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except TokenizerError as error:
+        raise ConfigError("data.tokenizer", config.data.tokenizer, str(error)) from error
+    print(f"tokenizing the built-in corpus into {data}", file=sys.stderr, flush=True)
+    tokenize([BUILT_IN], tokenizer, data, config)
+
+
+def baselines(dataset: Dataset) -> dict[str, float]:
+    """Cross-entropy of the validation text under n-gram models, in nats a token; empty for large vocabularies."""
+    if dataset.vocab_size > _LARGEST_VOCABULARY or not dataset.validation.sequences:
+        return {}
+    from actors.ngram import ngram_cross_entropy
+
+    train = dataset.read_rows(dataset.train, range(min(dataset.train.sequences, _TRAINING_SEQUENCES)))
+    validation = dataset.read_rows(dataset.validation, range(dataset.validation.sequences))
+    return ngram_cross_entropy(train[:, :-1].reshape(-1), validation[:, :-1].reshape(-1), dataset.vocab_size)

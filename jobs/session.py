@@ -1,0 +1,112 @@
+"""The Ray side of starting a run: connect, look at the nodes, put one actor on each accelerator."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from typing import Any
+
+from orchestrator.config import ConfigError, RunConfig
+from orchestrator.layout import Layout
+from orchestrator.topology import Node, virtual_nodes
+
+RANK_RESOURCE = "rank"
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0"}
+_LOCAL = {"RAY_AUTH_MODE": "disabled"}
+_LOCAL_OBJECT_STORE_BYTES = 100_000_000
+
+
+def under_ray_job() -> bool:
+    """Whether this process is the entry point of `ray job submit`, whose working directory is an unpacked copy."""
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, else start Ray in this process."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    local = not os.environ.get("RAY_ADDRESS")
+    if local:
+        for key, value in _LOCAL.items():
+            os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False,
+                               "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+    if local:
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
+                    "_temp_dir": tempfile.mkdtemp(prefix="dualray-")}
+    ray.init(**options)
+
+
+def disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def nodes(config: RunConfig) -> tuple[Node, ...]:
+    """The nodes that a run can use, each with its ranks. Connected to Ray, unless the nodes are virtual."""
+    topology = config.topology
+    if topology.virtual_nodes:
+        return virtual_nodes(topology.virtual_nodes, topology.ranks_per_node)
+    import ray
+
+    found = [Node(node["NodeID"], _ranks(node["Resources"], topology.ranks_per_node)) for node in ray.nodes() if node["Alive"]]
+    return tuple(sorted((node for node in found if node.ranks), key=lambda node: node.name))
+
+
+def create_ranks(config: RunConfig, layout: Layout) -> list[Any]:
+    """One StageActor per rank, in rank order, on the node that the layout says. The caller owns them."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    import ray
+    from actors.stage_actor import StageActor
+
+    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    actors = []
+    for place in layout.places:
+        options: dict[str, Any] = {"name": None}
+        offered = resources.get(place.node, {})
+        if not config.topology.virtual_nodes:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node, soft=False)
+            if offered.get("GPU"):
+                options["num_gpus"] = 1
+            elif offered.get(RANK_RESOURCE):
+                options["resources"] = {RANK_RESOURCE: 1}
+        actors.append(StageActor.options(**options).remote(config))
+    return actors
+
+
+def _ranks(resources: dict[str, float], wanted: int | str) -> int:
+    """GPUs of a node, else its `rank` resource, else its CPUs; a number from the configuration caps or, without either, sets it."""
+    for key in ("GPU", RANK_RESOURCE):
+        if resources.get(key):
+            return int(resources[key]) if wanted == "auto" else min(int(wanted), int(resources[key]))
+    return int(resources.get("CPU", 0)) if wanted == "auto" else int(wanted)
+
+
+def run_directory(config: RunConfig) -> str:
+    """Where runs live. Raises ConfigError: a relative path under `ray job`, whose files go when the job ends."""
+    return _shared_path("run.directory", config.run.directory, "runs")
+
+
+def data_path(config: RunConfig) -> str:
+    """The folder of the tokenized data; auto: the built-in corpus, kept beside the runs."""
+    corpus = f".data/stdlib-{config.data.sequence_length}"
+    if config.data.path == "auto":
+        return f"{run_directory(config).rstrip('/')}/{corpus}"
+    return _shared_path("data.path", config.data.path, corpus)
+
+
+def _shared_path(key: str, path: str, under_home: str) -> str:
+    if path == "auto":
+        return os.path.expanduser(f"~/dualray/{under_home}") if under_ray_job() else os.path.abspath(under_home)
+    if "://" in path:
+        return path
+    if under_ray_job() and not os.path.isabs(os.path.expanduser(path)):
+        raise ConfigError(key, path, "an absolute path or a URI under `ray job` (its working directory is a copy), or auto")
+    return os.path.abspath(os.path.expanduser(path))
