@@ -70,9 +70,9 @@ def units(sources: list[Source]) -> list[list[Source]]:
     """Consecutive sources in bundles of about 1 MB (more for a large corpus), each the work of one task."""
     limit = min(_LARGEST_UNIT, max(_UNIT_BYTES, sum(source.bytes for source in sources) // _MOST_UNITS))
     bundles: list[list[Source]] = []
-    size = limit
+    size = 0
     for source in sources:
-        if size + source.bytes > limit:
+        if not bundles or size + source.bytes > limit:
             bundles.append([])
             size = 0
         bundles[-1].append(source)

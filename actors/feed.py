@@ -2,9 +2,10 @@
 
 orchestrator.order says which rows a step has; this module has Ray Data read them. The positions from step t on are cut, at
 the borders of shuffle windows, into chunks of a few megabytes; a chunk is one task that reads its row groups from storage
-(actors.dataset, verified) and returns the rows in order. Ray Data runs the chunks in order (`preserve_order`), a bounded number
-ahead; a background thread cuts its blocks into steps and keeps `data.prefetch_steps` of them ready. Starting at step t reads
-nothing that lies before it but the row groups of the window that it starts in. Needs an initialised Ray with a free CPU.
+(actors.dataset, verified) and returns the rows in order. Ray Data runs the chunks in order (`preserve_order`), a few at a time
+(a leg: 16 MB, or one step if that is more); a background thread cuts their rows into steps and keeps `data.prefetch_steps`
+of them ready. Starting at step t reads nothing that lies before it but the row groups of the window that it starts in.
+Needs an initialised Ray with a free CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy
 import pyarrow
+import ray
 import ray.data
 
 from actors.dataset import COLUMN, Dataset, DatasetError, list_to_matrix, matrix_to_list
@@ -26,7 +28,7 @@ from orchestrator.config import RunConfig
 
 VALIDATION = -1
 _CHUNK_BYTES = 4 << 20
-_CHUNKS_OF_A_LEG = 256
+_LEG_BYTES = 16 << 20
 _READER_BYTES = 64 << 20
 _MOST_READERS = 4
 _CLOSE_SECONDS = 5.0
@@ -93,7 +95,9 @@ class Feed:
         dataset.train.shape  # refuses an empty split here
         self._training = config.training
         self._step, self._end_step = first_step, end_step
-        self._readers = _readers(4 * (dataset.sequence_length + 1) * config.training.batch_sequences)
+        row_bytes = 4 * (dataset.sequence_length + 1)
+        self._readers = _readers(row_bytes * config.training.batch_sequences)
+        self._leg_rows = max(config.training.batch_sequences, _LEG_BYTES // row_bytes)
         self._ready: collections.deque[StepBatch | Exception] = collections.deque()
         self._changed = threading.Condition()
         self._room, self._closed = config.data.prefetch_steps, False
@@ -158,24 +162,30 @@ class Feed:
                 step += 1
 
     def _tables(self, position: int, end: int) -> Iterator[pyarrow.Table]:
-        """Rows position .. end-1 in order. Runs are split into legs, since Ray Data is told all its tasks at once."""
+        """Rows position .. end-1 in order, leg by leg.
+
+        A leg is one Ray Data execution, fetched whole before any of it is handed on: an execution whose output waits for a
+        slow reader keeps a core busy (Ray 2.60: its scheduling loop does not block once all tasks are done).
+        """
         leg: list[dict[str, int]] = []
+        rows = 0
         for chunk in self._reader.chunks(position, end):
+            if self._closed:
+                return
             leg.append(chunk)
-            if len(leg) == _CHUNKS_OF_A_LEG:
+            rows += chunk["count"]
+            if rows >= self._leg_rows:
                 yield from self._run(leg)
-                leg = []
+                leg, rows = [], 0
         if leg:
             yield from self._run(leg)
 
-    def _run(self, leg: list[dict[str, int]]) -> Iterator[pyarrow.Table]:
+    def _run(self, leg: list[dict[str, int]]) -> list[pyarrow.Table]:
+        """Whole, by reference: `iter_batches` leaves a parked thread behind at every execution (Ray 2.60)."""
         with ray.data.DataContext.current(quiet_context(self._readers)):
             source = ray.data.from_items(leg, override_num_blocks=len(leg))
             rows = source.map_batches(self._reader.__call__, batch_size=None, batch_format="pyarrow", concurrency=self._readers)
-            for table in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                if self._closed:
-                    return
-                yield table
+            return ray.get(rows.to_arrow_refs())
 
 
 class _Stock:

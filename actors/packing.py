@@ -59,13 +59,17 @@ class SplitProgress:
 
 @dataclass
 class Packer:
-    """Packs one split. `write(name, content)` stores a shard; `progress` is up to date after each shard."""
+    """Packs one split. `write(name, content)` stores a shard; `shard_done()` is called when `progress` includes it.
+
+    Only full shards are points to resume from; `close` writes the short last one, again each time that it is called after a resume.
+    """
 
     split: str
     sequence_length: int
     end_of_document: int
     write: Callable[[str, pyarrow.Buffer], None]
     progress: SplitProgress = SplitProgress()
+    shard_done: Callable[[], None] = lambda: None
     last_row_tokens: int = 0
     _total: Point = field(init=False)
     _pending: deque[tuple[Point, numpy.ndarray]] = field(init=False, default_factory=deque)
@@ -79,11 +83,11 @@ class Packer:
         """Counts of all documents so far."""
         return self._total
 
-    def add(self, key: Key, tokens: numpy.ndarray, size: int) -> bool:
-        """Append a document of `size` bytes. Returns whether a shard was finished. Documents packed before are ignored."""
+    def add(self, key: Key, tokens: numpy.ndarray, size: int) -> None:
+        """Append a document of `size` bytes, finishing shards as they fill. Documents packed before are ignored."""
         point = self.progress.point
         if key < point.key:
-            return False
+            return
         stream = numpy.append(tokens, numpy.int32(self.end_of_document))
         total = self._total
         start = replace(total, key=key, offset=point.offset if key == point.key else 0)
@@ -91,10 +95,9 @@ class Packer:
         self._pending.append((start, stream[start.offset:]))
         self._held += len(stream) - start.offset
         full = ROWS_PER_GROUP * groups_per_shard(self.sequence_length)
-        before = len(self.progress.shards)
         while self._held > full * self.sequence_length:
             self._finish_shard(full)
-        return len(self.progress.shards) > before
+            self.shard_done()
 
     def close(self) -> None:
         """Write the last, short shard, if any tokens are left that are not yet labels."""

@@ -14,6 +14,7 @@ from actors.ranks import RankFailed
 from orchestrator.config import RunConfig
 
 _STOP = (-1, "", ())
+_BESIDE = {"saved"}  # calls that wait for files, beside the rank's compute
 
 
 class ProcessRanks:
@@ -24,6 +25,7 @@ class ProcessRanks:
         os.environ["OMP_NUM_THREADS"] = "1"
         self.size, self._call = size, 0
         self._calls, self._controls, self._processes = [], [], []
+        self._mail: dict[tuple[int, int], tuple[bool, Any]] = {}
         for rank in range(size):
             call, their_call = context.Pipe()
             control, their_control = context.Pipe()
@@ -36,7 +38,24 @@ class ProcessRanks:
         self._call += 1
         for connection, values in zip(self._calls, arguments):
             connection.send((self._call, method, values))
-        return _Answers(self._call, self._calls[: len(arguments)])
+        return _Answers(self, self._call, len(arguments))
+
+    def collect(self, timeout_seconds: float) -> None:
+        """Take in what has arrived, waiting for something at most this long. Raises RankFailed: a process ended."""
+        for connection in wait(self._calls, timeout=timeout_seconds):
+            rank = self._calls.index(connection)
+            try:
+                number, ok, value = connection.recv()
+            except (EOFError, OSError):
+                raise RankFailed(rank, "its process ended") from None
+            self._mail[rank, number] = (ok, value)
+
+    def answer(self, rank: int, call: int) -> tuple[bool, Any] | None:
+        return self._mail.get((rank, call))
+
+    def forget(self, call: int) -> None:
+        """Drop the answers to a call that has been answered."""
+        self._mail = {key: found for key, found in self._mail.items() if key[1] != call}
 
     def abort(self) -> None:
         for connection in self._controls:
@@ -65,34 +84,35 @@ class ProcessRanks:
 
 
 class _Answers:
-    """Answers to one call; what a failed call before it left in the pipes is passed over."""
+    """Answers to one call, as they arrive."""
 
-    def __init__(self, call: int, connections: list[Connection]):
-        self._call, self._connections = call, connections
+    def __init__(self, ranks: ProcessRanks, call: int, count: int):
+        self._ranks, self._call, self._count = ranks, call, count
 
     def done(self) -> bool:
-        return all(connection.poll() for connection in self._connections)
+        self._ranks.collect(0)
+        return not self._missing()
 
     def results(self, timeout_seconds: float) -> list[Any]:
         deadline = time.monotonic() + timeout_seconds
-        found: dict[int, Any] = {}
-        while len(found) < len(self._connections):
-            missing = {c: r for r, c in enumerate(self._connections) if r not in found}
-            ready = wait(list(missing), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise RankFailed(min(missing.values()), f"no answer within {timeout_seconds:g} s")
-            for connection in ready:
-                rank = missing[connection]
-                try:
-                    call, ok, value = connection.recv()
-                except (EOFError, OSError):
-                    raise RankFailed(rank, "its process ended") from None
-                if call != self._call:
-                    continue
-                if not ok:
-                    raise RankFailed(rank, value)
-                found[rank] = value
-        return [found[rank] for rank in range(len(found))]
+        while missing := self._missing():
+            self._refuse_failed()
+            if (left := deadline - time.monotonic()) <= 0:
+                raise RankFailed(missing[0], f"no answer within {timeout_seconds:g} s")
+            self._ranks.collect(left)
+        self._refuse_failed()
+        found = [self._ranks.answer(rank, self._call)[1] for rank in range(self._count)]
+        self._ranks.forget(self._call)
+        return found
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self._count) if self._ranks.answer(rank, self._call) is None]
+
+    def _refuse_failed(self) -> None:
+        for rank in range(self._count):
+            answer = self._ranks.answer(rank, self._call)
+            if answer is not None and not answer[0]:
+                raise RankFailed(rank, answer[1])
 
 
 def _serve(config: RunConfig, calls: Connection, control: Connection) -> None:
@@ -109,10 +129,18 @@ def _serve(config: RunConfig, calls: Connection, control: Connection) -> None:
             rank.abort()
 
     threading.Thread(target=watch, daemon=True).start()
-    while (request := calls.recv()) != _STOP:
-        number, method, arguments = request
+    sending = threading.Lock()
+
+    def run(number: int, method: str, arguments: tuple) -> None:
         try:
             answer = (number, True, getattr(rank, method)(*arguments))
         except Exception as error:
             answer = (number, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        calls.send(answer)
+        with sending:
+            calls.send(answer)
+
+    while (request := calls.recv()) != _STOP:
+        if request[1] in _BESIDE:
+            threading.Thread(target=run, args=request, daemon=True).start()
+        else:
+            run(*request)

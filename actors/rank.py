@@ -110,7 +110,8 @@ class Rank:
             for load in chunk.load.values():
                 load.zero_()
         work = StepWork(tapes, self._links(request.sizes), self._reduce)
-        self._executor.run(self._programs[True, request.microbatches], work)
+        with torch.no_grad():  # islands switch gradients on for themselves
+            self._executor.run(self._programs[True, request.microbatches], work)
         ended = time.perf_counter()
         return StepReport(
             rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,

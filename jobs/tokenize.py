@@ -101,7 +101,7 @@ class _Work:
         self._output, self._settings, self._sources, self._tokenizer = output, settings, sources, tokenizer
         self._units = documents.units(sources)
         length, end = settings["data.sequence_length"], tokenizer.end_of_document
-        self._packers = {split: Packer(split, length, end, self._write, progress[split]) for split in SPLITS}
+        self._packers = {split: Packer(split, length, end, self._write, progress[split], self._save) for split in SPLITS}
 
     def run(self, reader: documents.UnitTokenizer, show: Show) -> None:
         total, done, unit = sum(source.bytes for source in self._sources), 0, 0
@@ -110,8 +110,7 @@ class _Work:
             errors = [text for text in table.column("error").to_pylist() if text]
             if errors:
                 raise documents.DocumentError(errors[0])
-            if self._pack(table):
-                self._save()
+            self._pack(table)
             for passed in self._units[unit: table.column("unit")[-1].as_py()] if table.num_rows else []:
                 done, unit = done + sum(source.bytes for source in passed), unit + 1
             show(done, total, self._shards())
@@ -128,7 +127,6 @@ class _Work:
             "splits": {split: _split_entry(packer) for split, packer in self._packers.items()}}
         if not self._packers["train"].progress.shards:
             raise documents.DocumentError(f"{self._output}: the inputs hold no text to train on")
-        self._save()
         storage.write_atomic(storage.join(self._output, MANIFEST), _json(manifest))
 
     def _wanted(self) -> list[dict[str, Any]]:
@@ -140,16 +138,13 @@ class _Work:
                 rows.append(documents.unit_row(number, sources, train, validation))
         return rows
 
-    def _pack(self, table: Any) -> bool:
-        """Whether a shard was finished."""
+    def _pack(self, table: Any) -> None:
         columns = [table.column(name).to_pylist() for name in ("unit", "document", "held_out", "bytes")]
         tokens = table.column("tokens").combine_chunks()
         flat, offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
-        finished = False
         for unit, number, held_out, size, low, high in zip(*columns, offsets, offsets[1:]):
             packer = self._packers["validation" if held_out else "train"]
-            finished |= packer.add((unit, number), numpy.asarray(flat[low:high], dtype=numpy.int32), size)
-        return finished
+            packer.add((unit, number), numpy.asarray(flat[low:high], dtype=numpy.int32), size)
 
     def _write(self, name: str, content: Any) -> None:
         storage.write_atomic(storage.join(self._output, name), content)

@@ -93,7 +93,8 @@ class ExpertExchange:
     def dispatch_backward(self, grad_rows: Tensor, grad_weights: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
         """Adjoint of dispatch: gradients of x_th and weight_tk. Collective."""
         rows_n, weights_n = self._return_pair(grad_rows, grad_weights, handle)
-        return self._sum_copies(rows_n, handle), weights_n.index_select(0, handle.plan.place_n).view(-1, handle.plan.top_k)
+        plan = handle.plan
+        return self._sum_copies(rows_n, handle), weights_n.index_select(0, plan.place_n).view(plan.tokens, plan.top_k)
 
     def combine(self, rows_y: Tensor, handle: Handle) -> Tensor:
         """Bring the experts' outputs [r, h] home and add up the k of every token: [t, h]. Collective."""
@@ -143,7 +144,7 @@ class ExpertExchange:
 
     def _sum_copies(self, rows_n: Tensor, handle: Handle) -> Tensor:
         plan = handle.plan
-        return rows_n.index_select(0, plan.place_n).view(plan.tokens, plan.top_k, -1).sum(1)
+        return rows_n.index_select(0, plan.place_n).view(plan.tokens, plan.top_k, rows_n.shape[1]).sum(1)
 
 
 def pack(rows: Tensor, weights: Tensor) -> Tensor:
@@ -155,7 +156,8 @@ def unpack(message: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Inverse of `pack`; `dtype` is that of the numbers."""
     columns = dtype.itemsize // message.dtype.itemsize
     rows, weights = message.split([message.shape[1] - columns, columns], dim=1)
-    return rows.contiguous(), weights.contiguous().view(dtype).squeeze(1)
+    # a copy, always: a view as wider numbers must start at a multiple of their size
+    return rows.contiguous(), weights.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(1)
 
 
 def sorted_by_expert(rows: Tensor, handle: Handle) -> Tensor:

@@ -37,7 +37,7 @@ class Group:
     def all_gather(self, output: torch.Tensor, part: torch.Tensor) -> None:
         """`output` [size * n] receives every member's `part` [n], in member order. `part` may be a slice of `output`."""
         if self.size > 1:
-            _wait(self._backend._allgather_base(output, part.clone(), dist.AllgatherOptions()))
+            _wait(self._backend._allgather_base(output, part.clone()))
         elif output.data_ptr() != part.data_ptr():
             output.copy_(part)
 

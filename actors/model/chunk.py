@@ -7,7 +7,6 @@ go to the queue as closures: whoever runs the segments flushes it (B) or takes i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +18,12 @@ from actors.model.layer import DenseLayer, ExpertLayer, Parts
 from actors.model.linear import Scope, embed, embed_backward, linear, rms_norm
 from actors.model.rope import Rotary
 from actors.model.segment import Lane, Segment
-from actors.model.tape import Microbatch
+from actors.model.tape import LossScales, Microbatch
 from actors.model.weights import Weight, WeightGradients, exact_dtype
 from orchestrator.config import ModelConfig
 from orchestrator.parameters import moe_layers, mtp_layer
 
 __all__ = ["Chunk", "Lane", "LossScales", "Microbatch", "Segment"]
-
-
-@dataclass(frozen=True, slots=True)
-class LossScales:
-    """Factors of the three loss sums in what is differentiated: weights already divided by the global batch's counts."""
-
-    next_token: float = 1.0
-    mtp: float = 0.0
-    balance: float = 0.0
 
 
 class Chunk:
@@ -79,18 +69,15 @@ class Chunk:
 
     def backward(self, tape: Microbatch) -> list[Segment]:
         """All of I. Reads `tape.output_gradient` (not on the last stage), sets `tape.input_gradient` (not on the first)."""
-        for layer in self._layers.values():
-            if isinstance(layer, ExpertLayer):
-                layer.balance_scale = self.scales.balance
         segments = [self._compute("output", self._enter_backward, tape)]
         if self._mtp is not None:
             segments.append(self._compute("mtp_head", self._mtp_head_backward, tape))
-            segments += self._layers[self._mtp].backward(tape)
+            segments += self._layers[self._mtp].backward(tape, self.scales)
             segments.append(self._compute("mtp_input", self._mtp_input_backward, tape))
         if self.last:
             segments.append(self._compute("head", self._head_backward, tape))
         for n in reversed(self._order):
-            segments += self._layers[n].backward(tape)
+            segments += self._layers[n].backward(tape, self.scales)
         return [*segments, self._compute("embedding" if self.first else "input", self._leave_backward, tape)]
 
     # --- ends of the stage ---------------------------------------------------------------------------------------
@@ -124,7 +111,7 @@ class Chunk:
 
     def _head_backward(self, tape: Microbatch) -> None:
         if tape.sequences:
-            (tape.gradient,) = self._pop(tape, "head").backward(self._seed(self.scales.next_token), tape.gradient)
+            (tape.gradient,) = tape.islands.pop("head").backward(_seed(self.scales.next_token, tape), tape.gradient)
 
     def _mtp_head_forward(self, tape: Microbatch) -> None:
         if tape.sequences:
@@ -135,7 +122,7 @@ class Chunk:
 
     def _mtp_head_backward(self, tape: Microbatch) -> None:
         if tape.sequences:
-            (tape.gradient,) = self._pop(tape, "mtp_head").backward(self._seed(self.scales.mtp), None)
+            (tape.gradient,) = tape.islands.pop("mtp_head").backward(_seed(self.scales.mtp, tape), None)
 
     def _mtp_input_forward(self, tape: Microbatch) -> None:
         """Position i meets the embedding of token i+1, and the hidden state after the model's last norm."""
@@ -145,7 +132,7 @@ class Chunk:
 
     def _mtp_input_backward(self, tape: Microbatch) -> None:
         if tape.sequences:
-            following, tape.gradient = self._pop(tape, "mtp_input").backward(tape.gradient)
+            following, tape.gradient = tape.islands.pop("mtp_input").backward(tape.gradient)
             embed_backward(following, tape.tokens[:, 1:], self._weights["model.embed_tokens.weight"], self._queue)
 
     def _mtp_project(self, following: Tensor, hidden: Tensor, scope: Scope) -> tuple[Tensor, ...]:
@@ -184,13 +171,10 @@ class Chunk:
             tape.islands[name] = island
         return island
 
-    @staticmethod
-    def _pop(tape: Microbatch, name: str) -> Island:
-        return tape.islands.pop(name)
 
-    @staticmethod
-    def _seed(scale: float) -> Tensor:
-        return torch.tensor(scale, dtype=torch.float64)
+def _seed(scale: float, tape: Microbatch) -> Tensor:
+    """Gradient of a loss sum."""
+    return torch.tensor(scale, dtype=torch.float64, device=tape.tokens.device)
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

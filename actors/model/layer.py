@@ -9,8 +9,9 @@ the next one there, so the segments of two microbatches may alternate in any way
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from actors.model.linear import Scope, expert_mlp, linear, mlp, rms_norm
 from actors.model.recompute import Recipes
 from actors.model.rope import Rotary
 from actors.model.segment import Lane, Segment
-from actors.model.tape import Microbatch, Record
+from actors.model.tape import LossScales, Microbatch, Record
 from actors.model.weights import Weight, WeightGradients, fused
 from orchestrator.config import ModelConfig
 
@@ -68,7 +69,7 @@ class _Layer:
     def _normed(self, x: Tensor, scope: Scope) -> Tensor:
         return rms_norm(x, self._mlp_norm, self.parts.model.rms_norm_eps, scope)
 
-    def _segment(self, lane: Lane, name: str, run, tape: Microbatch) -> Segment:
+    def _segment(self, lane: Lane, name: str, run: Callable[[Microbatch], None], tape: Microbatch) -> Segment:
         return Segment(lane, name, self.n, lambda: run(tape))
 
 
@@ -81,7 +82,7 @@ class DenseLayer(_Layer):
         return [self._segment(Lane.COMPUTE, "attention", self._attention_forward, tape),
                 self._segment(Lane.COMPUTE, "mlp", self._mlp_forward, tape)]
 
-    def backward(self, tape: Microbatch) -> list[Segment]:
+    def backward(self, tape: Microbatch, scales: LossScales) -> list[Segment]:
         return [self._segment(Lane.COMPUTE, "mlp", self._mlp_backward, tape),
                 self._segment(Lane.COMPUTE, "attention", self._attention_backward, tape)]
 
@@ -129,7 +130,6 @@ class ExpertLayer(_Layer):
         self._expert_gate_up, self._expert_down = [up for up, _ in pairs], [down for _, down in pairs]
         self._shared = parts.gate_up_down(self.prefix + "mlp.shared_experts") if model.n_shared_experts else None
         self.load = torch.zeros(model.n_routed_experts, dtype=torch.int64, device=bias.device)
-        self.balance_scale = 0.0
 
     def forward(self, tape: Microbatch) -> list[Segment]:
         return [self._segment(Lane.COMPUTE, "attention", self._attention_forward, tape),
@@ -137,11 +137,11 @@ class ExpertLayer(_Layer):
                 self._segment(Lane.COMPUTE, "experts", self._experts_forward, tape),
                 self._segment(Lane.EXCHANGE, "combine", self._combine_forward, tape)]
 
-    def backward(self, tape: Microbatch) -> list[Segment]:
+    def backward(self, tape: Microbatch, scales: LossScales) -> list[Segment]:
         return [self._segment(Lane.EXCHANGE, "combine", self._combine_backward, tape),
                 self._segment(Lane.COMPUTE, "experts", self._experts_backward, tape),
                 self._segment(Lane.EXCHANGE, "dispatch", self._dispatch_backward, tape),
-                self._segment(Lane.COMPUTE, "attention", self._attention_backward, tape)]
+                self._segment(Lane.COMPUTE, "attention", partial(self._attention_backward, scales=scales), tape)]
 
     # --- forward -------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,9 @@ class ExpertLayer(_Layer):
         counts, tokens = sent.counts, record.normed.shape[0]
 
         def run(rows: Tensor, row_weights: Tensor, normed: Tensor) -> tuple[Tensor, ...]:
-            out = expert_mlp(rows, row_weights, self._expert_gate_up, self._expert_down, counts, scope)
+            out = rows  # no rows come where no expert is, or none was chosen
+            if rows.shape[0]:
+                out = expert_mlp(rows, row_weights, self._expert_gate_up, self._expert_down, counts, scope)
             return (out, mlp(normed, *self._shared, scope)) if tokens and self._shared else (out,)
 
         if not tokens and not sent.rows.shape[0]:
@@ -227,7 +229,10 @@ class ExpertLayer(_Layer):
             record.row_weights = self._bias.new_empty(0)
             return
         shared = (tape.gradient.flatten(0, 1),) if tape.sequences and self._shared else ()
+        no_rows = record.rows
         record.rows, record.row_weights, record.normed = record.mlp.backward(record.rows, *shared)
+        if record.row_weights is None:
+            record.rows, record.row_weights = no_rows, self._bias.new_empty(0)
         record.mlp = None
 
     def _dispatch_backward(self, tape: Microbatch) -> None:
@@ -237,9 +242,9 @@ class ExpertLayer(_Layer):
         record.normed = gradient_th if record.normed is None else record.normed + gradient_th
         record.rows = record.row_weights = record.handle = None
 
-    def _attention_backward(self, tape: Microbatch) -> None:
+    def _attention_backward(self, tape: Microbatch, scales: LossScales) -> None:
         record = tape.records.pop(self.n)
         if not tape.sequences:
             return
-        balance = self._bias.new_tensor(self.balance_scale)
+        balance = self._bias.new_tensor(scales.balance)
         (tape.gradient,) = record.attention.backward(tape.gradient, record.normed, record.weight_tk, balance)

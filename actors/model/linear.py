@@ -95,6 +95,11 @@ def add_product(weight: Weight, gradient_no: Tensor, x_ni: Tensor) -> None:
         weight.gradient.add_(gradient_no.t() @ x_ni)
 
 
+def detached(ctx: torch.autograd.function.FunctionCtx) -> list[Tensor]:
+    """Saved tensors without their graph: a closure that waits for its turn must not keep the graph alive."""
+    return [saved.detach() for saved in ctx.saved_tensors]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight, queue: WeightGradients) -> Tensor:
@@ -104,7 +109,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
+        (x,), weight = detached(ctx), ctx.weight
         gradient_no = gradient.reshape(-1, gradient.shape[-1])
 
         def accumulate() -> None:
@@ -126,7 +131,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient_no: Tensor) -> tuple[Tensor | None, ...]:
-        (x_ni,), runs = ctx.saved_tensors, ctx.runs
+        (x_ni,), runs = detached(ctx), ctx.runs
         out_ni = torch.empty(x_ni.shape, dtype=x_ni.dtype, device=x_ni.device)
         for weight, start, stop in runs:
             torch.mm(gradient_no[start:stop], weight.value, out=out_ni[start:stop])
@@ -165,7 +170,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x, inverse), weight = ctx.saved_tensors, ctx.weight
+        (x, inverse), weight = detached(ctx), ctx.weight
         unit = x.to(inverse.dtype) * inverse
         product = gradient * unit
 

@@ -12,6 +12,15 @@ from actors.model.island import Island
 from actors.model.recompute import Recipes
 
 
+@dataclass(frozen=True, slots=True)
+class LossScales:
+    """Factors of the three loss sums in what is differentiated: weights already divided by the global batch's counts."""
+
+    next_token: float = 1.0
+    mtp: float = 0.0
+    balance: float = 0.0
+
+
 @dataclass(slots=True)
 class Record:
     """One layer's share of a tape: islands waiting for their backward, and tensors on their way to the next segment."""

@@ -8,7 +8,7 @@ position alone; so they all enter the same collectives in the same order, and th
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from orchestrator.schedule.actions import Action, Compute, Kind, Pair, Program, Reduce, Schedule, Transfer, dependencies
 from orchestrator.schedule.grid import ScheduleError, failure
@@ -205,5 +205,4 @@ class _Run:
 
     def _too_early(self, position: int, action: Action, reason: str) -> ScheduleError:
         index = self._compute_index(position)
-        places: Mapping[int, int] = {position: index}
-        return failure(f"position {position}, action {index}: {action} {reason}", self._schedule.rows, places)
+        return failure(f"position {position}, action {index}: {action} {reason}", self._schedule.rows, {position: index})

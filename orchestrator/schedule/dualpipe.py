@@ -27,7 +27,7 @@ def dualpipe(positions: int, microbatches: int) -> Schedule:
     least = least_microbatches(positions)
     if microbatches < least or (positions > 1 and microbatches % 2):
         wanted = f"an even number, at least {least} (2 x positions)" if positions > 1 else f"at least {least}"
-        raise ConfigError("microbatches", microbatches, f"{KIND} with {positions} positions takes {wanted}")
+        raise ConfigError("microbatches", microbatches, f"{KIND} takes {wanted}")
     if positions == 1:
         return Schedule(KIND, 1, microbatches, (_single_row(microbatches),))
     return Schedule(KIND, positions, microbatches, tuple(_row(r, positions, microbatches) for r in range(positions)))

@@ -21,8 +21,8 @@ def forward_only(positions: int, microbatches: int) -> Schedule:
         raise ConfigError("positions", positions, f"{FORWARD_ONLY} takes 1 or an even number")
     directions = paths(FORWARD_ONLY, positions)
     if microbatches < 1 or microbatches % len(directions):
-        wanted = "an even number, at least 2" if positions > 1 else "at least 1"
-        raise ConfigError("microbatches", microbatches, f"{FORWARD_ONLY} with {positions} positions takes {wanted}")
+        wanted = "an even number, at least 2, for more than one position" if positions > 1 else "at least 1"
+        raise ConfigError("microbatches", microbatches, f"{FORWARD_ONLY} takes {wanted}")
     rows: list[list[tuple[int, Compute]]] = [[] for _ in range(positions)]
     for path in directions:
         for stage, (position, slot) in enumerate(path):

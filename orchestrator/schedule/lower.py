@@ -13,7 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.schedule.actions import (
-    Action, Compute, Kind, Pair, Payload, Program, Reduce, Schedule, Transfer, dependencies,
+    Action,
+    Compute,
+    Kind,
+    Pair,
+    Payload,
+    Program,
+    Reduce,
+    Schedule,
+    Transfer,
+    dependencies,
 )
 from orchestrator.schedule.grid import failure
 

@@ -62,8 +62,8 @@ def svg(schedule: Schedule, timeline: Timeline) -> str:
     width, height = max(round(scale.x(scale.makespan)) + RIGHT, 1180), bottom + 34
     title = _title(schedule, timeline)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"',
+        f' role="img" aria-label="{escape(title)}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="16" y="30" font-size="17" font-weight="bold">{escape(title)}</text>',
         *_legend(schedule),
@@ -137,11 +137,13 @@ def _box(action: Compute | Pair, span: Span, scale: _Scale, y: float) -> list[st
         top, lift = y + index * height, 2 if half.kind in SPLIT else 0
         parts.append(f'<rect x="{_px(x)}" y="{_px(top)}" width="{_px(width)}" height="{_px(height)}" fill="{_fill(half)}"/>')
         if half.kind in SPLIT:
-            parts.append(f'<rect x="{_px(x)}" y="{_px(top + height - 4)}" width="{_px(width)}" height="4" fill="{_hue(half.slot)}"/>')
+            parts.append(f'<rect x="{_px(x)}" y="{_px(top + height - 4)}" width="{_px(width)}" height="4" '
+                         f'fill="{DARK[half.slot % len(DARK)]}"/>')
         if width >= 7 * len(str(half.microbatch)) + 2:
             parts.append(f'<text x="{_px(x + width / 2)}" y="{_px(top + height / 2 + 4 - lift)}" text-anchor="middle" '
                          f'fill="{_ink(half)}">{half.microbatch}</text>')
-    parts.append(f'<rect x="{_px(x)}" y="{y}" width="{_px(width)}" height="{BAR}" fill="none" stroke="white" stroke-width="1.5"/></g>')
+    parts.append(f'<rect x="{_px(x)}" y="{y}" width="{_px(width)}" height="{BAR}" fill="none" stroke="white" '
+                 'stroke-width="1.5"/></g>')
     return parts
 
 
@@ -149,10 +151,6 @@ def _fill(action: Compute) -> str:
     if action.kind in SPLIT:
         return SPLIT[action.kind]
     return (LIGHT if action.kind is Kind.FORWARD else DARK)[action.slot % len(DARK)]
-
-
-def _hue(slot: int) -> str:
-    return DARK[slot % len(DARK)]
 
 
 def _ink(action: Compute) -> str:

@@ -1,0 +1,80 @@
+"""Actions as values and as text."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.schedule.actions import Compute, Kind, Pair, Schedule, Transfer, dependencies, parse_csv, to_csv
+
+F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+
+SMALL = """\
+F0.0,F1.0,F0.1,B1.0,F1.1|B0.0,B1.1,I0.1,W0.1
+F1.0,F0.0,F1.1,B0.0,F0.1|B1.0,B0.1,I1.1,W1.1
+"""
+
+
+def test_text_becomes_values_and_back():
+    schedule = parse_csv(SMALL)
+    assert (schedule.positions, schedule.microbatches, to_csv(schedule)) == (2, 4, SMALL)
+    assert schedule.rows[0][0] == Compute(F, stage=0, slot=0, microbatch=0)
+    assert schedule.rows[0][1] == Compute(F, stage=1, slot=1, microbatch=0)
+    assert schedule.rows[1][4] == Pair(Compute(F, 1, 0, 1), Compute(B, 0, 1, 0))
+    assert schedule.rows[1][7] == Compute(W, 0, 1, 1)
+
+
+@pytest.mark.parametrize("word, quoted", [
+    *((word, word) for word in (
+        "F0.3junk", " F0.3", "F0.03", "F0", "X0.3", "f0.3", "F0.-1", "", "F2.0", "F٣.0", "F0.9999999999")),
+    ("F0.3|", ""), ("F0.3|B0.1x", "B0.1x"), ("F0.3|B0.1|B0.2", "F0.3|B0.1|B0.2"), ("B0.1|F0.3", "B0.1|F0.3"),
+    ("F0.1|I0.0", "F0.1|I0.0"), ("F0.1\r", "F0.1\r"),
+])
+def test_what_is_no_action_is_refused_and_quoted(word, quoted):
+    with pytest.raises(ValueError, match="position 0") as refusal:
+        parse_csv(SMALL.replace("F0.1,", word + ",", 1))
+    assert repr(quoted) in str(refusal.value)
+
+
+@pytest.mark.parametrize("positions, slot, route", [
+    (1, 0, [(0, 0)]),
+    (4, 0, [(0, 0), (1, 0), (2, 0), (3, 0)]),
+    (4, 1, [(3, 1), (2, 1), (1, 1), (0, 1)]),
+])
+def test_route(positions, slot, route):
+    assert list(Schedule("dualpipe", positions, 8, ()).route(slot, 3)) == route
+
+
+@pytest.mark.parametrize("positions, slot, microbatch", [(1, 1, 0), (4, 2, 0), (4, 0, 4), (4, 1, -1)])
+def test_no_such_microbatch(positions, slot, microbatch):
+    with pytest.raises(ValueError, match="no microbatch"):
+        Schedule("dualpipe", positions, 8, ()).route(slot, microbatch)
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="'zigzag': one of dualpipe, forward_only"):
+        parse_csv(SMALL, "zigzag")
+
+
+def test_dependencies():
+    schedule = parse_csv(SMALL)
+    assert dependencies(Compute(F, 0, 0, 1), schedule) == ()
+    assert dependencies(Compute(F, 1, 1, 0), schedule) == (Compute(F, 0, 1, 0),)
+    assert dependencies(Compute(B, 1, 0, 0), schedule) == (Compute(F, 1, 0, 0),)
+    assert dependencies(Compute(I, 0, 0, 1), schedule) == (Compute(F, 0, 0, 1), Compute(B, 1, 0, 1))
+    assert dependencies(Compute(W, 0, 0, 1), schedule) == (Compute(I, 0, 0, 1),)
+    pair = Pair(Compute(F, 1, 1, 1), Compute(B, 0, 0, 0))
+    assert set(dependencies(pair, schedule)) == {Compute(F, 0, 1, 1), Compute(F, 0, 0, 0), Compute(B, 1, 0, 0)}
+
+
+def test_a_backward_waits_for_the_split_backward_of_the_next_stage():
+    schedule = Schedule("dualpipe", 2, 4, ((Compute(B, 0, 0, 0),), (Compute(I, 1, 0, 0), Compute(W, 1, 0, 0))))
+    assert dependencies(Compute(B, 0, 0, 0), schedule) == (Compute(F, 0, 0, 0), Compute(I, 1, 0, 0))
+
+
+def test_values_of_the_wrong_kind_are_refused():
+    with pytest.raises(ValueError, match="SEND is no compute action"):
+        Compute(Kind.SEND, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"F0.0\|F0.1 is no pair"):
+        Pair(Compute(F, 0, 0, 0), Compute(F, 0, 0, 1))
+    with pytest.raises(ValueError, match="REDUCE is no transfer"):
+        Transfer(Kind.REDUCE, "activation", 1, 1, 0, 0, 0)
