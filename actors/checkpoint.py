@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+import numpy
 import safetensors.torch
 import torch
 
@@ -101,6 +102,17 @@ def restore_shards(directory: str, pieces: Iterable[SavedPiece], shards: Iterabl
             owned.set_moments(*moments[id(owned)], steps)
     for layer, bias in biases.items():
         _fill(bias, 0, index.get((bias_name(layer), BIAS), []), reader, bias_name(layer))
+
+
+def read_parameters(directory: str) -> dict[str, numpy.ndarray]:
+    """Every weight's master values, flat and in float64, by name: for comparing and exporting small models."""
+    manifest, reader = read_manifest(directory), _Reader(directory)
+    pieces: dict[str, list[SavedPiece]] = {}
+    for piece in manifest.pieces:
+        if piece.kind == MASTER:
+            pieces.setdefault(piece.name, []).append(piece)
+    return {name: numpy.concatenate([reader.read(piece).double().numpy() for piece in sorted(found, key=lambda p: p.start)])
+            for name, found in pieces.items()}
 
 
 def bias_name(layer: int) -> str:

@@ -80,8 +80,8 @@ class StepReport:
     digest: int
     figures: Figures
     seconds: float
-    busiest_expert: float  # max over MoE layers of (largest load / mean load) over the global batch
     bytes_sent: int
+    load: dict[int, list[int]]  # tokens of the global batch that chose each expert, by layer; from one rank of each stage
     spans: tuple[Span, ...] = field(default=())
 
 

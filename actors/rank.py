@@ -39,13 +39,17 @@ class Rank:
     """`host`: the address of this rank's node that its peers can reach."""
 
     def __init__(self, config: RunConfig, host: str):
-        self._config, self._host = config, host
+        self._host = host
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._dtype = DTYPES[config.training.dtype]
+        self.configure(config)
         self._generation: Generation | None = None
         self._abort_lock = threading.Lock()
         if self._device.type == "cpu":
             torch.set_num_threads(1)
+
+    def configure(self, config: RunConfig) -> None:
+        """Another configuration, from the next `form` on."""
+        self._config, self._dtype = config, DTYPES[config.training.dtype]
 
     # --- generations ---------------------------------------------------------------------------------------------
 
@@ -116,7 +120,7 @@ class Rank:
         return StepReport(
             rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
             digest=self._digest(request, tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
-            busiest_expert=self._busiest_expert(), bytes_sent=work.links.bytes_sent,
+            bytes_sent=work.links.bytes_sent, load=self._reported_load(),
             spans=tuple(work.spans) if request.keep_spans else ())
 
     def apply(self, apply: Apply) -> None:
@@ -207,9 +211,9 @@ class Rank:
             self._load = dict(zip(sorted(self._load), counts))
         self.optimizer.reduce(self._generation, self._world)
 
-    def _busiest_expert(self) -> float:
-        ratios = [float(load.max() / load.double().mean()) for load in self._load.values() if load.sum()]
-        return max(ratios, default=1.0)
+    def _reported_load(self) -> dict[int, list[int]]:
+        first = self._assignment.rank == self._stage_group.ranks[0]
+        return {layer: load.tolist() for layer, load in self._load.items()} if first else {}
 
     def _digest(self, request: StepRequest, tapes: Mapping[tuple[int, int], Microbatch]) -> int:
         """Of the sequences that entered the pipeline here: each is hashed by one rank only, after its backward."""

@@ -183,13 +183,14 @@ class Trainer:
             "overlap_ratio": mean["overlap_ratio"], "bubble_ratio": mean["bubble_ratio"],
             "exposed_comm_seconds": mean["exposed_communication_seconds"], "generation": self._generation,
             "nodes": len(self._layout.nodes), "gradient_norm": reports[0].gradient_norm, "learning_rate": rate,
-            "busiest_expert": max(report.busiest_expert for report in reports),
+            "busiest_expert": _busiest(reports),
             "sequences": len(batch.valid), "compute_seconds": sum(r.figures.compute_seconds for r in reports) / len(reports),
             "communication_seconds": sum(r.figures.communication_seconds for r in reports) / len(reports),
             "rank_seconds": max(report.seconds for report in reports),
         }
         self._folder.metrics(values)
         self._watch("step", values)
+        self._watch("load", {layer: load for report in reports for layer, load in report.load.items()})
         if reports[0].spans:
             self._watch("spans", {"step": step, "spans": [span for report in reports for span in report.spans]})
 
@@ -282,6 +283,12 @@ def _losses(sums: LossSums, batch: Batch, config: RunConfig) -> dict[str, float]
         found["mtp_loss"] = sums.mtp / divisors.mtp
     found["balance_loss"] = sums.balance / divisors.sequences
     return found
+
+
+def _busiest(reports: list[StepReport]) -> float:
+    """Largest expert load divided by the mean, in the worst layer; 1 where there are no experts."""
+    loads = [load for report in reports for load in report.load.values() if sum(load)]
+    return max((max(load) * len(load) / sum(load) for load in loads), default=1.0)
 
 
 def _layout_record(layout: Layout) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
-from actors.dataset import Dataset, DatasetError
+import numpy
+
+from actors.dataset import Dataset, DatasetError, Split
 from actors.tokenizer import TokenizerError
 from actors.tokenizer import load as load_tokenizer
 from orchestrator.config import ConfigError, RunConfig
 
 BUILT_IN = "stdlib"
 _LARGEST_VOCABULARY = 1024
-_TRAINING_SEQUENCES = 16_384
+_TRAINING_SEQUENCES = 1 << 17
 
 
 def prepare(config: RunConfig, data: str) -> None:
@@ -37,8 +40,12 @@ def baselines(dataset: Dataset) -> dict[str, float]:
     """Cross-entropy of the validation text under n-gram models, in nats a token; empty for large vocabularies."""
     if dataset.vocab_size > _LARGEST_VOCABULARY or not dataset.validation.sequences:
         return {}
-    from actors.ngram import ngram_cross_entropy
+    from actors.ngram import ngram_cross_entropy, text_of_rows
 
-    train = dataset.read_rows(dataset.train, range(min(dataset.train.sequences, _TRAINING_SEQUENCES)))
-    validation = dataset.read_rows(dataset.validation, range(dataset.validation.sequences))
-    return ngram_cross_entropy(train[:, :-1].reshape(-1), validation[:, :-1].reshape(-1), dataset.vocab_size)
+    def text(split: Split, most: int) -> numpy.ndarray:
+        rows = range(min(split.sequences, most))
+        return text_of_rows(dataset.read_rows(split, rows), dataset.valid_tokens(split, rows))
+
+    found = ngram_cross_entropy(text(dataset.train, _TRAINING_SEQUENCES), text(dataset.validation, dataset.validation.sequences),
+                                dataset.vocab_size)
+    return asdict(found)

@@ -33,14 +33,14 @@ class Chunk:
         biases: gate bias [e] of every layer with experts, FP32 (FP64); changed in place between steps by its owner.
         exchanges, local_experts: of every layer with experts; expert ids in slot order.
         recompute: none, selective or full, as `training.recompute`.
-    `scales` is read by backward. `load[layer]` int64 [e] counts choices of experts since its owner last zeroed it.
+    `scales` is read by backward; its owner sets it before every step.
+    `load[layer]` int64 [e] counts choices of experts since its owner last zeroed it.
     """
 
     def __init__(self, model: ModelConfig, *, layers: range, first: bool, last: bool, weights: Mapping[str, Weight],
                  biases: Mapping[int, Tensor], exchanges: Mapping[int, ExpertExchange],
-                 local_experts: Mapping[int, list[int]], queue: WeightGradients, recompute: str = "none",
-                 scales: LossScales = LossScales()):
-        self.model, self.first, self.last, self.scales = model, first, last, scales
+                 local_experts: Mapping[int, list[int]], queue: WeightGradients, recompute: str = "none"):
+        self.model, self.first, self.last, self.scales = model, first, last, LossScales()
         self._weights, self._queue = weights, queue
         self._parts = parts = Parts(model, weights, Rotary(model), queue, recompute)
         self._mtp = mtp_layer(model) if last and model.num_nextn_predict_layers else None

@@ -54,8 +54,8 @@ def balance_loss(affinity_bse: Tensor, top_k: int) -> Tensor:
     Source: DeepSeek-V3 report, eq. 17-20.
     """
     _, positions, experts = affinity_bse.shape
-    best = affinity_bse.detach().topk(top_k, dim=-1, sorted=False)[1]
-    chosen_be = torch.zeros_like(affinity_bse[:, 0]).scatter_add_(1, best.flatten(1), torch.ones_like(best.flatten(1), dtype=affinity_bse.dtype))
-    share_be = chosen_be * (experts / (top_k * positions))
+    best_bn = affinity_bse.detach().topk(top_k, dim=-1, sorted=False)[1].flatten(1)
+    share_be = torch.zeros_like(affinity_bse[:, 0], requires_grad=False)
+    share_be.scatter_add_(1, best_bn, share_be.new_full(best_bn.shape, experts / (top_k * positions)))
     probability_be = (affinity_bse / affinity_bse.sum(-1, keepdim=True)).mean(1)
-    return (share_be.detach() * probability_be).sum()
+    return (share_be * probability_be).sum()

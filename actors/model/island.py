@@ -28,7 +28,7 @@ class Keep(enum.Enum):
 class Island:
     """`function` maps tensors to a tuple of tensors. It must be deterministic, and is run twice with Keep.INPUTS."""
 
-    __slots__ = ("_function", "_keep", "_recipes", "_inputs", "_entries", "_exits")
+    __slots__ = ("_entries", "_exits", "_function", "_inputs", "_keep", "_recipes")
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], keep: Keep, recipes: Recipes | None = None):
         self._function, self._keep, self._recipes = function, keep, recipes

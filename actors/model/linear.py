@@ -173,11 +173,9 @@ class _RmsNorm(torch.autograd.Function):
         (x, inverse), weight = detached(ctx), ctx.weight
         unit = x.to(inverse.dtype) * inverse
         product = gradient * unit
-
-        def accumulate() -> None:
-            weight.gradient.add_(product.reshape(-1, product.shape[-1]).sum(0))
-
-        ctx.queue.defer(accumulate)
+        # summed at once: waiting for its turn, a vector costs nothing, while [n, h] would
+        total_h = product.reshape(-1, product.shape[-1]).sum(0)
+        ctx.queue.defer(lambda: weight.gradient.add_(total_h))
         # d/dx of x / rms(x): what points along x is projected out
         along = (product @ weight.value).unsqueeze(-1).div_(x.shape[-1])
         out = (gradient * weight.value).sub_(unit.mul_(along)).mul_(inverse)

@@ -17,7 +17,7 @@ from torch import Tensor
 class Recipe:
     """How to make some tensors again. Made at most once; the result lives as long as the graph that refers to it."""
 
-    __slots__ = ("_make", "_sources", "_made")
+    __slots__ = ("_made", "_make", "_sources")
 
     def __init__(self, make: Callable[..., Tensor | tuple[Tensor, ...]], sources: list[Tensor | Ingredient]):
         self._make, self._sources, self._made = make, sources, None

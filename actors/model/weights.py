@@ -23,7 +23,7 @@ class Weight:
     `gradient`, same shape, FP32 (FP64 when computing in float64), is only ever added to.
     """
 
-    __slots__ = ("name", "value", "gradient")
+    __slots__ = ("gradient", "name", "value")
 
     def __init__(self, name: str, value: Tensor, gradient: Tensor):
         self.name, self.value, self.gradient = name, value, gradient

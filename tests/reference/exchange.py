@@ -50,7 +50,7 @@ def on_ranks(size: int, work: Callable[[ThreadGroup], Any]) -> list[Any]:
     def run(rank: int) -> None:
         try:
             results[rank] = work(fabric.group(rank))
-        except BaseException as error:
+        except Exception as error:
             errors.append(error)
             fabric.barrier.abort()
 

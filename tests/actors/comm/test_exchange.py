@@ -54,7 +54,8 @@ def test_every_expert_gets_its_rows_and_their_weights(case, dtype):
     experts_of_rank, choices = case
 
     def work(group):
-        return exchange_of(group, experts_of_rank).dispatch(*tensors(group.rank, choices[group.rank], dtype), choices[group.rank])
+        choice = choices[group.rank]
+        return exchange_of(group, experts_of_rank).dispatch(*tensors(group.rank, choice, dtype), choice)
 
     expected = slow_dispatch(choices, experts_of_rank)
     for sent, by_expert in zip(on_ranks(len(choices), work), expected):
@@ -72,7 +73,8 @@ def test_combine_adds_up_what_the_experts_made_of_a_token(case):
         exchange = exchange_of(group, experts_of_rank)
         sent = exchange.dispatch(*tensors(group.rank, choices[group.rank], torch.float64), choices[group.rank])
         factor = torch.tensor([e + 1.0 for e in experts_of_rank[group.rank]], dtype=torch.float64)
-        return exchange.combine(sent.rows * factor.repeat_interleave(torch.tensor(sent.counts, dtype=torch.int64)).unsqueeze(1), sent.handle)
+        factor_r = factor.repeat_interleave(torch.tensor(sent.counts, dtype=torch.int64))
+        return exchange.combine(sent.rows * factor_r.unsqueeze(1), sent.handle)
 
     for rank, home in enumerate(on_ranks(len(choices), work)):
         total = [sum(e + 1 for e in chosen) for chosen in choices[rank].tolist()]

@@ -57,8 +57,13 @@ class Pipeline:
         self.chunks = [
             Chunk(model, layers=layers, first=s == 0, last=s == stages - 1, weights=self.weights, biases=self.biases,
                   exchanges=dict.fromkeys(self.biases, self.exchange), local_experts=dict.fromkeys(self.biases, mine),
-                  queue=self.queue, recompute=recompute, scales=SCALES)
+                  queue=self.queue, recompute=recompute)
             for s, layers in enumerate(stage_layers(model, stages))]
+        self.scale(SCALES)
+
+    def scale(self, scales: LossScales) -> None:
+        for chunk in self.chunks:
+            chunk.scales = scales
 
     def forward(self, tokens, valid=None, keep=True) -> list[Microbatch]:
         """One tape per stage."""

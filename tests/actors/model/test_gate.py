@@ -12,9 +12,11 @@ from tests.reference.gate import literal_balance, search_choice
 
 
 @pytest.mark.parametrize("experts, groups, limit, top_k, normed", [
-    (16, 4, 2, 4, True), (256, 8, 4, 8, True), (12, 3, 1, 2, True), (8, 1, 1, 8, True), (24, 4, 4, 5, True), (16, 8, 3, 4, False)])
+    (16, 4, 2, 4, True), (256, 8, 4, 8, True), (12, 3, 1, 2, True), (8, 1, 1, 8, True), (24, 4, 4, 5, True),
+    (16, 8, 3, 4, False)])
 def test_choice_and_weights_are_what_exhaustive_search_finds(experts, groups, limit, top_k, normed):
-    model = ModelConfig(n_routed_experts=experts, n_group=groups, topk_group=limit, num_experts_per_tok=top_k, norm_topk_prob=normed)
+    model = ModelConfig(n_routed_experts=experts, n_group=groups, topk_group=limit, num_experts_per_tok=top_k,
+                        norm_topk_prob=normed)
     rng = np.random.default_rng(experts)
     affinity, bias = rng.uniform(size=(200, experts)), rng.normal(scale=0.1, size=experts)
     affinity_te = torch.tensor(affinity)

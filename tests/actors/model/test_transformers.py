@@ -10,6 +10,7 @@ from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as published
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
+from actors.model.chunk import LossScales
 from orchestrator.config import ModelConfig, RopeScaling
 from tests.actors.model.helpers import SCALES, Pipeline, biases_of, random_tokens, small_model, weights_of, worst_difference
 
@@ -96,8 +97,7 @@ def compare(model: ModelConfig, stages: int) -> tuple[float, float]:
     tapes = ours.forward(tokens)
     found = published_logits(model, tokens)
     assert float(tapes[-1].loss_sum) == pytest.approx(float(loss.detach()), rel=1e-6)
-    for chunk in ours.chunks:
-        chunk.scales = type(SCALES)(SCALES.next_token, 0.0, 0.0)
+    ours.scale(LossScales(SCALES.next_token, 0.0, 0.0))
     ours.backward(tapes)
     return float((found - logits.detach()).abs().max()), worst_difference(ours.gradients(), expected)
 
@@ -150,7 +150,8 @@ def test_multi_token_prediction_is_the_published_layer(exact):
     hidden = theirs.model(input_ids=tokens[:, :-1]).last_hidden_state
     positions = torch.arange(hidden.shape[1]).unsqueeze(0)
     causal = torch.full((hidden.shape[1],) * 2, float("-inf"), dtype=torch.float64).triu(1)
-    out = mtp(theirs.model.embed_tokens(tokens[:, 1:]), hidden, theirs.model.rotary_emb(hidden, positions), causal, positions, None)
+    following, rotary = theirs.model.embed_tokens(tokens[:, 1:]), theirs.model.rotary_emb(hidden, positions)
+    out = mtp(following, hidden, rotary, causal, positions, None)
     loss = F.cross_entropy(theirs.lm_head(out)[:, :-1].flatten(0, 1), tokens[:, 2:].flatten(), reduction="sum")
     first = F.cross_entropy(theirs.lm_head(hidden).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     (SCALES.next_token * first + SCALES.mtp * loss).backward()
@@ -160,6 +161,6 @@ def test_multi_token_prediction_is_the_published_layer(exact):
 
     tapes = ours.forward(tokens)
     assert float(tapes[0].mtp_loss_sum) == pytest.approx(float(loss.detach()), rel=1e-10)
-    ours.chunks[0].scales = type(SCALES)(SCALES.next_token, SCALES.mtp, 0.0)
+    ours.scale(LossScales(SCALES.next_token, SCALES.mtp, 0.0))
     ours.backward(tapes)
     assert worst_difference(ours.gradients(), expected) < 1e-9

@@ -1,0 +1,109 @@
+"""Every layout against one plain process: the same data, the same losses, the same final parameters."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy
+
+from actors import checkpoint
+from actors.dealing import Batch
+from actors.processes import ProcessRanks
+from actors.ranks import call
+from actors.run_folder import RunFolder
+from actors.trainer import Sources, Trainer
+from jobs.benches import plain
+from jobs.benches.text import batches_of_text
+from orchestrator.config import RunConfig, parse
+from orchestrator.layout import choose
+from orchestrator.topology import virtual_nodes
+
+STEPS = 10
+LAYOUTS = {  # name: (pipeline, expert, data, nodes, ranks per node)
+    "1x1x1": (1, 1, 1, 1, 1), "PP2": (2, 1, 1, 2, 1), "PP4": (4, 1, 1, 2, 2), "EP2": (1, 2, 1, 2, 1), "EP4": (1, 4, 1, 4, 1),
+    "DP2": (1, 1, 2, 2, 1), "PP2xEP2": (2, 2, 1, 2, 2), "PP2xEP2xDP2": (2, 2, 2, 4, 2), "PP4xEP2": (4, 2, 1, 2, 4),
+}
+BARS = {"float64": {"loss": 1e-10, "parameters": 1e-10}, "float32": {"loss": 1e-4}}
+_TIMEOUT_SECONDS = 600.0
+
+
+def run(config: RunConfig) -> dict:
+    """Relative differences of every layout and dtype; `valid` says whether all bars hold."""
+    tree = config.model_dump()
+    tree["training"] |= {"steps": STEPS, "batch_sequences": 16, "microbatch_sequences": 2, "validate_every": 0,
+                         "validation_sequences": 0}
+    tree["data"] |= {"sequence_length": 32}
+    tree["checkpoint"] |= {"every": 0}
+    tree["optimizer"] |= {"warmup_steps": 2}
+    base = parse(tree)
+    batches = batches_of_text(base, STEPS)
+    most = max(nodes * ranks for *_, nodes, ranks in LAYOUTS.values())
+    results: dict[str, dict] = {}
+    started = time.perf_counter()
+    with ProcessRanks(base, most) as ranks:
+        for dtype in BARS:
+            config = parse(base.model_dump(), [f"training.dtype={dtype}"])
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                expected = process.submit(plain.reference, config, batches).result(_TIMEOUT_SECONDS)
+            results[dtype] = {name: _compare(config, name, ranks, batches, expected) for name in LAYOUTS}
+    valid = all(found[key] < bar for dtype, bars in BARS.items() for found in results[dtype].values() for key, bar in bars.items())
+    worst = {f"{dtype} {key}": max(found[key] for found in results[dtype].values()) for dtype in BARS for key in ("loss", "parameters")}
+    return {"settings": {"steps": STEPS, "layouts": list(LAYOUTS), "bars": BARS, "reference": "one plain PyTorch process"},
+            "seconds": time.perf_counter() - started, "ratio": worst, "results": results, "valid": valid}
+
+
+def _compare(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch], expected: dict) -> dict[str, float]:
+    pipeline, expert, data, nodes, per_node = LAYOUTS[name]
+    config = parse(base.model_dump(), [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}"])
+    layout = choose(virtual_nodes(nodes, per_node), config.layout, config.model)
+    call(ranks, "configure", [(config,)] * layout.size, _TIMEOUT_SECONDS)
+    losses, loads = [], []
+
+    def watch(kind: str, values: dict) -> None:
+        if kind == "step":
+            losses.append(values["loss"])
+        elif kind == "load":
+            loads.append(values)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, layout, ranks, RunFolder(folder, "parity"), Sources(lambda step: _Fixed(batches[step:]), lambda: None),
+                          watch=watch)
+        trainer.run()
+        parameters = checkpoint.read_parameters(checkpoint.complete(f"{folder}/parity/checkpoints")[-1])
+    found = {"loss": max(abs(a - b) / abs(b) for a, b in zip(losses, expected["losses"], strict=True)),
+             "parameters": _difference(parameters, expected["parameters"]),
+             "flipped_choices_at_least": _flips(loads, expected["loads"]), "choices": _choices(expected["loads"])}
+    print(f"{base.training.dtype} {name} ({layout.describe()}): {found}", file=sys.stderr, flush=True)
+    return found
+
+
+class _Fixed:
+    def __init__(self, batches: list[Batch]):
+        self._batches = iter(batches)
+
+    def next(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        pass
+
+
+def _difference(ours: dict[str, numpy.ndarray], theirs: dict[str, numpy.ndarray]) -> float:
+    """Largest difference of any value of a weight, relative to that weight's largest value."""
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"weights differ: {sorted(ours.keys() ^ theirs.keys())[:4]}")
+    return max(float(numpy.abs(ours[name] - value.ravel()).max() / numpy.abs(value).max()) for name, value in theirs.items())
+
+
+def _flips(ours: list[dict], theirs: list[dict]) -> int:
+    """Expert choices that differ, at least: what the loads cannot hide."""
+    return sum(abs(a - b) for mine, other in zip(ours, theirs, strict=True) for layer in other
+               for a, b in zip(mine[layer], other[layer], strict=True)) // 2
+
+
+def _choices(loads: list[dict]) -> int:
+    return sum(sum(load) for step in loads for load in step.values())
