@@ -130,18 +130,21 @@ def commit(directory: str, manifest: Manifest) -> None:
     """Make the checkpoint count: its manifest appears whole or not at all. Raises CheckpointError."""
     body = {"format": FORMAT, **asdict(manifest)}
     try:
-        storage.write_atomic(storage.join(directory, MANIFEST), json.dumps(body).encode())
+        storage.write_atomic(storage.join(directory, MANIFEST), json.dumps(body | {"sha256": _sha256_of(body)}).encode())
     except (storage.StorageError, OSError) as error:
         raise CheckpointError(f"checkpoint manifest {directory}: {_reason(error)}") from error
 
 
 def read_manifest(directory: str) -> Manifest:
-    """Raises CheckpointError: no manifest, or one that is truncated or of another format."""
+    """Raises CheckpointError: no manifest, or one that is truncated, corrupt or of another format."""
     path = storage.join(directory, MANIFEST)
     try:
         body = json.loads(storage.read_bytes(path))
-        if body.pop("format") != FORMAT:
+        if body["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {path}: format is not {FORMAT}")
+        if body.pop("sha256") != _sha256_of(body):
+            raise CheckpointError(f"checkpoint {path}: corrupt (hash differs)")
+        del body["format"]
         return Manifest(**body | {"pieces": tuple(SavedPiece(**piece) for piece in body["pieces"])})
     except storage.StorageError as error:
         raise CheckpointError(f"checkpoint {path}: {_reason(error)}") from error
@@ -157,18 +160,22 @@ def complete(root: str) -> list[str]:
 
 
 def prune(root: str, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, manifest first, and what an interrupted save left behind."""
-    found = complete(root)
-    kept = set(found[-keep:])
-    newest = found[-1] if found else ""
-    for directory in _folders(root):
-        if directory not in kept and directory < newest:
-            storage.delete(storage.join(directory, MANIFEST))
-            storage.delete_tree(directory)
+    """Delete all but the newest `keep` complete checkpoints, and whatever is unfinished. Raises StorageError."""
+    clear_unfinished(root)
+    for directory in complete(root)[:-keep]:
+        discard(directory)
+
+
+def clear_unfinished(root: str) -> None:
+    """Delete what interrupted saves left behind; nothing may be saving. Raises StorageError."""
+    if storage.exists(root):
+        for directory in set(_folders(root)).difference(complete(root)):
+            discard(directory)
 
 
 def discard(directory: str) -> None:
-    """Remove an unfinished checkpoint."""
+    """Remove a checkpoint, manifest first: what an interruption leaves of it does not count. Raises StorageError."""
+    storage.delete(storage.join(directory, MANIFEST))
     storage.delete_tree(directory)
 
 
@@ -232,5 +239,12 @@ def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
+def _sha256_of(body: dict) -> str:
+    """Of a manifest, whether its values were just made or were read back."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
 def _reason(error: Exception) -> str:
-    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+    text = str(error).strip()
+    return (getattr(error, "reason", None) or getattr(error, "strerror", None)
+            or (text.splitlines()[0] if text else type(error).__name__))

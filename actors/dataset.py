@@ -210,6 +210,8 @@ def _split(name: str, entry: dict[str, Any]) -> Split:
     shards = tuple(Shard(str(s["name"]), int(s["rows"]), str(s["sha256"]), int(s["bytes"])) for s in entry["shards"])
     numbers = {key: int(entry[key]) for key in
                ("sequences", "tokens", "documents", "bytes", "last_row_tokens", "rows_per_group", "groups_per_shard")}
-    if sum(shard.rows for shard in shards) != numbers["sequences"] or numbers["rows_per_group"] < 1 or numbers["groups_per_shard"] < 1:
+    if sum(shard.rows for shard in shards) != numbers["sequences"]:
         raise ValueError(f"{name}: its shards do not add up to {numbers['sequences']} sequences")
+    if numbers["rows_per_group"] < 1 or numbers["groups_per_shard"] < 1:
+        raise ValueError(f"{name}: its row groups or shards have no rows")
     return Split(name, **numbers, shards=shards)

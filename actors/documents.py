@@ -124,15 +124,16 @@ class UnitTokenizer:
                     if block.tokens >= _BLOCK_TOKENS:
                         yield block.table()
                         block = _Block(unit["unit"])
-            except (DocumentError, storage.StorageError) as error:
-                yield block.table(error=str(error))
+            except (DocumentError, OSError, pyarrow.ArrowException) as error:
+                yield block.table(error=" ".join(str(error).split()))
                 return
             yield block.table()
 
 
 def unit_row(number: int, sources: list[Source], train: bool, validation: bool) -> dict[str, object]:
     """A unit as UnitTokenizer takes it; `train`, `validation`: whether documents of that split are wanted."""
-    return {"unit": number, "sources": json.dumps([asdict(source) for source in sources]), "train": train, "validation": validation}
+    listed = json.dumps([asdict(source) for source in sources])
+    return {"unit": number, "sources": listed, "train": train, "validation": validation}
 
 
 class _Block:
@@ -183,7 +184,7 @@ def _standard_library() -> list[Source]:
 
 
 def _open(source: Source) -> io.BufferedIOBase:
-    """The file's bytes, decompressed where its name ends in .gz; small enough for memory or read as a stream by the caller."""
+    """The file as a stream of bytes, decompressed where its name ends in .gz."""
     system, path = storage.resolve(source.uri)
     try:
         raw = io.BufferedReader(system.open_input_stream(path, compression=None), 1 << 20)
@@ -197,7 +198,7 @@ class _Gzip(gzip.GzipFile):
 
     def __init__(self, raw: io.BufferedReader, source: Source):
         super().__init__(fileobj=raw, mode="rb")
-        self._raw_stream, self._uri = raw, source.uri
+        self._uri = source.uri
 
     def read(self, size: int | None = -1) -> bytes:
         try:
@@ -220,7 +221,7 @@ def _read_lines(source: Source, text_key: str) -> Iterator[tuple[str, bytes]]:
             try:
                 text = json.loads(line)[text_key]
             except (ValueError, KeyError, TypeError):
-                raise DocumentError(f"{source.uri} line {number + 1}: not a JSON object with a {text_key!r} key (--text-key)") from None
+                raise DocumentError(f"{source.uri} line {number + 1}: not a JSON object with a {text_key!r} key") from None
             if not isinstance(text, str):
                 raise DocumentError(f"{source.uri} line {number + 1}: {text_key!r} is not a string")
             yield f"{source.name}#{number}", text.encode("utf-8", "surrogatepass")
@@ -232,7 +233,7 @@ def _read_parquet(source: Source, text_key: str) -> Iterator[tuple[str, bytes]]:
         try:
             file = parquet.ParquetFile(stream)
             if text_key not in file.schema_arrow.names:
-                raise DocumentError(f"{source.uri}: no column {text_key!r} (--text-key); it has {', '.join(file.schema_arrow.names)}")
+                raise DocumentError(f"{source.uri}: no column {text_key!r}; it has {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
                 for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     yield f"{source.name}#{number}", text or b""

@@ -80,8 +80,8 @@ class _Reader:
         return order.windows_of(self.dataset.train.shape, self.seed, self.window, position, count)
 
     def _table(self, rows: list[int]) -> pyarrow.Table:
-        split = self.dataset.train
-        return _table(numpy.array(rows, dtype=numpy.int64), self.dataset.read_rows(split, rows), self.dataset.valid_tokens(split, rows), None)
+        data, split = self.dataset, self.dataset.train
+        return _table(numpy.array(rows, dtype=numpy.int64), data.read_rows(split, rows), data.valid_tokens(split, rows), None)
 
 
 class Feed:
@@ -184,7 +184,8 @@ class Feed:
         """Whole, by reference: `iter_batches` leaves a parked thread behind at every execution (Ray 2.60)."""
         with ray.data.DataContext.current(quiet_context(self._readers)):
             source = ray.data.from_items(leg, override_num_blocks=len(leg))
-            rows = source.map_batches(self._reader.__call__, batch_size=None, batch_format="pyarrow", concurrency=self._readers)
+            rows = source.map_batches(self._reader.__call__, batch_size=None, batch_format="pyarrow",
+                                      concurrency=min(self._readers, len(leg)))
             return ray.get(rows.to_arrow_refs())
 
 
@@ -200,7 +201,8 @@ class _Stock:
         errors = [text for text in table.column("error").to_pylist() if text]
         if errors:
             raise DatasetError(errors[0])
-        self._parts.append([table.column("id").to_numpy(), list_to_matrix(table.column(COLUMN), width), table.column("valid").to_numpy()])
+        tokens = list_to_matrix(table.column(COLUMN), width)
+        self._parts.append([table.column("id").to_numpy(), tokens, table.column("valid").to_numpy()])
         self.rows += table.num_rows
 
     def take(self, count: int) -> list[numpy.ndarray]:
@@ -219,8 +221,8 @@ class _Stock:
 def read_validation(dataset: Dataset, count: int) -> StepBatch:
     """The first `count` sequences of the validation split, or all if there are fewer. Raises DatasetError."""
     split = dataset.validation
-    rows = list(range(min(count, split.sequences)))
-    return StepBatch(VALIDATION, numpy.array(rows, dtype=numpy.int64), dataset.read_rows(split, rows), dataset.valid_tokens(split, rows))
+    rows = numpy.arange(min(count, split.sequences), dtype=numpy.int64)
+    return StepBatch(VALIDATION, rows, dataset.read_rows(split, rows), dataset.valid_tokens(split, rows))
 
 
 def quiet_context(cpus: int | None = None) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from typing import BinaryIO
 
 from pyarrow import fs
 
@@ -24,22 +26,17 @@ class Journal:
         self._local = isinstance(system, fs.LocalFileSystem)
         self._stream = None
         self._lines = [] if self._local else self.lines()
-        self._written_at = 0.0
+        self._unwritten, self._written_at = False, 0.0
 
     def append(self, line: str) -> None:
-        """Raises StorageError (no space, read-only, ...): then the line does not count."""
-        if not self._local:
-            self._lines.append(line)
-            if self._durable or time.monotonic() - self._written_at > _REWRITE_SECONDS:
-                self._put()
-            return
+        """Raises StorageError (no space, read-only, ...): then the line does not count, and is not in the file."""
         try:
-            if self._stream is None:
-                self._mend()
-                self._stream = open(self._path, "ab", buffering=0)
-            self._stream.write(line.encode() + b"\n")
-            if self._durable:
-                os.fsync(self._stream.fileno())
+            if self._local:
+                self._append_local(line.encode() + b"\n")
+            else:
+                self._append_remote(line)
+        except storage.StorageError:
+            raise
         except OSError as error:
             raise storage.StorageError(self._uri, error.strerror or str(error)) from error
 
@@ -48,29 +45,66 @@ class Journal:
         if not storage.exists(self._uri):
             return []
         text = storage.read_bytes(self._uri).decode(errors="replace")
-        return text[: text.rfind("\n") + 1].splitlines()
+        return text.split("\n")[:-1]
 
     def rewrite(self, lines: list[str]) -> None:
         """Replace the content, atomically."""
         self.close()
-        self._lines = list(lines)
-        storage.write_atomic(self._uri, "".join(line + "\n" for line in lines).encode())
+        storage.write_atomic(self._uri, _content(lines))
+        self._lines = [] if self._local else list(lines)
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        if not self._local and self._lines:
-            self._put()
+        if self._unwritten:
+            self._put(self._lines)
 
-    def _mend(self) -> None:
-        """Cut off what a crash left of a line, so that the next one starts on its own."""
-        os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        if os.path.exists(self._path):
-            with open(self._path, "rb+") as stream:
-                content = stream.read()
-                stream.truncate(content.rfind(b"\n") + 1)
+    def _append_local(self, content: bytes) -> None:
+        if self._stream is None:
+            self._stream = self._open()
+        before = os.fstat(self._stream.fileno()).st_size
+        try:
+            while content:  # a disk that is nearly full takes a part without an error
+                content = content[self._stream.write(content) :]
+            if self._durable:
+                os.fsync(self._stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._stream.truncate(before)
+            raise
 
-    def _put(self) -> None:
-        storage.write_atomic(self._uri, "".join(line + "\n" for line in self._lines).encode())
-        self._written_at = time.monotonic()
+    def _append_remote(self, line: str) -> None:
+        if self._durable or time.monotonic() - self._written_at > _REWRITE_SECONDS:
+            self._put([*self._lines, line])
+        else:
+            self._unwritten = True
+        self._lines.append(line)
+
+    def _open(self) -> BinaryIO:
+        """Open for appending, on a line of its own: what a crash left of a line is cut off."""
+        folder = os.path.dirname(self._path)
+        os.makedirs(folder, exist_ok=True)
+        stream = open(self._path, "ab+", buffering=0)
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+        if self._durable:
+            _flush(folder)
+        return stream
+
+    def _put(self, lines: list[str]) -> None:
+        storage.write_atomic(self._uri, _content(lines))
+        self._unwritten, self._written_at = False, time.monotonic()
+
+
+def _flush(folder: str) -> None:
+    """A new file survives a power cut once its folder is on the medium, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _content(lines: list[str]) -> bytes:
+    return "".join(line + "\n" for line in lines).encode()

@@ -116,8 +116,10 @@ def reachable(listen: str, host: str) -> str:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """Its port is free again as soon as the run has ended, though connections of the last scrapes may linger."""
+
     daemon_threads = True
-    allow_reuse_address = False
+    allow_reuse_address = True
 
 
 class _Quiet(WSGIRequestHandler):

@@ -2,8 +2,8 @@
 
 For small vocabularies (at most 1024 ids, so that a trigram fits an int32). All results are nats a token.
 
-Smoothing: interpolated Witten-Bell. With c(h w) the count of w after history h, c(h) its sum and T(h) the number of distinct w seen
-after h:  P(w | h) = (c(h w) + T(h) P(w | h')) / (c(h) + T(h)),  h' being h without its oldest token; below the
+Smoothing: interpolated Witten-Bell. With c(h w) the count of w after history h, c(h) its sum and T(h) the number of distinct
+w seen after h:  P(w | h) = (c(h w) + T(h) P(w | h')) / (c(h) + T(h)),  h' being h without its oldest token; below the
 unigrams lies the uniform distribution, and a history never seen passes P(w | h') on.
 Source: Witten and Bell 1991, method C; interpolated as in Chen and Goodman 1998, section 2.5.
 """

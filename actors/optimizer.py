@@ -65,7 +65,7 @@ class Optimizer:
 
     def __init__(self, rank: int, buckets: tuple[Bucket, ...], settings: OptimizerSection, dtype: torch.dtype,
                  device: torch.device):
-        self._rank, self._settings = rank, settings
+        self._rank, self._settings, self._device = rank, settings, device
         self._buffers = [BucketBuffers(b, rank, dtype, device) for b in buckets if rank in b.members]
         self.shards = [self._owned(buffers, shard) for buffers in self._buffers for shard in buffers.bucket.shards_of(rank)]
         self.weights: dict[str, Weight] = {}
@@ -92,13 +92,13 @@ class Optimizer:
 
     def reduce(self, groups: Generation, world: Group) -> None:
         """Sum gradients over the members of every bucket, then take the global norm. Raises Aborted."""
-        squares = torch.zeros(1, dtype=torch.float64)
+        squares = torch.zeros(1, dtype=torch.float64, device=self._device)
         for buffers in self._buffers:
             bucket = buffers.bucket
             groups.group(tuple(sorted(bucket.members))).all_reduce(buffers.gradient)
             for shard in bucket.shards_of(self._rank):
                 if bucket.owners[shard][0] == self._rank:
-                    squares += buffers.shard(buffers.gradient, shard).double().square().sum().cpu()
+                    squares += buffers.shard(buffers.gradient, shard).double().square().sum()
         world.all_reduce(squares)
         self.gradient_norm = float(squares.sqrt())
 

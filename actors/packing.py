@@ -61,7 +61,7 @@ class SplitProgress:
 class Packer:
     """Packs one split. `write(name, content)` stores a shard; `shard_done()` is called when `progress` includes it.
 
-    Only full shards are points to resume from; `close` writes the short last one, again each time that it is called after a resume.
+    Only full shards are points to resume from; the short last one, written by `close`, is written again after a resume.
     """
 
     split: str

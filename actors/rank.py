@@ -6,6 +6,7 @@ persistent changes) and, once the coordinator has committed it, the `Apply` that
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from actors.checkpoint import PieceWriter, restore_shards
 from actors.comm.exchange import ExpertExchange
-from actors.comm.groups import Generation
+from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation
 from actors.comm.links import Links
 from actors.executor import Executor, StepWork
 from actors.messages import Apply, Assignment, LossDivisors, LossSums, SavedPiece, StepReport, StepRequest
@@ -96,9 +97,11 @@ class Rank:
                 self._generation.abort()
 
     def close(self) -> None:
-        if self._generation is not None:
-            self._generation.close()
-            self._generation = None
+        """Leave the generation, with all its sockets and threads."""
+        with self._abort_lock:
+            generation, self._generation = self._generation, None
+        if generation is not None:
+            generation.close()
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -240,4 +243,10 @@ def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...]) -> list[tuple
 
 
 def _store(address: tuple[str, int]) -> dist.Store:
-    return dist.TCPStore(address[0], address[1], is_master=False, wait_for_workers=False)
+    """Raises Aborted: whoever forms the generation is gone."""
+    host, port = address
+    try:
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
+                             timeout=datetime.timedelta(seconds=CREATE_TIMEOUT_SECONDS))
+    except RuntimeError as error:
+        raise Aborted(f"no store at {host}:{port}") from error

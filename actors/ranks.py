@@ -30,7 +30,7 @@ class Ranks(Protocol):
     size: int
 
     def start(self, method: str, arguments: Sequence[tuple]) -> Pending:
-        """Call `method` on ranks 0..len(arguments)-1, each with its own arguments."""
+        """Call `method` on ranks 0..len(arguments)-1, each with its own arguments. Raises RankFailed: one is known to be gone."""
         ...
 
     def abort(self) -> None:

@@ -17,7 +17,7 @@ import pyarrow
 from pyarrow import fs
 
 _REASONS = {errno.ENOENT: "does not exist", errno.EACCES: "permission denied", errno.EPERM: "permission denied",
-            errno.EROFS: "read-only file system", errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded",
+            errno.EROFS: "read-only file system", errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded",
             errno.ENOTDIR: "a part of the path is not a folder", errno.EISDIR: "is a folder"}
 _TEMPORARY = ".partial"
 
@@ -38,7 +38,7 @@ class StorageError(OSError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file or folder found by `list_folder`. `bytes` is 0 for a folder; `modified`: nanoseconds since the epoch, 0 if unknown."""
+    """A file or folder as found in storage. `bytes`: 0 for a folder; `modified`: nanoseconds since the epoch, 0 if unknown."""
 
     uri: str
     name: str

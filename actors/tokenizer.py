@@ -17,7 +17,8 @@ from actors import storage
 
 BYTE = "byte"
 _BYTE_DEFINITION = b"256 byte values, then end of document"
-_END_NAMES = ("<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<end_of_text>")
+_END_NAMES = ("<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|eos|>", "[EOS]",
+              "<end_of_text>")
 
 
 class TokenizerError(ValueError):
@@ -97,7 +98,7 @@ def load(name: str, end_token: str | None = None) -> Tokenizer:
     """
     if name == BYTE:
         if end_token is not None:
-            raise TokenizerError(f"end-of-document token {end_token!r}: the byte tokenizer has its own, id {ByteTokenizer.end_of_document}")
+            raise TokenizerError(f"end-of-document token {end_token!r}: the byte tokenizer has its own")
         return ByteTokenizer()
     try:
         file = storage.join(name, "tokenizer.json") if storage.is_folder(name) else name

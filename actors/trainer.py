@@ -6,6 +6,7 @@ ledger line; the update is carried by the next call. Nothing here touches a tens
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -20,11 +21,14 @@ from actors.dealing import Batch, Dealer, programs_for
 from actors.messages import Apply, Assignment, LossSums, StepReport
 from actors.ranks import Pending, RankFailed, Ranks, call
 from actors.run_folder import RunFolder
+from actors.storage import StorageError
+from actors.trace import trace_json
 from orchestrator import order
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ledger import LedgerLine, combine, digest_text, to_json
 from orchestrator.recipe import learning_rate
+from orchestrator.schedule.spans import Span
 
 FORM_TIMEOUT_SECONDS = 180.0
 
@@ -70,9 +74,11 @@ class Trainer:
         self._generation = 0
         self._known: set[tuple[bool, int]] = set()
         self._saving: tuple[int, str, Pending] | None = None
+        self._save_wanted = False
         self._pending: Apply | None = None
         self._validation: Batch | None = None
         self._change: dict[str, Any] | None = None
+        self._traced: dict[int, list[Span]] = {}
 
     def stop(self) -> None:
         """Ask the loop to save and end after the step under way."""
@@ -104,6 +110,7 @@ class Trainer:
 
     def _load(self) -> int:
         """Initial state, or that of the newest checkpoint. Returns the first step to run."""
+        checkpoint.clear_unfinished(self._folder.checkpoints)
         found = checkpoint.complete(self._folder.checkpoints)
         if not found:
             self._call("initialise", [()] * self._layout.size, FORM_TIMEOUT_SECONDS)
@@ -128,9 +135,7 @@ class Trainer:
                 step += 1
                 if self._due(step, training.validate_every) and step < training.steps:
                     self._validate(step)
-                if self._due(step, self._config.checkpoint.every) and step < training.steps:
-                    self._save(step)
-                self._collect_save(wait=False)
+                self._save_when_due(step)
             interrupted = step < training.steps
             if not interrupted:
                 losses = self._validate(step)
@@ -164,8 +169,8 @@ class Trainer:
             return
         self._event("not_finite", step=step, gradient_norm=repr(norm), **{name: repr(value) for name, value in losses.items()})
         self._settle(step)
-        raise TrainingFailed(f"step {step}: loss {losses['loss']}, gradient norm {norm}: not finite; the weights are those "
-                             f"of step {step - 1}, no update was made")
+        raise TrainingFailed(f"step {step}: loss {losses['loss']}, gradient norm {norm}: not finite; no update was made, "
+                             f"the weights are those after {step} steps")
 
     def _settle(self, step: int) -> None:
         """Keep what is committed when the run must end here: the state before `step`."""
@@ -179,7 +184,7 @@ class Trainer:
         mean = {name: sum(getattr(r.figures, name) for r in reports) / len(reports)
                 for name in ("overlap_ratio", "bubble_ratio", "exposed_communication_seconds")}
         values = {
-            "step": step, **losses, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
+            "step": step, "time": round(time.time(), 3), **losses, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
             "overlap_ratio": mean["overlap_ratio"], "bubble_ratio": mean["bubble_ratio"],
             "exposed_comm_seconds": mean["exposed_communication_seconds"], "generation": self._generation,
             "nodes": len(self._layout.nodes), "gradient_norm": reports[0].gradient_norm, "learning_rate": rate,
@@ -192,7 +197,8 @@ class Trainer:
         self._watch("step", values)
         self._watch("load", {layer: load for report in reports for layer, load in report.load.items()})
         if reports[0].spans:
-            self._watch("spans", {"step": step, "spans": [span for report in reports for span in report.spans]})
+            self._traced[step] = [span for report in reports for span in report.spans]
+            self._folder.write("trace.json", trace_json(self._traced))
 
     # --- validation and checkpoints: between a committed step and the next ----------------------------------------
 
@@ -210,9 +216,18 @@ class Trainer:
         self._event("validation", step=step, loss=losses["loss"], seconds=round(time.perf_counter() - started, 3))
         return losses["loss"]
 
+    def _save_when_due(self, step: int) -> None:
+        """Begin the checkpoint that is due, unless the one before is still being written: then it begins when that is done.
+        Training waits for neither."""
+        self._save_wanted |= self._due(step, self._config.checkpoint.every)
+        self._collect_save(wait=False)
+        if self._save_wanted and self._saving is None and step < self._config.training.steps:
+            self._save(step)
+
     def _save(self, step: int) -> None:
         """Begin a checkpoint of the state after `step` steps; the writing goes on beside the training."""
         self._collect_save(wait=True)
+        self._save_wanted = False
         self._apply()
         directory = checkpoint.folder(self._folder.checkpoints, step)
         self._call("snapshot", [(directory,)] * self._layout.size)
@@ -230,13 +245,17 @@ class Trainer:
             model = self._config.model.model_dump(mode="json")
             checkpoint.commit(directory, checkpoint.Manifest(step, model, self._config.training.dtype, pieces))
         except (RankFailed, checkpoint.CheckpointError) as error:
-            checkpoint.discard(directory)
+            with contextlib.suppress(StorageError):  # what is left of it does not count, and the next start clears it
+                checkpoint.discard(directory)
             self._event("checkpoint_failed", step=step, reason=str(error))
             if last:
                 raise TrainingFailed(f"no checkpoint of step {step}: {error}") from error
             return
         self._event("checkpoint", step=step, path=directory, seconds=round(time.perf_counter() - self._saving_since, 3))
-        checkpoint.prune(self._folder.checkpoints, self._config.checkpoint.keep)
+        try:
+            checkpoint.prune(self._folder.checkpoints, self._config.checkpoint.keep)
+        except StorageError as error:
+            self._event("checkpoint_not_deleted", reason=str(error))
 
     def _saved_step(self) -> int | None:
         found = checkpoint.complete(self._folder.checkpoints)

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="files, folders, URIs, or stdlib (the default): the source of Python's standard library")
     parser.add_argument("--tokenizer", help="byte, or the path of a tokenizer.json (default: data.tokenizer)")
     parser.add_argument("--end-token", help="the end-of-document token of a tokenizer.json, where the file leaves it unclear")
-    parser.add_argument("--text-key", default="text", help="key or column of the text in .jsonl and .parquet files (default: text)")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="text in .jsonl and .parquet files (default: text)")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the corpus: a path or URI")
     options = parser.parse_args(argv)
     config = cli.configuration(options)
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     dataset = tokenize(options.input, tokenizer, options.output, config, text_key=options.text_key, show=show)
     show.close()
     train, validation = dataset.train, dataset.validation
-    print(f"{options.output}: {train.sequences} training sequences of {dataset.sequence_length} tokens ({train.documents} documents, "
-          f"{train.tokens} tokens), {validation.sequences} held out ({validation.documents} documents)", file=sys.stderr)
+    print(f"{options.output}: {train.sequences} training sequences of {dataset.sequence_length} tokens ({train.documents} "
+          f"documents, {train.tokens} tokens), {validation.sequences} held out ({validation.documents})", file=sys.stderr)
 
 
 def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
@@ -202,7 +202,8 @@ def _ray() -> Iterator[None]:
 def _settings(sources: list[Source], tokenizer: Tokenizer, config: RunConfig, text_key: str) -> dict[str, Any]:
     """Everything that the output depends on, files by name and size."""
     listing = hashlib.sha256(json.dumps([(source.name, source.bytes) for source in sources]).encode()).hexdigest()
-    return {"inputs": listing, "files": len(sources), "tokenizer": tokenizer.fingerprint, "end_of_document": tokenizer.end_of_document,
+    return {"inputs": listing, "files": len(sources),
+            "tokenizer": tokenizer.fingerprint, "end_of_document": tokenizer.end_of_document,
             "data.sequence_length": config.data.sequence_length, "data.validation_fraction": config.data.validation_fraction,
             "text_key": text_key, "rows_per_group": packing.ROWS_PER_GROUP,
             "groups_per_shard": packing.groups_per_shard(config.data.sequence_length)}
@@ -249,7 +250,7 @@ def _same(output: str, found: Any, wanted: dict[str, Any]) -> None:
 def _unchanged(output: str, saved: dict[str, Any] | None, sources: list[Source]) -> None:
     """Files edited since to the same size are told by their times, which a corpus copied without progress.json no longer has."""
     if saved is not None and saved.get("modified") != _modified(sources):
-        raise ConfigError("--output", output, "another folder, or delete it: it holds a corpus whose input files have changed since")
+        raise ConfigError("--output", output, "another folder, or delete it: made of input files that have changed since")
 
 
 def _read(output: str, name: str) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ shows what happens. Ctrl-C or SIGTERM saves and exits 130; the same command cont
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import threading
@@ -143,7 +142,6 @@ class _RunActors:
     def follow(self, progress: Progress, interrupt: Interrupt) -> Any:
         """Show what happens until the run ends. Raises JobFailed with the reason."""
         running, told, deadline = self._coordinator.run.remote(), 0, None
-        spans: dict[int, list[Any]] = {}
         while True:
             done, _ = self._ray.wait([running], timeout=POLL_SECONDS)
             if interrupt.requested and deadline is None:
@@ -152,11 +150,11 @@ class _RunActors:
                 deadline = time.monotonic() + GRACE_SECONDS
             if deadline is not None and not done and time.monotonic() > deadline:
                 raise cli.JobFailed(f"the run did not save within {GRACE_SECONDS:g} s of being asked to stop")
-            told = self._show(told, progress, spans)
+            told = self._show(told, progress)
             if done:
                 return self._get(running)
 
-    def _show(self, told: int, progress: Progress, spans: dict[int, list[Any]]) -> int:
+    def _show(self, told: int, progress: Progress) -> int:
         try:
             told, updates = self._ray.get(self._coordinator.updates.remote(told), timeout=START_TIMEOUT_SECONDS)
         except self._ray.exceptions.RayActorError:

@@ -2,44 +2,48 @@
 
 Every refusal is one line that names the key, the value and what is allowed, and comes before any actor starts.
 Values are never repaired: `auto` is a value that a user writes, and is resolved later against the cluster.
-Model keys are those of DeepSeek-V3's `config.json`, so a published model card can be pasted under `model:`.
+Keys under `model:` are those of DeepSeek-V3's `config.json`, with the same meaning.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import copy
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict, ValidationError
+
+from orchestrator.refusal import ConfigError, refusal
+
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def _real(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 and 2.2e5 (without a dot, without a sign) as text; a person means a number."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
 
 Auto = Literal["auto"]
-
-
-class ConfigError(ValueError):
-    """A refused setting. `str()` is the one line a user sees."""
-
-    def __init__(self, key: str, value: Any, allowed: str):
-        self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(f"{key} = {_shown(value)}: {allowed}")
+Real = Annotated[float, BeforeValidator(_real)]
+Pair = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]  # YAML has lists only
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RopeScaling(Section):
     """YaRN, as in DeepSeek-V3's `rope_scaling` (report, section 4.3)."""
 
     type: Literal["yarn"] = "yarn"
-    factor: float = Field(gt=1.0)
+    factor: Real = Field(gt=1.0)
     original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = Field(32.0, gt=0)
-    beta_slow: float = Field(1.0, gt=0)
-    mscale: float = Field(1.0, ge=0)
-    mscale_all_dim: float = Field(1.0, ge=0)
+    beta_fast: Real = Field(32.0, gt=0)
+    beta_slow: Real = Field(1.0, gt=0)
+    mscale: Real = Field(1.0, ge=0)
+    mscale_all_dim: Real = Field(1.0, ge=0)
 
 
 class ModelConfig(Section):
@@ -59,7 +63,7 @@ class ModelConfig(Section):
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = Field(2.5, gt=0)
+    routed_scaling_factor: Real = Field(2.5, gt=0)
     num_attention_heads: int = Field(4, gt=0)
     q_lora_rank: int | None = Field(64, gt=0, description="null: queries are projected directly")
     kv_lora_rank: int = Field(32, gt=0)
@@ -68,11 +72,11 @@ class ModelConfig(Section):
     v_head_dim: int = Field(32, gt=0)
     num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="depth of multi-token prediction")
     hidden_act: Literal["silu"] = "silu"
-    rms_norm_eps: float = Field(1e-6, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
+    rms_norm_eps: Real = Field(1e-6, gt=0)
+    rope_theta: Real = Field(10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = Field(4096, gt=0)
-    initializer_range: float = Field(0.006, gt=0, description="standard deviation of every weight matrix at the start")
+    initializer_range: Real = Field(0.006, gt=0, description="standard deviation of every weight matrix at the start")
     tie_word_embeddings: Literal[False] = False
 
     @property
@@ -89,8 +93,10 @@ class ModelConfig(Section):
 
 
 class RunSection(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    directory: str = Field("auto", description="folder of all runs: a path or any pyarrow.fs URI; auto: ./runs, under `ray job` ~/dualray/runs")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+                      description="letters, digits and any of . _ -, the first a letter or a digit")
+    directory: str = Field("auto", description="folder of all runs: a path or any pyarrow.fs URI; auto: ./runs, under "
+                                               "`ray job` ~/dualray/runs")
     seed: int = Field(1234, ge=0)
 
 
@@ -99,7 +105,7 @@ class DataSection(Section):
     tokenizer: str = Field("byte", description="byte, or the path of a tokenizer.json; must be what the data was made with")
     sequence_length: int = Field(128, ge=4)
     shuffle_window: int = Field(32, ge=1, description="row groups whose sequences are mixed with each other")
-    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out by jobs.tokenize")
+    validation_fraction: Real = Field(0.02, gt=0, lt=0.5, description="share of documents held out by jobs.tokenize")
     prefetch_steps: int = Field(4, ge=1)
 
 
@@ -115,32 +121,32 @@ class TrainingSection(Section):
     microbatch_sequences: int = Field(4, gt=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Literal["none", "selective", "full"] = "none"
-    mtp_loss_weight: float = Field(0.3, ge=0)
-    balance_loss_weight: float = Field(0.0001, ge=0, description="sequence-wise balance loss (report, eq. 17)")
-    bias_update_speed: float = Field(0.001, ge=0, description="gate bias step per optimizer step (report, section 2.1.2)")
+    mtp_loss_weight: Real = Field(0.3, ge=0)
+    balance_loss_weight: Real = Field(0.0001, ge=0, description="sequence-wise balance loss (report, eq. 17)")
+    bias_update_speed: Real = Field(0.001, ge=0, description="gate bias step per optimizer step (report, section 2.1.2)")
     validate_every: int = Field(50, ge=0, description="steps between validations; 0: only at the end")
     validation_sequences: int = Field(64, ge=0, description="0: no validation at all")
-    step_timeout_seconds: float = Field(600.0, gt=0, description="bound on every wait inside a step")
+    step_timeout_seconds: Real = Field(600.0, gt=0, description="bound on every wait inside a step")
 
 
 class OptimizerSection(Section):
-    learning_rate: float = Field(2.2e-4, gt=0)
-    final_learning_rate: float = Field(2.2e-5, ge=0)
+    learning_rate: Real = Field(2.2e-4, gt=0)
+    final_learning_rate: Real = Field(2.2e-5, ge=0)
     warmup_steps: int = Field(20, ge=0)
     constant_steps: int = Field(0, ge=0, description="steps at the full rate before the cosine begins")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    beta1: Real = Field(0.9, ge=0, lt=1)
+    beta2: Real = Field(0.95, ge=0, lt=1)
+    epsilon: Real = Field(1e-8, gt=0)
+    weight_decay: Real = Field(0.1, ge=0)
+    clip_norm: Real = Field(1.0, gt=0)
 
 
 class LayoutSection(Section):
     pipeline: int = Field(2, gt=0, description="positions of one pipeline (PP)")
-    expert: int | Auto = Field("auto", description="ranks of one EP group")
-    data: int | Auto = Field("auto", description="replicas: sets of rows that together hold every expert")
-    shape: Auto | tuple[int, int] = Field("auto", description="[positions on a node, ranks of a position on a node]")
-    layers_per_stage: Auto | list[int] = "auto"
+    expert: PositiveInt | Auto = Field("auto", description="ranks of one EP group")
+    data: PositiveInt | Auto = Field("auto", description="replicas: sets of rows that together hold every expert")
+    shape: Pair | Auto = Field("auto", description="[positions on a node, ranks of a position on a node]")
+    layers_per_stage: list[PositiveInt] | Auto = "auto"
 
 
 class ScheduleSection(Section):
@@ -149,7 +155,7 @@ class ScheduleSection(Section):
 
 class TopologySection(Section):
     virtual_nodes: int = Field(0, ge=0, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
-    ranks_per_node: int | Auto = Field("auto", description="auto: GPUs of the node, else its `rank` resource, else its CPUs")
+    ranks_per_node: PositiveInt | Auto = Field("auto", description="auto: GPUs of the node, else its `rank` resource, else CPUs")
 
 
 class ElasticSection(Section):
@@ -164,7 +170,7 @@ class CheckpointSection(Section):
 class TelemetrySection(Section):
     host: str = Field("127.0.0.1", description="address that exporters bind to")
     port: int = Field(0, ge=0, le=65535, description="of the coordinator's target list and metrics; 0: any free port")
-    trace_steps: list[int] = Field(default_factory=list, description="steps whose spans go to trace.json")
+    trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps whose spans go to trace.json")
 
 
 class RunConfig(Section):
@@ -191,13 +197,14 @@ def load(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 
 def parse(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Validate a nested dictionary after applying `dotted.key=value` overrides (values are YAML)."""
+    """Validate a nested dictionary after applying `dotted.key=value` overrides (values are YAML). Leaves `tree` as it is."""
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _apply(tree, override)
     try:
-        config = RunConfig.model_validate(_for_validation(tree))
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise refusal(error, RunConfig, tree) from None
     check(config)
     return config
 
@@ -249,25 +256,19 @@ def _check_layout(config: RunConfig) -> None:
         raise ConfigError("layout.pipeline", pipeline, f"{config.schedule.kind} takes 1 or an even number")
     if pipeline > model.num_hidden_layers:
         raise ConfigError("layout.pipeline", pipeline, f"at most model.num_hidden_layers = {model.num_hidden_layers}")
-    for key in ("expert", "data"):
-        value = getattr(layout, key)
-        if value != "auto" and value < 1:
-            raise ConfigError(f"layout.{key}", value, "auto or at least 1")
     if layout.shape != "auto":
         c, k = layout.shape
-        if c < 1 or pipeline % c:
+        if pipeline % c:
             raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with c a divisor of layout.pipeline = {pipeline}")
-        if k < 1 or (layout.expert != "auto" and layout.expert % k and config.layout.data == 1):
-            raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with k >= 1, a divisor of layout.expert = {layout.expert}")
+        if layout.expert != "auto" and layout.expert % k:
+            raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with k a divisor of layout.expert = {layout.expert}")
     per_stage = layout.layers_per_stage
-    if per_stage != "auto" and (len(per_stage) != pipeline or min(per_stage) < 1 or sum(per_stage) != model.num_hidden_layers):
+    if per_stage != "auto" and (len(per_stage) != pipeline or sum(per_stage) != model.num_hidden_layers):
         raise ConfigError("layout.layers_per_stage", per_stage,
                           f"{pipeline} positive numbers whose sum is model.num_hidden_layers = {model.num_hidden_layers}")
-    ranks = config.topology.ranks_per_node
-    if ranks != "auto" and ranks < 1:
-        raise ConfigError("topology.ranks_per_node", ranks, "auto or at least 1")
-    if config.topology.virtual_nodes and ranks == "auto":
-        raise ConfigError("topology.ranks_per_node", ranks, "a number when topology.virtual_nodes is set")
+    topology = config.topology
+    if topology.virtual_nodes and topology.ranks_per_node == "auto":
+        raise ConfigError("topology.ranks_per_node", "auto", "a number when topology.virtual_nodes is set")
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -277,10 +278,11 @@ def _read(path: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError("--config", path, f"a readable YAML file ({reason})") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if getattr(error, "problem_mark", None) else ""
-        raise ConfigError("--config", path, f"valid YAML{line}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}: {error.problem})" if mark else ""
+        raise ConfigError("--config", path, f"valid YAML{where}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -288,72 +290,31 @@ def _read(path: str) -> dict[str, Any]:
     return tree
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    *parents, leaf = key.split(".")
+    if not separator or not all([*parents, leaf]):
         raise ConfigError("--set", override, "dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _StrictLoader)
     except yaml.YAMLError:
         raise ConfigError(key, text, "a YAML value") from None
-    if isinstance(value, str):
-        value = _number(value)
-    *parents, leaf = key.split(".")
     for parent in parents:
-        inner = tree.get(parent)
-        if inner is None:
-            inner = tree[parent] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(key, value, f"{parent} is not a section")
-        tree = inner
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(key, value, f"unknown key: {parent} is not a section")
     tree[leaf] = value
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 (no dot) as a string; a person means a number."""
-    try:
-        return float(text) if text.strip()[:1] in "+-.0123456789" else text
-    except ValueError:
-        return text
-
-
-def _for_validation(tree: Any, path: tuple[str, ...] = ()) -> Any:
-    """Integers where a real number is wanted and lists where a pair is wanted are what YAML gives: let them pass."""
-    if isinstance(tree, dict):
-        return {key: _for_validation(value, (*path, str(key))) for key, value in tree.items()}
-    if isinstance(tree, str):
-        numeric = _number(tree)
-        if isinstance(numeric, float) and "e" in tree.lower() and math.isfinite(numeric):
-            return numeric
-    if path == ("layout", "shape") and isinstance(tree, list):
-        return tuple(tree)
-    return tree
-
-
-def _first_error(error: ValidationError) -> ConfigError:
-    """The misspelt key rather than the missing one, since it is what the user typed."""
-    errors = error.errors(include_url=False)
-    found = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    location = [str(part) for part in found["loc"] if isinstance(part, int) or part.isidentifier()]
-    location = [part for part in location if part not in ("int", "literal", "tuple", "list", "str", "float")]
-    key = ".".join(location)
-    if found["type"] == "extra_forbidden":
-        return ConfigError(key, found["input"], f"unknown key; allowed here: {', '.join(_keys_at(location[:-1]))}")
-    if found["type"] == "missing":
-        return ConfigError(key, None, "a value is required")
-    same_place = [e["msg"] for e in errors if [str(p) for p in e["loc"]][: len(location)] == location]
-    allowed = " or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same_place))
-    return ConfigError(key or "configuration", found["input"], allowed)
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    section: Any = RunConfig
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(section.model_fields)
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)

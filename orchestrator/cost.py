@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config import ModelConfig, RunConfig
@@ -10,6 +11,16 @@ from orchestrator.ownership import Bucket
 from orchestrator.parameters import moe_layers, mtp_layer, stage_layers, stage_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """`main`: the model as published sizes count it (671B). `mtp`: what multi-token prediction adds; it shares embedding and
+    head. `active`: of `main`, what one token uses (37B), the embedding included."""
+
+    main: int
+    mtp: int
+    active: int
 
 
 @dataclass(frozen=True)
@@ -26,53 +37,61 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def parameter_count(model: ModelConfig) -> tuple[int, int]:
-    """(all, used by one token), multi-token prediction included in the first only (as the published 671B and 37B)."""
-    layers = range(model.num_hidden_layers)
-    specs = stage_parameters(model, layers, first=True, last=True)
+def parameters(model: ModelConfig) -> Parameters:
+    specs = stage_parameters(model, range(model.num_hidden_layers), first=True, last=True)
     main = [spec for spec in specs if spec.layer != mtp_layer(model)]
-    idle_share = 1 - model.num_experts_per_tok / model.n_routed_experts
-    idle = sum(spec.size for spec in main if spec.expert is not None) * idle_share
-    return sum(spec.size for spec in specs), round(sum(spec.size for spec in main) - idle)
+    routed = sum(spec.size for spec in main if spec.expert is not None)
+    total = sum(spec.size for spec in main)
+    active = total - routed + routed * model.num_experts_per_tok // model.n_routed_experts
+    return Parameters(total, sum(spec.size for spec in specs) - total, active)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Training FLOPs a token, causal attention counted once: 6 x active matrix weights (embedding look-up left out) plus
-    attention products. For DeepSeek-V3 at 4096 tokens this gives the published 250 GFLOP (Insights, Table 2)."""
-    active = parameter_count(model)[1] - model.vocab_size * model.hidden_size
+    attention products; multi-token prediction is not counted. For DeepSeek-V3 at 4096 tokens this gives the published 250
+    GFLOP (Insights, arXiv 2505.09343, Table 2)."""
+    matrices = parameters(model).active - model.vocab_size * model.hidden_size
     per_layer = sequence_length * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-    return 6 * active + 3 * model.num_hidden_layers * per_layer
+    return 6 * matrices + 3 * model.num_hidden_layers * per_layer
 
 
-def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], rank: int, in_flight: int) -> Memory:
-    """Estimate for `rank` with `in_flight` microbatches whose activations are kept. Buffers of communication not counted."""
+def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], in_flight: Sequence[int]) -> tuple[Memory, ...]:
+    """Estimate for each rank. `in_flight`: by position, the most microbatches whose activations are kept at once, both
+    stages together. Buffers of communication are not counted."""
     width = BYTES[config.training.dtype]
     exact = max(4, width)
-    held = [b for b in buckets if rank in b.holders]
-    weights = sum(b.shard_size * len(b.owners) * (exact if b.precise else width) for b in held)
-    gradients = sum(b.shard_size * len(b.owners) * exact for b in buckets if rank in b.members)
-    optimizer = sum(3 * b.shard_size * exact * len(b.shards_of(rank)) for b in buckets)
-    return Memory(weights, gradients, optimizer, in_flight * _microbatch_bytes(config, layout, rank))
+    weights, gradients, optimizer = ([0] * layout.size for _ in range(3))
+    for bucket in buckets:
+        flat = bucket.shard_size * len(bucket.owners)
+        for rank in bucket.holders:
+            weights[rank] += flat * (exact if bucket.precise else width)
+        for rank in bucket.members:
+            gradients[rank] += flat * exact
+        for rank in (rank for owners in bucket.owners for rank in owners):
+            optimizer[rank] += 3 * bucket.shard_size * exact
+    kept = [count * _microbatch_bytes(config, layout, position) for position, count in enumerate(in_flight)]
+    return tuple(Memory(weights[place.rank], gradients[place.rank], optimizer[place.rank], kept[place.position])
+                 for place in layout.places)
 
 
-def _microbatch_bytes(config: RunConfig, layout: Layout, rank: int) -> int:
-    """Kept activations of one microbatch in the heavier of the rank's stages."""
+def _microbatch_bytes(config: RunConfig, layout: Layout, position: int) -> int:
+    """Kept activations of one microbatch in the heavier of the position's stages."""
     model, training = config.model, config.training
     tokens = training.microbatch_sequences * config.data.sequence_length
     per_stage = stage_layers(model, layout.pipeline, config.layout.layers_per_stage)
     heaviest = 0
-    for stage in layout.stages(layout.places[rank].position):
+    for stage in layout.stages(position):
         last = stage == layout.pipeline - 1
         moe = moe_layers(model, per_stage[stage], last=last)
         dense = [n for n in per_stage[stage] if not model.is_moe(n)]
-        values = len(moe) * _layer_values(model, training.recompute, True) + len(dense) * _layer_values(model, training.recompute, False)
+        values = sum(len(layers) * _layer_values(model, training.recompute, moe=layers is moe) for layers in (moe, dense))
         if last:
             values += (1 + model.num_nextn_predict_layers) * (2 * model.hidden_size + model.vocab_size)
         heaviest = max(heaviest, values)
     return tokens * heaviest * BYTES[training.dtype]
 
 
-def _layer_values(model: ModelConfig, recompute: str, moe: bool) -> int:
+def _layer_values(model: ModelConfig, recompute: str, *, moe: bool) -> int:
     """Values kept a token in one layer, by what backward needs: segment inputs always; the rest unless recomputed."""
     h, heads = model.hidden_size, model.num_attention_heads
     copies = model.num_experts_per_tok if moe else 0

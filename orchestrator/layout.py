@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import NoReturn
 
 from orchestrator.config import ConfigError, LayoutSection, ModelConfig
 from orchestrator.topology import Node
@@ -30,7 +32,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks are numbered row by row, position by position: rank = (row * pipeline + position) * width + w."""
+    """Ranks are numbered row by row, position by position: rank = (row * pipeline + position) * width + w.
+
+    They sit on the cell of their position: node and local index are those of `cells[row][position // positions_per_node]`,
+    plus (position % positions_per_node) * width + w.
+    """
 
     pipeline: int
     positions_per_node: int
@@ -73,6 +79,10 @@ class Layout:
     def rank_at(self, row: int, position: int, w: int) -> int:
         return (row * self.pipeline + position) * self.width + w
 
+    def nodes_of(self, replica: int, position: int) -> tuple[str, ...]:
+        """Node of a position in each row of a replica."""
+        return tuple(self.cells[row][position // self.positions_per_node][0] for row in self.replicas[replica])
+
     def mirror(self, position: int) -> int:
         """The position that hosts the same two stages."""
         return self.pipeline - 1 - position
@@ -91,7 +101,7 @@ class Layout:
     def describe(self) -> str:
         sizes = {len(rows) * self.width for rows in self.replicas}
         return (f"PP{self.pipeline} x EP{'/'.join(map(str, sorted(sizes)))} x DP{len(self.replicas)}: {self.size} ranks in "
-                f"{self.rows} rows on {len(self.nodes)} nodes, {self.positions_per_node} positions x {self.width} ranks on a node")
+                f"{self.rows} rows on {len(self.nodes)} nodes, cells of {self.positions_per_node} positions x {self.width} ranks")
 
 
 def choose(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> Layout:
@@ -100,14 +110,16 @@ def choose(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -
     Preference: at least two nodes if there are two; then most ranks used; then whole nodes as cells; then most rows.
     Raises ConfigError naming the setting that cannot be met.
     """
+    return _best(nodes, layout, model) or _refuse(nodes, layout, model)
+
+
+def _best(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> Layout | None:
     shapes = [layout.shape] if layout.shape != "auto" else [
         (c, k) for c in range(1, layout.pipeline + 1) if layout.pipeline % c == 0
         for k in range(1, max((n.ranks for n in nodes), default=0) + 1)]
     candidates = [found for c, k in shapes if (found := _with_shape(nodes, layout, model, c, k))]
-    if not candidates:
-        raise _refusal(nodes, layout, model)
     enough = min(2, sum(n.ranks > 0 for n in nodes))
-    return max(candidates, key=lambda found: (
+    return max(candidates, default=None, key=lambda found: (
         len(found.nodes) >= enough, found.size, -_cells_per_node(found), found.rows, found.positions_per_node))
 
 
@@ -118,7 +130,7 @@ def _with_shape(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConf
     if replicas is None:
         return None
     rows = sum(map(len, replicas))
-    grouped = tuple(tuple(cells[r * cells_per_row : (r + 1) * cells_per_row]) for r in range(rows))
+    grouped = tuple(_mirrors_apart(cells[r * cells_per_row : (r + 1) * cells_per_row]) for r in range(rows))
     return Layout(layout.pipeline, c, k, grouped, replicas)
 
 
@@ -126,6 +138,20 @@ def _cells(nodes: tuple[Node, ...], size: int) -> list[tuple[str, int]]:
     """Every node's first cell, then every node's second: rows fill distinct nodes before they share one."""
     most = max((n.ranks for n in nodes), default=0) // size
     return [(n.name, index * size) for index in range(most) for n in nodes if (index + 1) * size <= n.ranks]
+
+
+def _mirrors_apart(row: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """A row in which no cell shares a node with its mirror, unless one node has more than half of it.
+
+    A row that is so already stays as it is. Else cells of one node are put together and the later half is turned round:
+    cell i then mirrors cell i + half, and no run of cells of one node reaches that far.
+    """
+    half = len(row) // 2
+    if all(a[0] != b[0] for a, b in zip(row[:half], row[::-1])):
+        return tuple(row)
+    order = {node: index for index, (node, _) in reversed(list(enumerate(row)))}
+    together = sorted(row, key=lambda cell: order[cell[0]])
+    return tuple(together[: len(row) - half] + together[len(row) - half :][::-1])
 
 
 def _replicas(rows: int, k: int, layout: LayoutSection, model: ModelConfig) -> tuple[tuple[int, ...], ...] | None:
@@ -142,8 +168,9 @@ def _replicas(rows: int, k: int, layout: LayoutSection, model: ModelConfig) -> t
         count = layout.data if layout.data != "auto" else -(-rows // model.n_group)
         if count < 1 or count > rows:
             return None
+        rows = min(rows, count * model.n_group)  # a row without an expert group has nothing to do
     bounds = [r * rows // count for r in range(count + 1)]
-    replicas = tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:]))
+    replicas = tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
     fewest_groups = model.n_group // max(map(len, replicas))
     return replicas if fewest_groups >= 1 and fewest_groups * model.experts_per_group >= k else None
 
@@ -153,19 +180,32 @@ def _cells_per_node(layout: Layout) -> int:
     return max(used.count(node) for node in used)
 
 
-def _refusal(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> ConfigError:
+def _refuse(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> NoReturn:
+    """Raise the ConfigError that names the setting to change: the first pin without which there is a layout."""
+    pins = {key: getattr(layout, key) for key in ("data", "expert", "shape") if getattr(layout, key) != "auto"}
     available = sum(n.ranks for n in nodes)
-    has = f"the cluster has {available} on {len(nodes)} nodes"
-    if layout.expert != "auto" and layout.expert > model.n_routed_experts:
-        return ConfigError("layout.expert", layout.expert, f"at most model.n_routed_experts = {model.n_routed_experts}")
-    needed = layout.pipeline * (1 if layout.expert == "auto" else layout.expert) * (1 if layout.data == "auto" else layout.data)
+    has = f"the cluster has {available} ranks on {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
+    if pins.get("expert", 1) > model.n_routed_experts:
+        raise ConfigError("layout.expert", layout.expert, f"at most model.n_routed_experts = {model.n_routed_experts}")
+    needed = layout.pipeline * pins.get("expert", 1) * pins.get("data", 1)
     if needed > available:
-        key, value = next(((f"layout.{name}", getattr(layout, name)) for name in ("data", "expert")
-                           if getattr(layout, name) not in ("auto", 1)), ("layout.pipeline", layout.pipeline))
-        return ConfigError(key, value, f"needs {needed} ranks (pipeline x expert x data), {has}")
-    if layout.shape != "auto":
-        return ConfigError("layout.shape", list(layout.shape), f"no row of pipeline {layout.pipeline} fits, {has} "
-                           f"({', '.join(f'{n.name}: {n.ranks}' for n in nodes[:8])})")
-    return ConfigError("layout.expert", layout.expert,
-                       f"expert groups (model.n_group = {model.n_group} of {model.experts_per_group}) do not divide over "
-                       f"these rows, or no row of pipeline {layout.pipeline} fits; {has}")
+        key = next((key for key in ("data", "expert") if pins.get(key, 1) > 1), "pipeline")
+        raise ConfigError(f"layout.{key}", getattr(layout, key), f"needs {needed} ranks (pipeline x expert x data), {has}")
+    others = f"layout.pipeline = {layout.pipeline} and model.n_group = {model.n_group}"
+    for key, value in pins.items():
+        if found := _best(nodes, layout.model_copy(update={key: "auto"}), model):
+            raise ConfigError(f"layout.{key}", _plain(value), f"does not fit {others}, {has}; auto gives {_value(found, key)}")
+    key, value = next(iter(pins.items()))
+    listed = ", ".join(f"layout.{other} = {_plain(pins[other])}" for other in pins if other != key)
+    raise ConfigError(f"layout.{key}", _plain(value), f"does not fit {others} with {listed}, {has}")
+
+
+def _value(found: Layout, key: str) -> int | list[int]:
+    """What a layout makes of a setting that may be pinned; of uneven EP groups the largest."""
+    return {"data": len(found.replicas), "expert": max(map(len, found.replicas)) * found.width,
+            "shape": [found.positions_per_node, found.width]}[key]
+
+
+def _plain(value: int | tuple[int, int]) -> int | list[int]:
+    """A pair as a user writes it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -2,7 +2,7 @@
 
 A step is committed once its line is written; from then on its result survives the loss of any one node. The digest is
 the sum, modulo 2**128, of one hash per sequence that ranks ran forward and backward: it does not depend on the layout,
-and a sequence dropped, doubled or swapped changes it.
+and a sequence dropped, doubled or replaced changes it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _MASK = (1 << 64) - 1
 # ---- how many sequences a step has
 
 def batch_size(training: TrainingSection, step: int) -> int:
-    """Sequences of step `step`: linear from `batch_ramp.start_sequences` at step 0 to `batch_sequences` at step `batch_ramp.steps`."""
+    """Sequences of step `step`: from `batch_ramp.start_sequences` at step 0, linear, to `batch_sequences` at step `steps`."""
     ramp = training.batch_ramp
     if ramp is None or step >= ramp.steps:
         return training.batch_sequences

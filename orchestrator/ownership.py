@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from orchestrator.config import ModelConfig
 from orchestrator.layout import Layout
@@ -18,7 +19,10 @@ from orchestrator.placement import place_experts
 
 @dataclass(frozen=True)
 class Bucket:
-    """`members`: holders, then ranks that only own; they all take part in the reduction. `owners[s]`: of shard s, primary first."""
+    """Weights that the same ranks hold.
+
+    `members`: holders, then ranks that only own; they all take part in the reduction. `owners[s]`: of shard s, primary first.
+    """
 
     index: int
     holders: tuple[int, ...]
@@ -64,18 +68,14 @@ def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: l
     return tuple(found)
 
 
-def local_experts(model: ModelConfig, layout: Layout, rank: int) -> tuple[int, ...]:
-    """Expert ids that `rank` holds, for every MoE layer of its stages, in slot order."""
-    place = layout.places[rank]
-    return place_experts(model, layout, place.replica, place.position)[place.expert_rank]
-
-
 def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str):
     """(spec, ranks that hold it) for every weight, each once."""
     expert_holders: dict[tuple[int, int], list[int]] = {}
-    for place in layout.places:
-        for expert in local_experts(model, layout, place.rank):
-            expert_holders.setdefault((place.position, expert), []).append(place.rank)
+    for replica, position in product(range(len(layout.replicas)), range(layout.pipeline)):
+        placed = place_experts(model, layout, replica, position)
+        for rank, experts in zip(layout.expert_group(replica, position), placed):
+            for expert in experts:
+                expert_holders.setdefault((position, expert), []).append(rank)
     per_stage = stage_layers(model, layout.pipeline, layers_per_stage)
     seen: set[str] = set()
     for stage, layers in enumerate(per_stage):
@@ -92,11 +92,13 @@ def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | s
 
 
 def _extra_owners(layout: Layout, holders: tuple[int, ...], copies: int) -> tuple[int, ...]:
-    """Ranks on further nodes, where the holders sit on fewer than 1 + copies nodes: same position first, then the next rows."""
+    """Ranks on further nodes, where the holders sit on fewer than 1 + copies nodes: same position first, then the next rows,
+    then the same place in the row, so that the extra work spreads over the ranks."""
     nodes = {layout.places[r].node for r in holders}
     home = layout.places[holders[0]]
     extras: list[int] = []
-    others = sorted(layout.places, key=lambda p: (p.position != home.position, (p.row - home.row) % layout.rows, p.rank))
+    others = sorted(layout.places, key=lambda p: (
+        p.position != home.position, (p.row - home.row) % layout.rows, (p.width - home.width) % layout.width, p.rank))
     for place in others:
         if len(nodes) > copies:
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from orchestrator.config import ModelConfig
 
@@ -34,7 +35,7 @@ def stage_layers(model: ModelConfig, pipeline: int, per_stage: list[int] | str =
     if per_stage == "auto":
         per_stage = [(model.num_hidden_layers + pipeline - 1 - s) // pipeline for s in range(pipeline)]
     starts = [sum(per_stage[:s]) for s in range(pipeline + 1)]
-    return tuple(range(a, b) for a, b in zip(starts, starts[1:]))
+    return tuple(range(a, b) for a, b in pairwise(starts))
 
 
 def mtp_layer(model: ModelConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 from orchestrator import cost, order, ownership
 from orchestrator.config import RunConfig
@@ -11,17 +12,17 @@ from orchestrator.layout import Layout
 from orchestrator.schedule.check import peak_activations
 from orchestrator.schedule.dualpipe import dualpipe, smallest_microbatches
 
+_NODES_SHOWN = 16
+
 
 @dataclass(frozen=True)
 class Plan:
     """`microbatches`, `empty`: of the first and of the last step. `memory`: by pipeline position, its fullest rank.
-
     `fewest_owners`: on how many nodes the worst-protected optimizer shard lives.
     """
 
     layout: Layout
-    parameters: int
-    active_parameters: int
+    parameters: cost.Parameters
     microbatches: tuple[int, int]
     empty: tuple[int, int]
     memory: tuple[cost.Memory, ...]
@@ -30,20 +31,14 @@ class Plan:
 
 def plan(config: RunConfig, layout: Layout) -> Plan:
     """Raises ValueError where the schedule cannot run."""
-    total, active = cost.parameter_count(config.model)
-    counts = [_microbatches(config, layout, step) for step in (0, config.training.steps - 1)]
+    (first, first_empty), (last, last_empty) = (_microbatches(config, layout, step) for step in (0, config.training.steps - 1))
     buckets = ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage)
-    peaks = peak_activations(dualpipe(layout.pipeline, max(m for m, _ in counts)))
-    memory = []
-    for position in range(layout.pipeline):
-        ranks = [place.rank for place in layout.places if place.position == position]
-        estimates = (cost.memory(config, layout, buckets, rank, peaks[position]) for rank in ranks[: _EXAMINED])
-        memory.append(max(estimates, key=lambda found: found.total))
-    return Plan(layout, total, active, (counts[0][0], counts[1][0]), (counts[0][1], counts[1][1]), tuple(memory),
+    peaks = peak_activations(dualpipe(layout.pipeline, max(first, last)))
+    ranks = cost.memory(config, layout, buckets, peaks)
+    at_position = ([ranks[place.rank] for place in layout.places if place.position == p] for p in range(layout.pipeline))
+    fullest = tuple(max(found, key=lambda memory: memory.total) for found in at_position)
+    return Plan(layout, cost.parameters(config.model), (first, last), (first_empty, last_empty), fullest,
                 min(len(owners) for bucket in buckets for owners in bucket.owners))
-
-
-_EXAMINED = 64  # ranks of one position differ by a few shards at most
 
 
 def _microbatches(config: RunConfig, layout: Layout, step: int) -> tuple[int, int]:
@@ -59,27 +54,48 @@ def describe(config: RunConfig, found: Plan) -> list[str]:
     layout, training = found.layout, config.training
     first, last = order.batch_size(training, 0), order.batch_size(training, training.steps - 1)
     growth = "" if first == last else f" (growing from {first})"
-    lines = [
-        f"model        {_count(found.parameters)} parameters, {_count(found.active_parameters)} used by a token; "
-        f"{training.dtype}, recompute {training.recompute}",
+    counts, microbatches = found.parameters, found.microbatches[1]
+    mtp = f" (and {_count(counts.mtp)} for multi-token prediction)" if counts.mtp else ""
+    return [
+        (f"model        {_count(counts.main)} parameters{mtp}, {_count(counts.active)} used by a token; "
+         f"{training.dtype}, recompute {training.recompute}"),
         f"layout       {layout.describe()}",
-        f"step         {last} sequences{growth} of {config.data.sequence_length} tokens; "
-        f"{found.microbatches[1]} microbatches of {training.microbatch_sequences} on {layout.streams} streams, "
-        f"{found.empty[1]} of {found.microbatches[1] * layout.streams} empty",
+        (f"step         {last} sequences{growth} of {config.data.sequence_length} tokens; {microbatches} microbatches of "
+         f"{training.microbatch_sequences} on each of {layout.streams} streams, "
+         f"{found.empty[1]} of {microbatches * layout.streams} empty"),
         f"schedule     {config.schedule.kind}" + (" (one position: no pipeline)" if layout.pipeline == 1 else ""),
+        *_node_lines(layout),
+        *(_memory_line(layout, position, memory) for position, memory in enumerate(found.memory)),
+        _state_line(config.elastic.copies, found.fewest_owners),
     ]
-    for node in layout.nodes[:_EXAMINED]:
-        here = [place for place in layout.places if place.node == node]
-        lines.append(f"node         {node}: " + ", ".join(f"rank {p.rank} (row {p.row}, position {p.position})" for p in here))
-    for position, memory in enumerate(found.memory):
-        stages = ", ".join(map(str, layout.stages(position)))
-        lines.append(f"memory       position {position} (stages {stages}): {_bytes(memory.total)} a rank = weights "
-                     f"{_bytes(memory.weights)} + gradients {_bytes(memory.gradients)} + optimizer {_bytes(memory.optimizer)} "
-                     f"+ activations {_bytes(memory.activations)}, estimated")
-    wanted = 1 + config.elastic.copies
-    note = "" if found.fewest_owners >= wanted else f" (elastic.copies wants {wanted}: too few nodes; losing a node means going back to a checkpoint)"
-    lines.append(f"state        every optimizer shard on {found.fewest_owners} node(s){note}")
-    return lines
+
+
+def _node_lines(layout: Layout) -> list[str]:
+    """Which ranks a node has, run by run of one (row, position); of many nodes only the first."""
+    of_node: dict[str, list[str]] = {node: [] for node in layout.nodes}
+    for (node, row, position), places in groupby(layout.places, key=lambda place: (place.node, place.row, place.position)):
+        ranks = [place.rank for place in places]
+        numbers = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+        of_node[node].append(f"{numbers} (row {row}, position {position})")
+    lines = [f"node         {node}: {', '.join(runs)}" for node, runs in of_node.items()]
+    more = len(lines) - _NODES_SHOWN
+    return lines if more <= 0 else [*lines[:_NODES_SHOWN], f"node         and {more} more"]
+
+
+def _memory_line(layout: Layout, position: int, memory: cost.Memory) -> str:
+    stages = layout.stages(position)
+    named = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]}, {stages[1]}"
+    return (f"memory       position {position} ({named}): {_bytes(memory.total)} a rank = weights {_bytes(memory.weights)} + "
+            f"gradients {_bytes(memory.gradients)} + optimizer {_bytes(memory.optimizer)} + activations "
+            f"{_bytes(memory.activations)}, estimated")
+
+
+def _state_line(copies: int, fewest_owners: int) -> str:
+    kept = f"state        every optimizer shard on {fewest_owners} {'node' if fewest_owners == 1 else 'nodes'}"
+    if fewest_owners > copies:
+        return kept
+    lost = "any node" if fewest_owners == 1 else f"{fewest_owners} nodes"
+    return f"{kept} (elastic.copies wants {1 + copies}: too few nodes; losing {lost} means going back to a checkpoint)"
 
 
 def _count(number: int) -> str:

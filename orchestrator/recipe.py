@@ -1,4 +1,4 @@
-"""The training recipe as pure functions of the step: learning rate, and what the losses are divided by."""
+"""The training recipe as a pure function of the step: the learning rate."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ built in living processes while the old one is dying. gloo on CPU; NCCL where th
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,12 @@ class Group:
         if self.size > 1 and tensor.numel():
             options = dist.AllreduceOptions()
             options.reduceOp = op
-            _wait(self._backend.allreduce([tensor], options))
+            wait(self._start(lambda backend: backend.allreduce([tensor], options)))
 
     def all_gather(self, output: torch.Tensor, part: torch.Tensor) -> None:
         """`output` [size * n] receives every member's `part` [n], in member order. `part` may be a slice of `output`."""
         if self.size > 1:
-            _wait(self._backend._allgather_base(output, part.clone()))
+            wait(self._start(lambda backend: backend._allgather_base(output, part.clone())))
         elif output.data_ptr() != part.data_ptr():
             output.copy_(part)
 
@@ -50,50 +50,72 @@ class Group:
         if self.size == 1:
             return received.copy_(rows)
         sent, landed = (t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (rows, received))
-        _wait(self._backend.alltoall_base(landed, sent, receive_counts, send_counts, dist.AllToAllOptions()))
+        wait(self._start(lambda backend: backend.alltoall_base(
+            landed, sent, receive_counts, send_counts, dist.AllToAllOptions())))
         return received
 
     def send(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
-        """Start a send; the tensor must stay unchanged until the work is done."""
-        return self._backend.send([tensor], member, tag)
+        """Start a send; the tensor must stay unchanged until the work is done. Raises Aborted."""
+        return self._start(lambda backend: backend.send([tensor], member, tag))
 
     def receive(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
-        """Post a receive into `tensor`."""
-        return self._backend.recv([tensor], member, tag)
+        """Post a receive into `tensor`. Raises Aborted."""
+        return self._start(lambda backend: backend.recv([tensor], member, tag))
 
     def abort(self) -> None:
         """End every blocked operation of this group within milliseconds; each raises in the thread that waits for it."""
-        if self._backend is None:
+        if (backend := self._backend) is None:
             return
-        if self._backend.name() != "gloo":
-            self._backend.abort()
+        if backend.name() != "gloo":
+            backend.abort()
             return
         # gloo's own abort does nothing. A wait that times out closes every pair of the group, which ends all operations.
         try:
-            work = self._backend.recv([torch.empty(1)], (self.rank + 1) % self.size, _UNUSED_TAG)
+            work = backend.recv([torch.empty(1)], (self.rank + 1) % self.size, _UNUSED_TAG)
             work.wait(datetime.timedelta(milliseconds=1))
         except RuntimeError:
             pass
 
+    def close(self) -> None:
+        """Let go of sockets and threads, whoever still holds this group."""
+        self._backend = None
+
+    def _start(self, operation: Callable[[dist.Backend], dist.Work]) -> dist.Work:
+        """A group that was aborted refuses an operation when it is started, one that is aborted later when it is waited for."""
+        if (backend := self._backend) is None:
+            raise Aborted(f"the group of ranks {self.ranks} is closed")
+        try:
+            return operation(backend)
+        except RuntimeError as error:
+            raise Aborted(_first_line(error)) from error
+
 
 def wait(work: dist.Work) -> None:
     """Block until done. Raises Aborted."""
-    _wait(work)
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise Aborted(_first_line(error)) from error
 
 
 class Generation:
-    """All process groups of one rank in one generation, by their set of ranks (equal sets share a group)."""
+    """All process groups of one rank in one generation, by their set of ranks (equal sets share a group).
 
-    def __init__(self, number: int, rank: int, device: torch.device, host: str, timeout_seconds: float):
+    `timeout_seconds`: of every operation. `create_timeout_seconds`: of making one group, which no abort can end.
+    """
+
+    def __init__(self, number: int, rank: int, device: torch.device, host: str, timeout_seconds: float,
+                 create_timeout_seconds: float = CREATE_TIMEOUT_SECONDS):
         self.number, self.rank = number, rank
         self._device, self._host = device, host
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._create_timeout = datetime.timedelta(seconds=min(timeout_seconds, create_timeout_seconds))
         self._groups: dict[tuple[int, ...], Group] = {}
 
     def create(self, store: dist.Store, wanted: Iterable[tuple[int, ...]]) -> None:
         """Make the groups that contain this rank. Every rank must pass the same sequence, or creation would deadlock.
 
-        Raises Aborted when a member does not come within CREATE_TIMEOUT_SECONDS.
+        Raises Aborted when a member does not come in time.
         """
         for index, ranks in enumerate(dict.fromkeys(wanted)):
             if self.rank not in ranks:
@@ -112,17 +134,18 @@ class Generation:
             group.abort()
 
     def close(self) -> None:
-        """Drop the groups: their sockets and threads go with the last reference."""
+        """Drop the groups, with their sockets and threads."""
+        for group in self._groups.values():
+            group.close()
         self._groups.clear()
 
     def _backend(self, store: dist.Store, rank: int, size: int) -> dist.Backend:
-        create_timeout = min(self._timeout, datetime.timedelta(seconds=CREATE_TIMEOUT_SECONDS))
         if self._device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
             return dist.ProcessGroupNCCL(store, rank, size, options)
         options = dist.ProcessGroupGloo._Options()
-        options._timeout = create_timeout
+        options._timeout = self._create_timeout
         options._threads = 2
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host, lazy_init=False)]
         try:
@@ -131,13 +154,6 @@ class Generation:
             raise Aborted(f"group of {size} ranks did not form: {_first_line(error)}") from error
         backend._set_default_timeout(self._timeout)
         return backend
-
-
-def _wait(work: dist.Work) -> None:
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise Aborted(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

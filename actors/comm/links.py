@@ -34,16 +34,23 @@ class Links:
             self._posted[transfer.payload, transfer.slot, transfer.microbatch] = (work, tensor)
 
     def take(self, payload: Payload, slot: int, microbatch: int) -> torch.Tensor | None:
-        """Wait for a posted receive and give its tensor; None for an empty microbatch. Raises Aborted."""
-        posted = self._posted.pop((payload, slot, microbatch), None)
-        if posted is None:
+        """Wait for a posted receive and give its tensor; None for an empty microbatch.
+
+        Raises Aborted; KeyError: the program never posted this receive.
+        """
+        if self._shape_of(slot, microbatch) is None:
             return None
-        wait(posted[0])
-        return posted[1]
+        work, tensor = self._posted.pop((payload, slot, microbatch))
+        wait(work)
+        return tensor
 
     def send(self, transfer: Transfer, tensor: torch.Tensor | None) -> None:
-        if tensor is None or self._shape_of(transfer.slot, transfer.microbatch) is None:
+        """Start to send. Raises Aborted; ValueError: a microbatch with sequences has nothing to send."""
+        shape = self._shape_of(transfer.slot, transfer.microbatch)
+        if shape is None:
             return
+        if tensor is None or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{transfer}: a tensor of shape {shape} was to be sent")
         tensor = tensor.contiguous()
         self._sent.append((self._group.send(tensor, transfer.peer, transfer.tag), tensor))
         self.bytes_sent += tensor.numel() * tensor.element_size()

@@ -23,7 +23,8 @@ def make(folder: Path, train: list[bytes], validation: list[bytes], length: int)
         packer.close()
         shards = packer.progress.shards
         splits[split] = {"sequences": sum(s.rows for s in shards), "tokens": packer.total.tokens, "documents": len(texts),
-                         "bytes": packer.total.bytes, "last_row_tokens": packer.last_row_tokens, "rows_per_group": packing.ROWS_PER_GROUP,
+                         "bytes": packer.total.bytes, "last_row_tokens": packer.last_row_tokens,
+                         "rows_per_group": packing.ROWS_PER_GROUP,
                          "groups_per_shard": packing.groups_per_shard(length), "shards": [vars(s) for s in shards]}
     tokenizer = {"kind": "byte", "fingerprint": byte.fingerprint, "vocab_size": 257, "end_of_document": 256}
     manifest = {"format": 1, "tokenizer": tokenizer, "sequence_length": length, "splits": splits}

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy
+import pyarrow
 import pytest
 from corpus import make, rows_by_hand, texts
 
@@ -91,6 +93,10 @@ def test_packing_resumes_after_any_shard(documents):
         assert len(written) == len(whole) - len(point.shards)
 
 
+def storage_path(corpus, name):
+    return Path(corpus.path) / name
+
+
 def damage_missing(file):
     file.unlink()
 
@@ -105,7 +111,8 @@ def damage_corrupt(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage, reason", [(damage_missing, "does not exist"), (damage_truncated, "truncated"), (damage_corrupt, "corrupt")])
+@pytest.mark.parametrize("damage, reason", [
+    (damage_missing, "does not exist"), (damage_truncated, "truncated"), (damage_corrupt, "corrupt")])
 def test_a_damaged_shard_is_named(corpus, damage, reason):
     name = corpus.train.shards[1].name
     damage(storage_path(corpus, name))
@@ -131,11 +138,6 @@ def test_a_shard_is_hashed_once(corpus, monkeypatch):
     assert len([1 for _, random_access in opened if not random_access]) == 1
 
 
-def storage_path(corpus, name):
-    from pathlib import Path
-    return Path(corpus.path) / name
-
-
 @pytest.mark.parametrize("edit, message", [
     (lambda m: m.update(format=2), "format version 2; this program reads version 1"), (lambda m: m.pop("format"), "corrupt"),
     (lambda m: m.pop("tokenizer"), "corrupt"), (lambda m: m["splits"]["train"]["shards"].pop(), "do not add up")])
@@ -158,7 +160,8 @@ def test_no_manifest_or_half_of_one(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("fingerprint, vocab, length, message", [
-    ("0" * 64, 257, LENGTH, "data.tokenizer = sha256 000000000000: the one that"), (ByteTokenizer.fingerprint, 256, LENGTH, "model.vocab_size = 256: at least 257"),
+    ("0" * 64, 257, LENGTH, "data.tokenizer = sha256 000000000000: the one that"),
+    (ByteTokenizer.fingerprint, 256, LENGTH, "model.vocab_size = 256: at least 257"),
     (ByteTokenizer.fingerprint, 257, 16, "data.sequence_length = 16: 8, the length")])
 def test_check_names_key_value_and_what_is_allowed(corpus, fingerprint, vocab, length, message):
     corpus.check(ByteTokenizer.fingerprint, 300, LENGTH)
@@ -174,6 +177,5 @@ def test_an_empty_split_has_no_order(tmp_path):
 
 
 def test_matrix_of_another_type_is_refused():
-    import pyarrow
     with pytest.raises(ValueError, match="has type"):
         dataset_module.list_to_matrix(pyarrow.chunked_array([pyarrow.array([[1, 2]])]), 2)

@@ -8,7 +8,7 @@ import pytest
 from corpus import make, texts
 
 from actors import feed as feed_module, packing
-from actors.dataset import DatasetError
+from actors.dataset import Dataset, DatasetError
 from actors.feed import VALIDATION, Feed, read_validation
 from orchestrator import order
 from orchestrator.config import parse
@@ -53,6 +53,26 @@ def test_steps_hold_the_sequences_of_the_order(ray_local, corpus, config, first,
             feed.next(WAIT)
     finally:
         feed.close()
+
+
+def test_order_holds_when_later_tasks_finish_first(ray_local, corpus, monkeypatch):
+    class SlowAtFirst(Dataset):  # here, so that it travels to the workers by value
+        """The task that reads row 0 takes long enough for others to overtake it."""
+
+        def read_rows(self, split, rows):
+            for _ in range(3000 if 0 in rows else 1):
+                found = Dataset.read_rows(self, split, rows)
+            return found
+
+    monkeypatch.setattr(feed_module, "_CHUNK_BYTES", 8000)
+    monkeypatch.setattr(feed_module, "_READER_BYTES", 1)
+    config = parse({"data": {"sequence_length": LENGTH, "shuffle_window": 3}, "training": {"batch_sequences": 97}})
+    slow = SlowAtFirst(**vars(corpus))
+    first = next(step for step in range(100) if 0 in expected(corpus, config, step))
+    feed = Feed(slow, config, first, first + 10)
+    for step in range(first, first + 10):
+        assert feed.next(WAIT).sequence_ids.tolist() == expected(corpus, config, step)
+    feed.close()
 
 
 def test_starting_late_reads_only_the_windows_of_its_steps(ray_local, tmp_path, config):

@@ -30,7 +30,8 @@ def test_cross_entropy_is_what_a_dictionary_gives(vocab, seed):
     train, text = (numpy.minimum(rng.geometric(0.3, size) - 1, vocab - 1) for size in (300, 90))
     text[10] = vocab - 1
     found = ngram_cross_entropy(train, text, vocab)
-    assert [found.unigram, found.bigram, found.trigram] == pytest.approx(by_dictionary(train.tolist(), text.tolist(), vocab), rel=1e-12)
+    expected = by_dictionary(train.tolist(), text.tolist(), vocab)
+    assert [found.unigram, found.bigram, found.trigram] == pytest.approx(expected, rel=1e-12)
 
 
 def test_probabilities_sum_to_one():
@@ -38,8 +39,8 @@ def test_probabilities_sum_to_one():
     rng = numpy.random.default_rng(3)
     train, vocab = rng.integers(0, 5, 60), 6
     for pick in ("unigram", "bigram", "trigram"):
-        total = sum(math.exp(-getattr(ngram_cross_entropy(train, numpy.array([2, 3, word]), vocab), pick)) for word in range(vocab))
-        assert total == pytest.approx(1.0)
+        losses = [getattr(ngram_cross_entropy(train, numpy.array([2, 3, word]), vocab), pick) for word in range(vocab)]
+        assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0)
 
 
 def test_bigram_entropy_by_definition():
@@ -62,7 +63,8 @@ def test_text_of_rows_joins_rows_at_their_shared_token():
     assert text_of_rows(rows, numpy.array([5, 5, 3])).tolist() == text.tolist()
 
 
-@pytest.mark.parametrize("tokens, vocab, message", [([0, 1, 5], 5, "ids from 0 to 5"), ([0, 1], 5, "at least 3"), ([0, 1, 2], 5000, "1 to 1024")])
+@pytest.mark.parametrize("tokens, vocab, message", [
+    ([0, 1, 5], 5, "ids from 0 to 5"), ([0, 1], 5, "at least 3"), ([0, 1, 2], 5000, "1 to 1024")])
 def test_refusals(tokens, vocab, message):
     with pytest.raises(ValueError, match=message):
         ngram_cross_entropy(numpy.array(tokens), numpy.array([0, 1, 2]), vocab)

@@ -58,14 +58,16 @@ def test_a_document_cannot_forge_an_end(tmp_path):
 
 @pytest.mark.parametrize("specials, config, named, expected", [
     (["</s>", "<|endoftext|>"], None, "<|endoftext|>", 5), (["</s>", "<stop>"], {"eos_token": "<stop>"}, None, 5),
-    (["</s>", "<stop>"], {"eos_token": {"content": "<stop>"}}, None, 5), (["</s>", "<stop>"], {"eos_token": "<stop>"}, "</s>", 4)])
+    (["</s>", "<stop>"], {"eos_token": {"content": "<stop>"}}, None, 5),
+    (["</s>", "<stop>"], {"eos_token": "<stop>"}, "</s>", 4)])
 def test_which_token_ends_a_document(tmp_path, specials, config, named, expected):
     assert load(build(tmp_path, *specials, config=config), named).end_of_document == expected
 
 
 @pytest.mark.parametrize("specials, named, message", [
     ([], None, "found none of the customary names; name it with --end-token"),
-    (["</s>", "<|endoftext|>"], None, r"found several \(<\|endoftext\|>, </s>\); name it"), (["</s>"], "<x>", "'<x>': not in the vocabulary")])
+    (["</s>", "<|endoftext|>"], None, r"found several \(<\|endoftext\|>, </s>\); name it"),
+    (["</s>"], "<x>", "'<x>': not in the vocabulary")])
 def test_an_unclear_end_is_refused(tmp_path, specials, named, message):
     with pytest.raises(TokenizerError, match=message):
         load(build(tmp_path, *specials), named)

@@ -1,0 +1,109 @@
+"""Tokens a second of the whole system (Ray, feed, coordinator, four ranks) against plain PyTorch on the same cores.
+
+Both train the same model on batches of the same shape, in turn, in one run. Ray is not up while the peer runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from actors.dealing import Batch
+from actors.run_folder import RunFolder
+from jobs import corpus, session
+from jobs.benches import plain
+from jobs.benches.text import batches_of_text
+from orchestrator.config import RunConfig, parse
+from orchestrator.layout import choose
+
+ROUNDS, STEPS, WARM_UP = 3, 16, 4
+_TIMEOUT_SECONDS = 900.0
+_AIM = 0.8
+
+
+def run(config: RunConfig) -> dict:
+    """Medians over rounds of tokens a second; `ratio` is ours divided by the peer's."""
+    config = parse(config.model_dump(), [
+        f"training.steps={STEPS}", "training.validation_sequences=0", "checkpoint.every=0", "run.name=bench-tokens"])
+    data = session.data_path(config)
+    batches = batches_of_text(config, STEPS)
+    ours, peers, breakdowns = [], [], []
+    for index in range(ROUNDS):
+        speed, breakdown = _system(config, data)
+        peer = _peer(config, batches)
+        print(f"round {index}: system {speed:.0f} tokens/s, plain {peer:.0f} tokens/s, {breakdown}", file=sys.stderr, flush=True)
+        ours.append(speed), peers.append(peer), breakdowns.append(breakdown)
+    names = breakdowns[0].keys()
+    return {
+        "settings": {"rounds": ROUNDS, "steps": STEPS, "warm_up_steps": WARM_UP, "ranks": 4, "plain_processes": os.cpu_count(),
+                     "dtype": config.training.dtype, "sequences": config.training.batch_sequences,
+                     "sequence_length": config.data.sequence_length},
+        "seconds": {"system": [_seconds(config, s) for s in ours], "plain": [_seconds(config, s) for s in peers]},
+        "tokens_per_second": {"system": ours, "plain": peers},
+        "ratio": statistics.median(ours) / statistics.median(peers),
+        "ratios": [a / b for a, b in zip(ours, peers)],
+        "aim": _AIM,
+        "breakdown": {name: statistics.median(found[name] for found in breakdowns) for name in names},
+    }
+
+
+def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
+    """Tokens a second from the end of warm-up to the end, and where a rank's time went, as shares of it."""
+    import ray
+
+    session.connect()
+    folder = tempfile.mkdtemp(prefix="dualray-bench-")
+    try:
+        corpus.prepare(config, data)
+        config = config.model_copy(update={"run": config.run.model_copy(update={"directory": folder})})
+        layout = choose(session.nodes(config), config.layout, config.model)
+        from actors.coordinator import Coordinator
+
+        ranks = session.create_ranks(config, layout)
+        coordinator = Coordinator.remote(config, layout, ranks, data)
+        ray.get(coordinator.run.remote(), timeout=_TIMEOUT_SECONDS)
+        return _figures(RunFolder(folder, config.run.name).metric_lines())
+    finally:
+        session.disconnect()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _figures(steps: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
+    first, measured = steps[WARM_UP - 1], steps[WARM_UP:]
+    wall = measured[-1]["time"] - first["time"]
+    total = {key: sum(step[key] for step in measured) for key in
+             ("compute_seconds", "exposed_comm_seconds", "seconds", "rank_seconds", "tokens")}
+    waiting = sum(step["bubble_ratio"] * step["rank_seconds"] for step in measured)
+    return total["tokens"] / wall, {
+        "compute": total["compute_seconds"] / wall, "exchange and reduce": total["exposed_comm_seconds"] / wall,
+        "waiting for the pipeline, update, publish": waiting / wall,
+        "coordinator: call and commit": (total["seconds"] - total["rank_seconds"]) / wall,
+        "between steps: feed, journal": (wall - total["seconds"]) / wall,
+    }
+
+
+def _peer(config: RunConfig, batches: list[Batch]) -> float:
+    size = os.cpu_count() or 1
+    with ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) as processes:
+        port = _free_port()
+        found = [processes.submit(plain.data_parallel, config, batches, rank, size, port) for rank in range(size)]
+        seconds = [max(step) for step in zip(*(future.result(_TIMEOUT_SECONDS) for future in found))][WARM_UP:]
+    return len(seconds) * config.training.batch_sequences * config.data.sequence_length / sum(seconds)
+
+
+def _seconds(config: RunConfig, speed: float) -> float:
+    return config.training.batch_sequences * config.data.sequence_length / speed
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

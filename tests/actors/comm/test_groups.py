@@ -1,0 +1,178 @@
+"""Process groups between four living processes: every operation against plain arithmetic, abort, creation, leaks."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from runtime import configured, on_all
+
+from actors.comm.groups import Aborted, Generation
+from actors.messages import Assignment
+
+ALL, SOME = (0, 1, 2, 3), (0, 1, 3)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64]
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def generation_of(host, rank, port, wanted, **options):
+    """A generation that the host's control thread can abort."""
+    made = Generation(1, rank, torch.device("cpu"), "127.0.0.1", 30, **options)
+    host.close()
+    host._generation = made
+    made.create(dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), wanted)
+    return made
+
+
+def by_rank(ranks, function, size, *arguments):
+    return ranks.start("do", [(function, rank, *arguments) for rank in range(size)]).results(60)
+
+
+def values(rank, dtype, length=1001):
+    """Whole numbers that every dtype and every sum of four holds exactly."""
+    return torch.arange(length).add(7 * rank).remainder(50).to(dtype)
+
+
+def rows_for(sender, receiver):
+    return (sender + 2 * receiver) % 4 if (sender, receiver) != (1, 1) else 0
+
+
+def operate(host, rank, port):
+    """Every operation in two groups and in a group of one; nothing is checked here."""
+    made = generation_of(host, rank, port, [ALL, SOME, (rank,), ALL] if rank != 2 else [ALL, SOME, (rank,)])
+    found = {}
+    for ranks in [ALL, SOME] if rank in SOME else [ALL]:
+        group = made.group(ranks)
+        for dtype in DTYPES:
+            total = values(rank, dtype)
+            group.all_reduce(total)
+            gathered = torch.zeros(group.size * 6, dtype=dtype)
+            mine = gathered[group.rank * 6 :][:6]
+            mine.copy_(values(rank, dtype, 6))
+            group.all_gather(gathered, mine)
+            send = [rows_for(rank, to) for to in ranks]
+            rows = torch.cat([torch.full((n, 3), 10 * rank + to) for n, to in zip(send, ranks)]).to(dtype)
+            found[ranks, dtype] = total, gathered, group.all_to_all(rows, send, [rows_for(source, rank) for source in ranks])
+        most = values(rank, torch.float32)
+        group.all_reduce(most, dist.ReduceOp.MAX)
+        rounded = torch.randn(1001, generator=torch.Generator().manual_seed(rank))
+        group.all_reduce(rounded)
+        group.all_reduce(torch.empty(0))
+        found[ranks, "more"] = most, rounded, group.all_to_all(torch.ones(0, 2), [0] * group.size, [0] * group.size)
+    alone = made.group((rank,))
+    lonely = torch.full((3,), float(rank))
+    alone.all_reduce(lonely)
+    copy = torch.zeros(3)
+    alone.all_gather(copy, lonely)
+    found["alone"] = lonely, copy, alone.all_to_all(lonely.view(3, 1), [3], [3])
+    made.close()
+    return found
+
+
+def test_operations(ranks, store):
+    found = by_rank(ranks, operate, 4, store.port)
+    for members in (ALL, SOME):
+        for rank in members:
+            for dtype in DTYPES:
+                total, gathered, received = found[rank][members, dtype]
+                assert torch.equal(total, sum(values(r, torch.int64) for r in members).to(dtype))
+                assert torch.equal(gathered, torch.cat([values(r, dtype, 6) for r in members]))
+                expected = [[10 * source + rank] * 3 for source in members for _ in range(rows_for(source, rank))]
+                assert torch.equal(received, torch.tensor(expected).view(-1, 3).to(dtype)) and received.dtype == dtype
+            most, rounded, nothing = found[rank][members, "more"]
+            assert torch.equal(most, torch.stack([values(r, torch.float32) for r in members]).amax(0))
+            assert torch.equal(rounded, found[0][members, "more"][1])  # sums that round, yet alike on all members
+            exact = sum(torch.randn(1001, generator=torch.Generator().manual_seed(r)).double() for r in members)
+            assert rounded.double() == pytest.approx(exact, abs=1e-6)
+            assert nothing.shape == (0, 2)
+    for rank in ALL:
+        assert all(torch.equal(part.flatten(), torch.full((3,), float(rank))) for part in found[rank]["alone"])
+
+
+OPERATIONS = {
+    "receive": lambda group: group.receive(torch.empty(4), 2, 1).wait(),
+    "all_reduce": lambda group: group.all_reduce(torch.ones(100_000)),
+    "all_gather": lambda group: group.all_gather(torch.empty(3000), torch.ones(1000)),
+    "all_to_all": lambda group: group.all_to_all(torch.ones(30_000, 1), [10_000] * 3, [10_000] * 3),
+}
+
+
+def block(host, rank, port, operation):
+    """Seconds from the abort to the error in the blocked thread; rank 2 takes part in nothing."""
+    members = (0, 1, 2)
+    made = generation_of(host, rank, port, [members])
+    if rank == 2:
+        return None
+    aborted_at, abort = [], made.abort
+    made.abort = lambda: (aborted_at.append(time.monotonic()), abort())
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store.set(f"{operation}-{rank}", "blocks now")
+    with pytest.raises((Aborted, RuntimeError)) as caught:
+        OPERATIONS[operation](made.group(members))
+    seconds = time.monotonic() - aborted_at[0]
+    assert operation == "receive" or caught.type is Aborted
+    with pytest.raises(Aborted):  # and so does whatever is started later
+        made.group(members).all_reduce(torch.ones(1))
+    return seconds
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_abort_ends_what_is_blocked(ranks, store, operation):
+    calls = ranks.start("do", [(block, rank, store.port, operation) for rank in range(3)])
+    store.wait([f"{operation}-0", f"{operation}-1"])
+    ranks.abort()
+    seconds = calls.results(20)[:2]
+    assert min(seconds) < 0.2 and max(seconds) < 1.0, seconds
+
+
+def form_short(host, rank, port):
+    started = time.monotonic()
+    with pytest.raises(Aborted, match="group of 3 ranks did not form") as caught:
+        generation_of(host, rank, port, [(0, 1, 2)], create_timeout_seconds=0.5)
+    return time.monotonic() - started, str(caught.value)
+
+
+def test_a_missing_member_bounds_the_creation(ranks, store):
+    for seconds, text in by_rank(ranks, form_short, 2, store.port):
+        assert 0.4 < seconds < 5 and "\n" not in text
+
+
+def test_a_closed_group_is_closed_for_all_who_hold_it(ranks, store):
+    by_rank(ranks, use_after_close, 2, store.port)
+
+
+def use_after_close(host, rank, port):
+    made = generation_of(host, rank, port, [(0, 1)])
+    group = made.group((0, 1))
+    made.close()
+    with pytest.raises(Aborted, match="closed"):
+        group.all_reduce(torch.ones(1))
+    group.abort()  # of no effect
+
+
+def resources(host):
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count()
+
+
+def test_twenty_generations_leak_nothing(ranks):
+    """Alternating layouts and, every other time, an abort; the same processes."""
+    layouts = [configured(name) for name in ("PP2xEP2", "PP4", "PP2xDP2")]
+    counts = []
+    for number in range(20):
+        config, layout = layouts[number % 3]
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks.start("configure", [(config,)] * 4).results(60)
+        ranks.start("form", [(Assignment(number, rank, layout, ("127.0.0.1", store.port)),) for rank in range(4)]).results(60)
+        if number % 2:
+            ranks.abort()
+        ranks.start("close", [()] * 4).results(60)
+        counts.append(on_all(ranks, resources, 4))
+    assert counts[19] == counts[4]

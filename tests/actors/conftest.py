@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import runtime
+
+from actors.processes import ProcessRanks
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four rank processes for the whole session: importing torch takes seconds, forming a new generation milliseconds."""
+    config, _ = runtime.configured()
+    with ProcessRanks(config, 4, runtime.host) as found:
+        yield found
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 2 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+    yield Disk(folder)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Disk:
+    def __init__(self, folder: Path):
+        self.folder, self._ballast = folder, folder / "ballast"
+
+    def fill(self, leaving: int = 0) -> None:
+        """Take all space but `leaving` bytes."""
+        with open(self._ballast, "ab", buffering=0) as stream:
+            try:
+                while stream.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+            stream.truncate(max(0, stream.tell() - leaving))
+
+    def free(self) -> None:
+        self._ballast.unlink()

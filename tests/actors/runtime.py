@@ -1,0 +1,175 @@
+"""Driving rank processes from tests: a tiny run, its data, and the state that its ranks hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
+from actors.dealing import Batch
+from actors.processes import ProcessRanks
+from actors.rank import Rank
+from actors.run_folder import RunFolder
+from actors.trainer import Outcome, Sources, Trainer
+from orchestrator import order
+from orchestrator.config import RunConfig, parse
+from orchestrator.layout import Layout, choose
+from orchestrator.topology import virtual_nodes
+
+TIMEOUT_SECONDS = 60.0
+VOCABULARY, LENGTH = 61, 8
+TINY = {
+    "model": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "first_k_dense_replace": 1, "intermediate_size": 24,
+              "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
+              "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+              "v_head_dim": 8, "initializer_range": 0.05},
+    "data": {"sequence_length": LENGTH},
+    "training": {"steps": 6, "batch_sequences": 8, "microbatch_sequences": 1, "dtype": "float64", "validate_every": 0,
+                 "validation_sequences": 0, "step_timeout_seconds": 40},
+    "optimizer": {"learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup_steps": 2},
+    "checkpoint": {"every": 0},
+}
+LAYOUTS = {  # name: (pipeline, expert, data, nodes, ranks per node)
+    "PP2xEP2": (2, 2, 1, 2, 2), "PP4": (4, 1, 1, 2, 2), "EP4": (1, 4, 1, 4, 1), "PP2xDP2": (2, 1, 2, 2, 2), "EP2xDP2": (1, 2, 2, 4, 1),
+    "PP2": (2, 1, 1, 2, 1), "one node": (1, 2, 1, 1, 2), "one rank": (1, 1, 1, 1, 1),
+}
+
+
+class Host(Rank):
+    """A Rank that also runs what a test hands it."""
+
+    def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self, *arguments)
+
+
+def host(config: RunConfig) -> Host:
+    return Host(config, "127.0.0.1")
+
+
+def configured(name: str = "PP2xEP2", *overrides: str) -> tuple[RunConfig, Layout]:
+    """The tiny run on a layout of LAYOUTS."""
+    pipeline, expert, data, nodes, per_node = LAYOUTS[name]
+    config = parse({key: dict(section) for key, section in TINY.items()},
+                   [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *overrides])
+    return config, choose(virtual_nodes(nodes, per_node), config.layout, config.model)
+
+
+def on_all(ranks: ProcessRanks, function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
+    """function(host, *arguments) on ranks 0..size-1."""
+    return ranks.start("do", [(function, *arguments)] * size).results(TIMEOUT_SECONDS)
+
+
+def batch_of(config: RunConfig, step: int) -> Batch:
+    """Tokens that depend on the seed and the step; the last row is short, as that of a split may be."""
+    rows = order.batch_size(config.training, step) if step >= 0 else 6
+    tokens = np.random.default_rng([config.run.seed, step + 1]).integers(0, VOCABULARY, (rows, LENGTH + 1)).astype(np.int32)
+    valid = np.full(rows, LENGTH + 1, np.int32)
+    valid[-1] = 5
+    tokens[-1, 5:] = 0
+    return Batch(step, tokens, valid)
+
+
+class Batches:
+    """`before[step]()` runs right before that step's batch is handed out."""
+
+    def __init__(self, config: RunConfig, step: int, before: Mapping[int, Callable[[], Any]]):
+        self._config, self._step, self._before = config, step, before
+
+    def next(self) -> Batch:
+        self._before.get(self._step, lambda: None)()
+        self._step += 1
+        return batch_of(self._config, self._step - 1)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Run:
+    """What a run told. `steps`: metrics of each."""
+
+    outcome: Outcome | None = None
+    error: Exception | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[tuple[float, ...]]:
+        return [(s["loss"], s["mtp_loss"], s["balance_loss"], s["gradient_norm"]) for s in self.steps]
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layout, *, stop_after: int | None = None,
+          before: Mapping[int, Callable[[], Any]] | None = None, configure: bool = True) -> Run:
+    """Run a Trainer to its end in `folder`; what it raises is in the result."""
+    if configure:
+        ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
+    found = Run()
+
+    def watch(kind: str, values: dict[str, Any]) -> None:
+        if kind == "event":
+            found.events.append(values)
+        elif kind == "step":
+            found.steps.append(values)
+            if values["step"] + 1 == stop_after:
+                trainer.stop()
+
+    held_out = batch_of(config, -1) if config.training.validation_sequences else None
+    sources = Sources(lambda step: Batches(config, step, before or {}), lambda: held_out)
+    folder = folder if isinstance(folder, RunFolder) else RunFolder(str(folder), "run")
+    trainer = Trainer(config, layout, ranks, folder, sources, watch=watch)
+    try:
+        found.outcome = trainer.run()
+    except Exception as error:
+        found.error = error
+    return found
+
+
+def owned_state(host: Host) -> list[tuple[str, str, int, int, torch.Tensor, bool]]:
+    """(name, kind, start, stop, values, is primary) of all that a rank owns, and its gate biases."""
+    found = []
+    for owned in host.optimizer.shards:
+        primary = owned.bucket.owners[owned.shard][0] == host._assignment.rank
+        for spec, start, stop, offset in owned.bucket.pieces(owned.shard):
+            for kind, flat in ((MASTER, owned.master), (EXP_AVG, owned.moment(EXP_AVG)), (EXP_AVG_SQ, owned.moment(EXP_AVG_SQ))):
+                found.append((spec.name, kind, start, stop, flat[offset : offset + stop - start].clone(), primary))
+    for layer, bias in host.biases.items():
+        found.append((str(layer), BIAS, 0, bias.numel(), bias.clone(), False))
+    return found
+
+
+def state(ranks: ProcessRanks, layout: Layout) -> dict[tuple[str, str], torch.Tensor]:
+    """Every master weight, moment and bias by (name, kind), flat; first asserts that all owners hold the same bits."""
+    seen: dict[tuple[str, str, int, int], torch.Tensor] = {}
+    primaries: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for of_rank in on_all(ranks, owned_state, layout.size):
+        for name, kind, start, stop, values, primary in of_rank:
+            assert torch.equal(seen.setdefault((name, kind, start, stop), values), values), f"owners differ: {name} {kind}"
+            if primary or kind == BIAS:
+                primaries.setdefault((name, kind), []).append((start, stop))
+    return {key: torch.cat([seen[*key, *piece] for piece in sorted(set(pieces))]) for key, pieces in primaries.items()}
+
+
+def same(a: dict[Any, torch.Tensor], b: dict[Any, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def furthest(a: dict[Any, torch.Tensor], b: dict[Any, torch.Tensor]) -> float:
+    """Largest absolute difference of any value."""
+    assert a.keys() == b.keys()
+    return max(float((value - b[key]).abs().max()) for key, value in a.items())
+
+
+def digest_by_hand(batch: Batch) -> str:
+    total = sum(int.from_bytes(hashlib.blake2b(b"".join(int(t).to_bytes(4, "little", signed=True) for t in row),
+                                               digest_size=16).digest(), "little") for row in batch.tokens)
+    return format(total % 2**128, "032x")

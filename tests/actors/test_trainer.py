@@ -1,0 +1,302 @@
+"""Whole runs over rank processes: the same curve whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import runtime
+import torch
+from runtime import TIMEOUT_SECONDS, batch_of, configured, digest_by_hand, furthest, on_all, same, state, train
+
+from actors import checkpoint
+from actors.journal import Journal
+from actors.processes import ProcessRanks
+from actors.ranks import RankFailed
+from actors.run_folder import RunFolder
+from actors.storage import StorageError
+from actors.trainer import TrainingFailed
+from orchestrator import order
+from orchestrator.schedule.actions import Kind
+
+
+@pytest.fixture(scope="module")
+def reference(ranks, tmp_path_factory):
+    """Six steps, never stopped: (run, its folder, state at the end)."""
+    folder = tmp_path_factory.mktemp("reference")
+    config, layout = configured()
+    run = train(ranks, folder, config, layout)
+    assert run.error is None
+    return run, folder, state(ranks, layout)
+
+
+@pytest.fixture(scope="module")
+def stopped(ranks, tmp_path_factory):
+    """The folder of the same run, stopped after three steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = train(ranks, folder, *configured(), stop_after=3)
+    assert run.error is None and run.outcome.interrupted and run.outcome.step == 3
+    return folder
+
+
+def ledger(folder):
+    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_it_learns(reference):
+    losses = [step["loss"] for step in reference[0].steps]
+    assert reference[0].outcome.step == len(losses) == 6 and not reference[0].outcome.interrupted
+    assert all(3.5 < loss < 5 for loss in losses)  # ln 61 = 4.1
+
+
+def test_a_run_repeats_bit_for_bit(ranks, reference, tmp_path):
+    config, layout = configured()
+    again = train(ranks, tmp_path, config, layout)
+    assert again.losses == reference[0].losses
+    assert same(state(ranks, layout), reference[2])
+
+
+def test_a_run_continues_where_it_was_stopped(ranks, reference, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    config, layout = configured()
+    rest = train(ranks, tmp_path, config, layout)
+    assert rest.losses == reference[0].losses[3:]
+    assert same(state(ranks, layout), reference[2])
+    assert [line["step"] for line in ledger(tmp_path)] == list(range(6))
+    assert rest.told("resumed")[0]["steps_to_redo"] == 0
+
+
+@pytest.mark.parametrize("name", ["EP4", "PP4", "one rank"])
+def test_a_run_continues_on_another_layout(ranks, reference, stopped, tmp_path, name):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    config, layout = configured(name)
+    rest = train(ranks, tmp_path, config, layout)
+    assert torch.tensor(rest.losses) == pytest.approx(torch.tensor(reference[0].losses[3:]), rel=1e-10)
+    assert furthest(state(ranks, layout), reference[2]) < 1e-10
+    assert [line["step"] for line in ledger(tmp_path)] == list(range(6))
+
+
+def test_steps_after_the_checkpoint_are_redone(ranks, reference, stopped, tmp_path):
+    """A run that died two steps after its last checkpoint: their lines go, the steps stand in the journals once."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    for name in ("ledger", "metrics"):
+        with open(tmp_path / "run" / f"{name}.jsonl", "a") as stream:
+            stream.write('{"step": 3, "loss": 0}\n{"step": 4, "loss": 0}\n{"step": 5, "lo')
+    rest = train(ranks, tmp_path, *configured())
+    assert rest.told("resumed")[0]["steps_to_redo"] == 2
+    assert [(line["step"], line["loss"]) for line in ledger(tmp_path)] == [
+        (step, values[0]) for step, values in enumerate(reference[0].losses)]
+    assert [m["step"] for m in RunFolder(str(tmp_path), "run").metric_lines()] == list(range(6))
+
+
+def test_the_ledger_names_the_sequences_that_ran(reference):
+    config, _ = configured()
+    lines = ledger(reference[1])
+    assert [line["digest"] for line in lines] == [digest_by_hand(batch_of(config, step)) for step in range(6)]
+    assert [(line["step"], line["first"], line["count"]) for line in lines] == [(step, 8 * step, 8) for step in range(6)]
+    assert "layout" in lines[0] and all("layout" not in line for line in lines[1:])
+
+
+def test_validation_changes_nothing(ranks, reference, tmp_path):
+    config, layout = configured("PP2xEP2", "training.validate_every=1", "training.validation_sequences=6")
+    run = train(ranks, tmp_path, config, layout)
+    assert run.losses == reference[0].losses
+    assert same(state(ranks, layout), reference[2])
+    assert [event["step"] for event in run.told("validation")] == [1, 2, 3, 4, 5, 6]
+    assert run.outcome.validation_loss == run.told("validation")[-1]["loss"]
+
+
+class Counting:
+    """Ranks that remember which programs they were taught."""
+
+    def __init__(self, ranks):
+        self.ranks, self.size, self.taught = ranks, ranks.size, []
+
+    def start(self, method, arguments):
+        if method == "learn":
+            self.taught.append(arguments[0][0].microbatches)
+        return self.ranks.start(method, arguments)
+
+    def abort(self):
+        self.ranks.abort()
+
+
+def test_a_ramp_teaches_each_program_once(ranks, tmp_path):
+    ramp = ["training.batch_sequences=24", "training.batch_ramp={start_sequences: 3, steps: 4}"]
+    counting = Counting(ranks)
+    config, layout = configured("PP2xEP2", *ramp)
+    run = train(counting, tmp_path / "ramp", config, layout)
+    assert [step["sequences"] for step in run.steps] == [3, 8, 13, 18, 24, 24]
+    assert counting.taught == [4, 8, 10, 12]  # two streams, two directions, one sequence each; at least twice the pipeline
+    alone = train(ranks, tmp_path / "alone", *configured("one rank", *ramp))  # 3 sequences leave microbatches empty above
+    assert torch.tensor(run.losses) == pytest.approx(torch.tensor(alone.losses), rel=1e-10)
+    assert [line["first"] for line in ledger(tmp_path / "ramp")] == [order.first_position(config.training, step) for step in range(6)]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_bit(ranks, reference, tmp_path, recompute):
+    run = train(ranks, tmp_path, *configured("PP2xEP2", "training.steps=2", "optimizer.warmup_steps=2", f"training.recompute={recompute}"))
+    assert run.losses == reference[0].losses[:2]
+
+
+def test_low_precision_is_near(ranks, reference, tmp_path):
+    config, layout = configured("PP2xEP2", "training.steps=2", "training.dtype=bfloat16")
+    run = train(ranks, tmp_path, config, layout)
+    assert [step["loss"] for step in run.steps] == pytest.approx([step["loss"] for step in reference[0].steps[:2]], rel=2e-2)
+    assert run.losses != reference[0].losses[:2]
+    assert {values.dtype for values in state(ranks, layout).values()} == {torch.float32}
+
+
+# --- what ends a run -------------------------------------------------------------------------------------------------
+
+
+def poison_weights(host):
+    """The working copy only: a bit flip, as it were, after the update of the step before has rebuilt it."""
+    zero = host.optimizer.zero_gradients
+
+    def poisoned():
+        zero()
+        host.optimizer.weights["model.layers.1.self_attn.o_proj.weight"].value[0, 0] = float("nan")
+
+    host.optimizer.zero_gradients = poisoned
+
+
+def poison_gradients(host):
+    """After all losses are known."""
+    reduce = host.optimizer.reduce
+
+    def poisoned(groups, world):
+        host.optimizer._buffers[0].gradient[0] = float("inf")
+        reduce(groups, world)
+
+    host.optimizer.reduce = poisoned
+
+
+@pytest.mark.parametrize("poison", [poison_weights, poison_gradients])
+def test_a_step_that_is_not_finite_ends_the_run_unharmed(ranks, stopped, tmp_path, poison):
+    config, layout = configured()
+    run = train(ranks, tmp_path, config, layout, before={3: lambda: on_all(ranks, poison, 1)})
+    assert isinstance(run.error, TrainingFailed) and "step 3" in str(run.error) and "\n" not in str(run.error)
+    assert [line["step"] for line in ledger(tmp_path)] == [0, 1, 2] and len(run.told("not_finite")) == 1
+    healthy = checkpoint.read_manifest(checkpoint.complete(str(stopped / "run" / "checkpoints"))[-1])
+    saved = checkpoint.read_manifest(checkpoint.complete(str(tmp_path / "run" / "checkpoints"))[-1])
+    assert saved == healthy and saved.step == 3  # pieces carry hashes of their bytes
+
+
+def break_backward(host):
+    def broken(action, work):
+        raise ValueError("no such thing")
+
+    host._executor._handlers[Kind.BACKWARD] = broken
+
+
+def test_a_failing_action_is_told_and_the_processes_live_on(ranks, reference, tmp_path):
+    config, layout = configured()
+    breaking = {1: lambda: ranks.start("do", [(break_backward,)]).results(TIMEOUT_SECONDS)}
+    run = train(ranks, tmp_path / "broken", config, layout, before=breaking)
+    assert isinstance(run.error, RankFailed) and run.error.rank == 0
+    assert all(part in str(run.error) for part in ("generation 1", "position 0", "action B", "no such thing"))
+    again = train(ranks, tmp_path / "again", config, layout)
+    assert again.losses == reference[0].losses
+
+
+def die_in_backward(host):
+    def die(action, work):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    host._executor._handlers[Kind.BACKWARD] = die
+
+
+def test_a_lost_process_ends_the_run_at_once_and_spares_the_others(tmp_path):
+    config, layout = configured("PP2", "training.steps=3")
+    with ProcessRanks(config, 2, runtime.host) as own:
+        died = []
+
+        def doom():
+            own.start("do", [(len_of_world,), (die_in_backward,)]).results(TIMEOUT_SECONDS)
+            died.append(time.monotonic())
+
+        run = train(own, tmp_path, config, layout, before={1: doom})
+        assert time.monotonic() - died[0] < 10
+        assert isinstance(run.error, RankFailed) and run.error.rank in (0, 1)
+        assert [line["step"] for line in ledger(tmp_path)] == [0]
+        with pytest.raises(RankFailed, match="rank 1: its process ended"):
+            own.start("do", [(len_of_world,)] * 2).results(TIMEOUT_SECONDS)
+
+
+def len_of_world(host):
+    return host._world.size
+
+
+# --- a disk that is full ---------------------------------------------------------------------------------------------
+
+
+def test_a_failed_checkpoint_does_not_end_the_run(ranks, reference, small_disk):
+    config, layout = configured("PP2xEP2", "checkpoint.every=3")
+    run = train(ranks, small_disk.folder, config, layout, before={2: lambda: small_disk.fill(leaving=100_000), 5: small_disk.free})
+    assert run.error is None and run.losses == reference[0].losses
+    assert [(event["step"], "no space left" in event["reason"]) for event in run.told("checkpoint_failed")] == [(3, True)]
+    folders = [path.name for path in (small_disk.folder / "run" / "checkpoints").iterdir()]
+    assert folders == ["step-00000006"]
+
+
+def test_the_last_checkpoint_must_be_written(ranks, small_disk):
+    small_disk.fill(leaving=100_000)
+    run = train(ranks, small_disk.folder, *configured("PP2xEP2", "training.steps=2"))
+    assert isinstance(run.error, TrainingFailed) and "\n" not in str(run.error)
+    assert "no checkpoint of step 2" in str(run.error) and "no space left" in str(run.error)
+
+
+def test_a_step_counts_only_once_its_line_is_written(ranks, tmp_path, small_disk):
+    folder = RunFolder(str(tmp_path / "runs"), "run")
+    path = small_disk.folder / "ledger.jsonl"
+    folder._ledger = Journal(str(path), durable=True)
+    small_disk.fill(leaving=4096)  # one page: some lines fit
+    run = train(ranks, folder, *configured("PP2xEP2", "training.steps=60"))
+    assert isinstance(run.error, StorageError) and "\n" not in str(run.error) and "ledger.jsonl" in str(run.error)
+    lines = path.read_text().splitlines()
+    assert 1 <= len(lines) < 60 and [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+    assert len(run.steps) == len(lines)
+
+
+# --- checkpoints beside the training ---------------------------------------------------------------------------------
+
+
+class Slow:
+    """The answer to `saved` that comes when the test says so."""
+
+    def __init__(self, pending, ready):
+        self._pending, self._ready = pending, ready
+
+    def done(self):
+        return bool(self._ready) and self._pending.done()
+
+    def results(self, timeout_seconds):
+        assert self._ready, "training waited for a checkpoint that was still being written"
+        return self._pending.results(timeout_seconds)
+
+
+def test_training_does_not_wait_for_a_slow_disk(ranks, reference, tmp_path):
+    ready = []
+
+    class SlowDisk(Counting):
+        def start(self, method, arguments):
+            pending = super().start(method, arguments)
+            return Slow(pending, ready) if method == "saved" else pending
+
+    config, layout = configured("PP2xEP2", "checkpoint.every=1", "checkpoint.keep=9")
+    run = train(SlowDisk(ranks), tmp_path, config, layout, before={4: lambda: ready.append(True)})
+    assert run.error is None and run.losses == reference[0].losses
+    steps = [event["step"] for event in run.told("checkpoint")]
+    assert steps[0] == 1 and steps[-1] == 6 and not {2, 3, 4} & set(steps)
+
+
+def test_another_model_is_refused_in_one_line(ranks, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    run = train(ranks, tmp_path, *configured("PP2xEP2", "model.rope_theta=500.0"))
+    assert isinstance(run.error, TrainingFailed) and str(run.error).startswith("model.rope_theta = 500.0: the checkpoint ")
+    assert "\n" not in str(run.error)

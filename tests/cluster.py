@@ -1,0 +1,115 @@
+"""A real Ray cluster of the test session's own: head, dashboard, job server; and runs of the product's commands on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def eventually(condition: Callable[[], object], seconds: float, what: str) -> object:
+    """Wait for an outside process: the first true value of `condition`, which must come within `seconds`."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        pause.wait(0.02)
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Cluster:
+    address: str
+    dashboard: str
+    folder: str
+    environment: dict[str, str]
+
+    def start(self, *arguments: str, cwd: Path | str = REPOSITORY, **environment: str) -> subprocess.Popen:
+        """`python *arguments` connected to this cluster, in a process group of its own."""
+        return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=self.environment | {"RAY_ADDRESS": self.address} | environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def run(self, *arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, **options)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            raise AssertionError(f"{arguments} did not end within {timeout:g} s\n{out[-3000:]}\n{err[-3000:]}") from None
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def actors(self) -> list[int]:
+        """Processes of this cluster that are ranks or coordinators."""
+        return [pid for pid, command in self.processes() if command.startswith((b"ray::StageActor", b"ray::Coordinator"))]
+
+    def processes(self) -> list[tuple[int, bytes]]:
+        """(pid, command line) of all that this cluster started, directly or not: they inherit its environment."""
+        found, mark = [], f"RAY_TMPDIR={self.folder}".encode()
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append((int(entry.name), (entry / "cmdline").read_bytes()))
+            except OSError:
+                continue  # it ended while we looked
+        return found
+
+
+def start_cluster() -> tuple[Cluster, Callable[[], None]]:
+    """The cluster, and what ends it."""
+    folder = tempfile.mkdtemp(prefix="dr", dir="/tmp")
+    port, dashboard = free_port(), free_port()
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_raylet_start_wait_time_s": "60", "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    log = open(f"{folder}/head.log", "wb")
+    head = subprocess.Popen(
+        [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=4",
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--object-store-memory=150000000"],
+        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    cluster = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", folder, environment)
+
+    def stop() -> None:
+        for pid, _ in cluster.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait(timeout=20)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def up() -> bool:
+        assert head.poll() is None, Path(f"{folder}/head.log").read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/version", timeout=1):
+                return True
+        except OSError:
+            return False
+
+    try:
+        eventually(up, 90, "the cluster's dashboard answers")
+    except BaseException:
+        stop()
+        raise
+    return cluster, stop

@@ -1,0 +1,250 @@
+"""Whole runs by the command that users type, on a real Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sysconfig
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from actors import checkpoint
+from tests.cluster import BIN, REPOSITORY, eventually
+
+CONFIG = {
+    "model": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8,
+              "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
+              "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "initializer_range": 0.02},
+    "data": {"sequence_length": 32},
+    "training": {"steps": 6, "batch_sequences": 8, "microbatch_sequences": 1, "validation_sequences": 8, "validate_every": 3,
+                 "dtype": "float64"},
+    "layout": {"pipeline": 2, "expert": 1, "data": 1},
+    "topology": {"virtual_nodes": 1, "ranks_per_node": 2},
+    "checkpoint": {"every": 2, "keep": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(cluster, tmp_path_factory):
+    """Tokens of a few files of the standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    inputs = sorted(str(path) for path in Path(sysconfig.get_path("stdlib")).glob("c*.py"))
+    done = cluster.run("-m", "jobs.tokenize", "--input", *inputs, "--tokenizer", "byte", "--output", f"{folder}/tokens",
+                       "--set", "data.sequence_length=32", "--set", "data.validation_fraction=0.2")
+    assert done.returncode == 0, done.stderr
+    return f"{folder}/tokens"
+
+
+@pytest.fixture
+def settings(tmp_path, corpus):
+    """Writes the configuration of a run; returns the arguments of jobs.train."""
+    def write(name: str = "run", **changes) -> list[str]:
+        tree = json.loads(json.dumps(CONFIG)) | {"run": {"name": name, "directory": str(tmp_path / "runs")}}
+        tree["data"]["path"] = corpus
+        for key, value in changes.items():
+            section, _, leaf = key.partition("__")
+            tree[section][leaf] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return ["-m", "jobs.train", "--config", str(path)]
+
+    write.runs = tmp_path / "runs"
+    return write
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(folder / "metrics.jsonl")}
+
+
+def parameters(folder: Path) -> dict[str, bytes]:
+    newest = checkpoint.complete(f"{folder}/checkpoints")[-1]
+    return {name: value.tobytes() for name, value in checkpoint.read_parameters(newest).items()}
+
+
+def refused(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    """Exit code, one line on standard error, nothing like a traceback."""
+    assert done.returncode == code, (done.stdout[-2000:], done.stderr[-2000:])
+    told = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(told) == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert all(word in told[0] for word in words), told
+
+
+def test_a_run_leaves_what_the_contract_says(cluster, settings):
+    done = cluster.run(*settings(), "--set", "telemetry.trace_steps=[4]")
+    assert done.returncode == 0, done.stderr
+    folder = settings.runs / "run"
+    metrics, ledger, events = (lines(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "events"))
+    assert [line["step"] for line in metrics] == [line["step"] for line in ledger] == list(range(6))
+    for key in ("loss", "tokens", "tokens_per_second", "overlap_ratio", "bubble_ratio", "exposed_comm_seconds", "generation", "nodes"):
+        assert all(isinstance(line[key], int | float) for line in metrics), key
+    assert [line["first"] for line in ledger] == [8 * step for step in range(6)]
+    assert all(re.fullmatch("[0-9a-f]{32}", line["digest"]) for line in ledger)
+    assert "layout" in ledger[0] and all("layout" not in line for line in ledger[1:])
+    assert [event["step"] for event in events if event["event"] == "validation"] == [3, 6]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [2, 4, 6]
+    assert [Path(name).name for name in checkpoint.complete(f"{folder}/checkpoints")] == ["step-00000004", "step-00000006"]
+    trace = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert {event["args"]["step"] for event in trace if event["ph"] == "X"} == {4}
+    assert {event["pid"] for event in trace} == {0, 1}
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["hidden_size"] == 32
+    for words in ("validation", "unigram", "bigram", "trigram", "tokens/s", "step 6/6"):
+        assert words in done.stdout, done.stdout
+    eventually(lambda: not cluster.actors(), 20, "no actor is left")
+
+
+def test_twice_the_same_run_is_the_same_bit_for_bit_and_resumes_bit_for_bit(cluster, settings):
+    """Run `whole` ends undisturbed; `cut` is stopped by SIGTERM on its way and continued by the same command."""
+    assert cluster.run(*settings("whole", training__steps=10)).returncode == 0
+    command = settings("cut", training__steps=10)
+    first = cluster.start(*command)
+    metrics = settings.runs / "cut" / "metrics.jsonl"
+    eventually(lambda: first.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) >= 3), 90, "three steps")
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 130, (out, err)
+    stopped_at = len(losses(settings.runs / "cut"))
+    assert 3 <= stopped_at < 10
+    eventually(lambda: not cluster.actors(), 20, "no actor is left")
+    second = cluster.run(*command)
+    assert second.returncode == 0, second.stderr
+    assert f"resumed: step {stopped_at}" in second.stdout
+    assert losses(settings.runs / "cut") == losses(settings.runs / "whole")
+    assert parameters(settings.runs / "cut") == parameters(settings.runs / "whole")
+
+
+def test_killed_in_the_middle_of_a_checkpoint_it_continues_from_the_last_good_one(cluster, settings):
+    """State large enough that writing takes a while; SIGKILL the driver and every actor when a folder has no manifest yet."""
+    large = {"model__moe_intermediate_size": 1024, "training__steps": 8, "training__validation_sequences": 0}
+    assert cluster.run(*settings("whole", **large)).returncode == 0
+    command, folder = settings("killed", **large), settings.runs / "killed"
+    process = cluster.start(*command)
+    unfinished = folder / "checkpoints" / "step-00000004"
+    eventually(lambda: process.poll() is not None or (unfinished.exists() and any(unfinished.iterdir())), 90, "a checkpoint begins")
+    for actor in cluster.actors():
+        os.kill(actor, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (unfinished / "manifest.json").exists(), "the kill came too late to be in the middle"
+    eventually(lambda: not cluster.actors(), 20, "no actor is left")
+    done = cluster.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "resumed: step 2" in done.stdout
+    assert losses(folder) == losses(settings.runs / "whole")
+    assert parameters(folder) == parameters(settings.runs / "whole")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_exporters_answer_while_it_trains(cluster, settings):
+    process = cluster.start(*settings(training__steps=10_000, checkpoint__every=0, training__validate_every=0))
+    out = []
+    try:
+        while "targets" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+            out.append(line)
+        base = re.search(r"http://[0-9.:]+", line)[0]
+        metrics = settings.runs / "run" / "metrics.jsonl"
+        eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, 90, "two steps")
+        targets = json.loads(urllib.request.urlopen(f"{base}/targets", timeout=5).read())
+        assert [t["labels"]["role"] for t in targets] == ["coordinator", "rank", "rank"]
+        pages = [urllib.request.urlopen(f"http://{t['targets'][0]}/metrics", timeout=5).read().decode() for t in targets]
+        for name in ("dualray_loss", "dualray_tokens_total", "dualray_overlap_ratio", "dualray_committed_step"):
+            assert re.search(rf"^{name} [0-9.e+-]+$", pages[0], re.M), pages[0]
+        assert all(re.search(r"^dualray_rank_step [1-9]", page, re.M) for page in pages[1:])
+        occupied = base.rpartition(":")[2]
+        done = cluster.run(*settings("other"), "--set", f"telemetry.port={occupied}")
+        refused(done, 1, f"telemetry.port = {occupied}", "0 takes any free port")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    eventually(lambda: not cluster.actors(), 20, "no actor is left")
+
+
+def job(cluster, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.dashboard}
+    return subprocess.run([str(BIN / "ray"), "job", *arguments], env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def submit(cluster, command: list[str], *flags: str) -> subprocess.CompletedProcess:
+    return job(cluster, "submit", "--working-dir", str(REPOSITORY), *flags, "--", "python", *command)
+
+
+def test_ray_job_carries_success_failure_and_stop(cluster, settings):
+    done = submit(cluster, settings("submitted"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "step 6/6" in done.stdout and len(losses(settings.runs / "submitted")) == 6
+
+    relative = submit(cluster, [*settings("relative"), "--set", "run.directory=runs"])
+    assert relative.returncode == 1
+    assert "run.directory = runs: an absolute path or a URI under `ray job`" in relative.stdout + relative.stderr
+
+    command = settings("stopped", training__steps=100_000, checkpoint__every=0, training__validate_every=0)
+    started = submit(cluster, command, "--no-wait", "--submission-id", "stopped")
+    assert started.returncode == 0, started.stderr
+    metrics = settings.runs / "stopped" / "metrics.jsonl"
+    eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 120, "three steps")
+    assert job(cluster, "stop", "stopped").returncode == 0
+    assert "STOPPED" in (status := job(cluster, "status", "stopped")).stdout + status.stderr
+    saved = checkpoint.complete(f"{settings.runs}/stopped/checkpoints")
+    assert len(saved) == 1 and checkpoint.read_manifest(saved[0]).step == len(losses(settings.runs / "stopped"))
+    eventually(lambda: not cluster.actors(), 20, "no actor is left")
+
+
+def test_dry_run_starts_no_actor(cluster, settings):
+    done = cluster.run(*settings(), "--dry-run", timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert "layout       PP2 x EP1 x DP1" in done.stdout and "microbatches" in done.stdout and "memory" in done.stdout
+    assert not (settings.runs).exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ("layout.pipeline=3", ("layout.pipeline = 3", "even")),
+    ("layout.data=4", ("layout.data = 4", "ranks", "cluster has 2")),
+    ("model.topk_group=5", ("model.topk_group = 5", "model.n_group = 4")),
+    ("training.stepz=5", ("training.stepz = 5", "unknown key")),
+    ("training.steps=many", ("training.steps = many", "integer")),
+    ("model.n_group=3", ("model.n_group = 3", "divisor")),
+])
+def test_refused_before_anything_starts(cluster, settings, change, words):
+    refused(cluster.run(*settings(), "--set", change, "--dry-run", timeout=30), 2, *words)
+
+
+def test_data_that_cannot_be_used_is_refused_before_actors_start(cluster, settings, corpus, tmp_path):
+    refused(cluster.run(*settings(), "--set", f"data.path={tmp_path}/nowhere"), 1, f"{tmp_path}/nowhere", "does not exist")
+    refused(cluster.run(*settings(), "--set", "data.sequence_length=64"), 2, "data.sequence_length = 64", "32")
+    damaged = tmp_path / "damaged"
+    subprocess.run(["cp", "-r", corpus, str(damaged)], check=True)
+    shard = sorted((damaged / "train").glob("*.parquet"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    refused(cluster.run(*settings("damaged"), "--set", f"data.path={damaged}"), 1, shard.name)
+    shard.unlink()
+    refused(cluster.run(*settings("missing"), "--set", f"data.path={damaged}"), 1, shard.name)
+    eventually(lambda: not cluster.actors(), 20, "no actor is left")
+
+
+def test_a_damaged_checkpoint_is_refused_and_stays_as_it_was(cluster, settings):
+    command = settings(training__steps=2)
+    assert cluster.run(*command).returncode == 0
+    file = next((settings.runs / "run" / "checkpoints" / "step-00000002").glob("*.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    refused(cluster.run(*command, "--set", "training.steps=4"), 1, str(file))
+    refused(cluster.run(*command, "--set", "training.steps=4", "--set", "model.vocab_size=300"), 1, "model.vocab_size = 300", "257")
+    assert file.stat().st_size == len(content) // 2

@@ -1,0 +1,92 @@
+"""The plan of a run, and how it reads."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from orchestrator import cost, planner
+from orchestrator.config import parse
+from orchestrator.ownership import buckets
+from tests.orchestrator.layouts import DEEPSEEK_CONFIG, layout_of, small_model
+
+MODEL = small_model()
+
+
+def planned(ranks, pipeline, **training):
+    config = parse({"model": MODEL.model_dump(), "layout": {"pipeline": pipeline}, "training": {"batch_sequences": 32} | training})
+    return config, planner.plan(config, layout_of(ranks, pipeline, MODEL))
+
+
+def test_deepseeks_own():
+    """2048 accelerators: 15360 sequences are 120 microbatches of a pipeline; 3072 would be 24, and DualPipe takes 32."""
+    config = DEEPSEEK_CONFIG
+    layout = layout_of((8,) * 256, 16, config.model, expert=64, data=2, shape=(1, 8))
+    found = planner.plan(config, layout)
+    assert found.microbatches == (32, 120)
+    assert found.empty == (128 * 32 - 3072, 0)
+    assert found.fewest_owners == 2 and len(found.memory) == 16
+    lines = planner.describe(config, found)
+    assert lines[:4] == [
+        "model        671.0B parameters (and 11.6B for multi-token prediction), 37.6B used by a token; bfloat16, recompute selective",
+        "layout       PP16 x EP64 x DP2: 2048 ranks in 16 rows on 256 nodes, cells of 1 positions x 8 ranks",
+        "step         15360 sequences (growing from 3072) of 4096 tokens; 120 microbatches of 1 on each of 128 streams, "
+        "0 of 15360 empty",
+        "schedule     dualpipe"]
+    assert [line for line in lines if line.startswith("node ")][-2:] == [
+        "node         n15: ranks 120-127 (row 0, position 15)", "node         and 240 more"]
+    assert lines[-1] == "state        every optimizer shard on 2 nodes"
+
+
+def test_describe_a_small_run():
+    config, found = planned((2, 2), 2)
+    lines = planner.describe(config, found)
+    assert lines[1:6] == [
+        "layout       PP2 x EP2 x DP1: 4 ranks in 2 rows on 2 nodes, cells of 2 positions x 1 ranks",
+        "step         32 sequences of 128 tokens; 4 microbatches of 4 on each of 2 streams, 0 of 8 empty",
+        "schedule     dualpipe",
+        "node         n0: rank 0 (row 0, position 0), rank 1 (row 0, position 1)",
+        "node         n1: rank 2 (row 1, position 0), rank 3 (row 1, position 1)"]
+    amount = r"[\d.]+ ([KMG]i)?B"
+    assert [bool(re.fullmatch(
+        rf"memory       position {p} \(stages {p}, {1 - p}\): {amount} a rank = weights {amount} \+ gradients {amount} \+ "
+        rf"optimizer {amount} \+ activations {amount}, estimated", line)) for p, line in enumerate(lines[6:8])] == [True, True]
+    assert lines[8:] == ["state        every optimizer shard on 2 nodes"]
+    assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("ranks, copies, line", [
+    ((2,), 1, "every optimizer shard on 1 node (elastic.copies wants 2: too few nodes; losing any node means going back to a "
+              "checkpoint)"),
+    ((2, 2), 2, "every optimizer shard on 2 nodes (elastic.copies wants 3: too few nodes; losing 2 nodes means going back to a "
+                "checkpoint)"),
+    ((2, 2, 2), 2, "every optimizer shard on 3 nodes"), ((2, 2), 0, "every optimizer shard on 1 node")])
+def test_describe_says_what_a_lost_node_costs(ranks, copies, line):
+    config = parse({"model": MODEL.model_dump(), "elastic": {"copies": copies}})
+    lines = planner.describe(config, planner.plan(config, layout_of(ranks, 2, MODEL)))
+    assert lines[-1] == f"state        {line}"
+
+
+def test_one_position():
+    config, found = planned((2, 2), 1)
+    lines = planner.describe(config, found)
+    assert "schedule     dualpipe (one position: no pipeline)" in lines
+    assert any(line.startswith("memory       position 0 (stage 0): ") for line in lines)
+
+
+def test_memory_is_of_the_fullest_rank():
+    config, found = planned((2, 2, 2), 2)
+    in_flight = [3, 3]  # P + 1 microbatches
+    ranks = cost.memory(config, found.layout, buckets(MODEL, found.layout, 1), in_flight)
+    for position, memory in enumerate(found.memory):
+        totals = [ranks[place.rank].total for place in found.layout.places if place.position == position]
+        assert memory.total == max(totals)
+    assert len({memory.total for memory in ranks}) > 1
+
+
+def test_empty_microbatches():
+    _, found = planned((2, 2), 2, batch_sequences=9, microbatch_sequences=4,
+                       batch_ramp={"start_sequences": 1, "steps": 10})
+    assert found.microbatches == (4, 4)  # the fewest of two positions
+    assert found.empty == (7, 4)
