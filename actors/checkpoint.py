@@ -199,16 +199,18 @@ class _Reader:
             with storage.open_input(path, random_access=True) as stream:
                 header, base = self._header(piece.file, stream)
                 entry = header[_key(piece.name, piece.kind, piece.start, piece.stop)]
-                begin, end = entry["data_offsets"]
+                dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+                if end - begin != (piece.stop - piece.start) * dtype.itemsize:
+                    raise ValueError(entry)
                 stream.seek(base + begin)
                 raw = bytes(stream.read(end - begin))
         except (storage.StorageError, OSError) as error:
             raise CheckpointError(f"checkpoint file {path}: {_reason(error)}") from error
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(f"checkpoint file {path}: truncated or corrupt header") from error
         if hashlib.sha256(raw).hexdigest() != piece.sha256:
             raise CheckpointError(f"checkpoint file {path}: {piece.name} ({piece.kind}) is truncated or corrupt (hash differs)")
-        return torch.frombuffer(bytearray(raw), dtype=_DTYPES[entry["dtype"]])
+        return torch.frombuffer(bytearray(raw), dtype=dtype)
 
     def _header(self, file: str, stream) -> tuple[dict, int]:
         if file not in self._headers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -11,15 +12,22 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from actors.dataset import Dataset
+from actors.checkpoint import CheckpointError
+from actors.dataset import Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
-from actors.metrics import Exporter, RunMetrics, reachable
+from actors.messages import Failure
+from actors.metrics import Exporter, PortInUse, RunMetrics, reachable
 from actors.ranks import RankFailed
 from actors.run_folder import RunFolder
-from actors.trainer import Outcome, Sources, Trainer
+from actors.storage import StorageError
+from actors.trainer import Outcome, Sources, Trainer, TrainingFailed
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
+
+
+logger = logging.getLogger(__name__)
+
 
 
 class RayRanks:
@@ -59,7 +67,7 @@ class _RayPending:
             ray.get(reference)
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
-            raise RankFailed(rank, f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from error
+            raise RankFailed(rank, str(cause).splitlines()[0] if str(cause) else type(cause).__name__) from error
         except RayActorError as error:
             raise RankFailed(rank, "its process or node was lost") from error
         except (GetTimeoutError, RayError) as error:
@@ -79,18 +87,30 @@ class Coordinator:
         self._lock = threading.Lock()
         self._metrics = RunMetrics()
         self._targets: list[dict[str, Any]] = []
-        self._exporter = Exporter(self._metrics.registry, config.telemetry.host, config.telemetry.port, lambda: self._targets)
         self._trainer: Trainer | None = None
         self._stop_requested = False
 
     @ray.method(concurrency_group="control")
-    def address(self) -> str:
-        """host:port of the metrics and of the list of targets (/targets)."""
-        return f"{reachable(self._config.telemetry.host, self._host)}:{self._exporter.port}"
+    def open(self) -> str | Failure:
+        """Begin to export. host:port of the metrics and of the list of targets (/targets)."""
+        telemetry = self._config.telemetry
+        try:
+            exporter = Exporter(self._metrics.registry, telemetry.host, telemetry.port, lambda: self._targets)
+        except PortInUse as error:
+            return Failure(str(error))
+        self._address = f"{reachable(telemetry.host, self._host)}:{exporter.port}"
+        return self._address
 
     @ray.method(concurrency_group="training")
-    def run(self) -> Outcome:
-        """The whole run. Raises what Trainer.run raises."""
+    def run(self) -> Outcome | Failure:
+        """The whole run. What Trainer.run foresees comes back as a Failure, anything else raises."""
+        try:
+            return self._run()
+        except (TrainingFailed, RankFailed, StorageError, CheckpointError, DatasetError) as error:
+            logger.exception("the run failed")
+            return Failure(str(error))
+
+    def _run(self) -> Outcome:
         self._targets = self._find_targets()
         folder = RunFolder(self._config.run.directory, self._config.run.name)
         dataset = Dataset.open(self._data)
@@ -123,8 +143,7 @@ class Coordinator:
     def _find_targets(self) -> list[dict[str, Any]]:
         """Prometheus http_sd: the coordinator and every rank, with its place as labels."""
         run = {"run": self._config.run.name}
-        found = [{"targets": [f"{reachable(self._config.telemetry.host, self._host)}:{self._exporter.port}"],
-                  "labels": run | {"role": "coordinator"}}]
+        found = [{"targets": [self._address], "labels": run | {"role": "coordinator"}}]
         for place, target in zip(self._layout.places, self._ranks.start("target", [()] * self._layout.size).results(60)):
             found.append({"targets": [target], "labels": run | {
                 "role": "rank", "rank": str(place.rank), "node": place.node, "position": str(place.position)}})

@@ -95,3 +95,10 @@ class SavedPiece:
     stop: int
     file: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ended, in one line: what a coordinator answers instead of raising what another process could not read."""
+
+    reason: str

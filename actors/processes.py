@@ -6,6 +6,7 @@ A process ends when its pipes do: when they are closed, or when whoever started 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -188,7 +189,7 @@ def _serve(host: Callable[[RunConfig], Any], config: RunConfig, calls: Connectio
             answer = (number, True, getattr(rank, method)(*arguments))
         except Exception as error:
             answer = (number, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        with sending:
+        with sending, contextlib.suppress(OSError):  # whoever called has closed the pipe: the next receive says so
             calls.send(answer)
 
     while True:

@@ -3,6 +3,11 @@ is blocked in communication still answers and can be aborted."""
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import ray
 
 from actors import storage
@@ -11,6 +16,24 @@ from actors.metrics import Exporter, RankMetrics, reachable
 from actors.rank import Rank
 from orchestrator.config import RunConfig
 from orchestrator.schedule.actions import Program
+
+
+logger = logging.getLogger(__name__)
+
+
+def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Raise what a method raises as RuntimeError("Kind: first line"): any exception then travels, whatever it is made of.
+    The traceback stays in this actor's log."""
+
+    @functools.wraps(method)
+    def call(*arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except Exception as error:
+            logger.exception("%s failed", method.__name__)
+            text = str(error).splitlines()
+            raise RuntimeError(f"{type(error).__name__}: {text[0] if text else ''}") from None
+    return call
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"compute": 1, "control": 2, "files": 1})
@@ -42,39 +65,48 @@ class StageActor:
         self._rank.abort()
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def form(self, assignment: Assignment) -> None:
         self._rank.form(assignment)
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def initialise(self) -> None:
         self._rank.initialise()
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
         self._rank.restore(directory, pieces, steps)
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def learn(self, program: Program, training: bool) -> None:
         self._rank.learn(program, training)
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def step(self, request: StepRequest) -> StepReport:
         report = self._rank.step(request)
         self._metrics.observe(report)
         return report
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def apply(self, apply: Apply) -> None:
         self._rank.apply(apply)
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def evaluate(self, request: StepRequest) -> LossSums:
         return self._rank.evaluate(request)
 
     @ray.method(concurrency_group="compute")
+    @_in_one_line
     def snapshot(self, directory: str) -> None:
         self._rank.snapshot(directory)
 
     @ray.method(concurrency_group="files")
+    @_in_one_line
     def saved(self) -> list[SavedPiece]:
         return self._rank.saved()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from typing import Any
 
@@ -38,14 +39,26 @@ def connect() -> None:
                                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
     if local:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
-                    "_temp_dir": tempfile.mkdtemp(prefix="dualray-")}
+                    "_temp_dir": _temporary_folder()}
     ray.init(**options)
 
 
 def disconnect() -> None:
+    """Leave the cluster; where Ray ran in this process, end it and delete its files."""
     import ray
 
     ray.shutdown()
+    if _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
+
+
+_folders: list[str] = []
+
+
+def _temporary_folder() -> str:
+    """For Ray's logs and sockets. Always below /tmp: the path of a socket may have 107 bytes only."""
+    _folders.append(tempfile.mkdtemp(prefix="dualray-", dir="/tmp"))
+    return _folders[-1]
 
 
 def nodes(config: RunConfig) -> tuple[Node, ...]:

@@ -47,12 +47,12 @@ def parameters(model: ModelConfig) -> Parameters:
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Training FLOPs a token, causal attention counted once: 6 x active matrix weights (embedding look-up left out) plus
+    """Training FLOPs a token, causal attention counted once: 6 x active weights (embedding look-up left out) plus
     attention products; multi-token prediction is not counted. For DeepSeek-V3 at 4096 tokens this gives the published 250
     GFLOP (Insights, arXiv 2505.09343, Table 2)."""
-    matrices = parameters(model).active - model.vocab_size * model.hidden_size
+    multiplied = parameters(model).active - model.vocab_size * model.hidden_size
     per_layer = sequence_length * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-    return 6 * matrices + 3 * model.num_hidden_layers * per_layer
+    return 6 * multiplied + 3 * model.num_hidden_layers * per_layer
 
 
 def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], in_flight: Sequence[int]) -> tuple[Memory, ...]:

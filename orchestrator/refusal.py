@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
     def __init__(self, key: str, value: Any, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(f"{key} = {_shown(value)}: {allowed}")
+        super().__init__(f"{_shown(key)} = {_shown(value)}: {allowed}")
 
 
 def refusal(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
@@ -84,6 +84,6 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _shown(value: Any) -> str:
-    """The value on one line, cut where it is long."""
+    """On one line, cut where it is long."""
     text = value if isinstance(value, str) and value.isprintable() and value else json.dumps(value, default=str)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

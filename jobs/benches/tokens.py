@@ -67,6 +67,7 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
 
         ranks = session.create_ranks(config, layout)
         coordinator = Coordinator.remote(config, layout, ranks, data)
+        ray.get(coordinator.open.remote(), timeout=_TIMEOUT_SECONDS)
         ray.get(coordinator.run.remote(), timeout=_TIMEOUT_SECONDS)
         return _figures(RunFolder(folder, config.run.name).metric_lines())
     finally:

@@ -199,7 +199,7 @@ def test_ray_job_carries_success_failure_and_stop(cluster, settings):
     metrics = settings.runs / "stopped" / "metrics.jsonl"
     eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 120, "three steps")
     assert job(cluster, "stop", "stopped").returncode == 0
-    assert "STOPPED" in (status := job(cluster, "status", "stopped")).stdout + status.stderr
+    assert "was stopped" in (status := job(cluster, "status", "stopped")).stdout + status.stderr
     saved = checkpoint.complete(f"{settings.runs}/stopped/checkpoints")
     assert len(saved) == 1 and checkpoint.read_manifest(saved[0]).step == len(losses(settings.runs / "stopped"))
     eventually(lambda: not cluster.actors(), 20, "no actor is left")

@@ -16,9 +16,9 @@ DEEPSEEK = DEEPSEEK_CONFIG.model
 
 def small_model(**changes) -> ModelConfig:
     """Four layers, 8 experts in 4 groups; sizes that are no multiples of each other."""
-    sizes = dict(vocab_size=53, hidden_size=6, num_hidden_layers=4, intermediate_size=10, moe_intermediate_size=5,
-                 n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, num_attention_heads=3, q_lora_rank=7,
-                 kv_lora_rank=4, qk_nope_head_dim=5, qk_rope_head_dim=2, v_head_dim=3)
+    sizes = {"vocab_size": 53, "hidden_size": 6, "num_hidden_layers": 4, "intermediate_size": 10, "moe_intermediate_size": 5,
+             "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "num_attention_heads": 3,
+             "q_lora_rank": 7, "kv_lora_rank": 4, "qk_nope_head_dim": 5, "qk_rope_head_dim": 2, "v_head_dim": 3}
     return ModelConfig(**{**sizes, **changes})
 
 

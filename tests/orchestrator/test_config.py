@@ -22,8 +22,8 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("overrides, line", [
     # keys
-    (["modl.x=3"], 'modl = {"x": 3}: unknown key; allowed here: run, model, data, training, optimizer, layout, schedule, '
-                   "topology, elastic, checkpoint, telemetry"),
+    (["modl.x=3"], ('modl = {"x": 3}: unknown key; allowed here: run, model, data, training, optimizer, layout, schedule, '
+                   "topology, elastic, checkpoint, telemetry")),
     (["run.nme=a"], "run.nme = a: unknown key; allowed here: name, directory, seed"),
     (["training.batch_ramp={start_sequence: 1, steps: 2}"],
      "training.batch_ramp.start_sequence = 1: unknown key; allowed here: start_sequences, steps"),
@@ -33,6 +33,8 @@ def refused(*overrides: str) -> str:
     (["=3"], "--set = =3: dotted.key=value"),
     (["training..steps=3"], "--set = training..steps=3: dotted.key=value"),
     (["training.steps=[3"], "training.steps = [3: a YAML value"),
+    (['{"a\nb": 1}=3'], ('"{\\"a\\nb\\": 1}" = 3: unknown key; allowed here: run, model, data, training, optimizer, layout, '
+                        "schedule, topology, elastic, checkpoint, telemetry")),
     # types
     (["training.steps=x"], "training.steps = x: an integer (above 0)"),
     (["training.steps=1.5"], "training.steps = 1.5: an integer (above 0)"),
@@ -160,7 +162,8 @@ def test_a_dumped_configuration_reads_back_the_same(overrides):
 
 @pytest.mark.parametrize("text, allowed", [
     (b"run: [1", "valid YAML (line 1: expected ',' or ']', but got '<stream end>')"),
-    (b"run:\n  name: a\nmodel: {}\nrun:\n  seed: 3\n", "valid YAML (line 4: run is given twice)"),
+    (b"run:\n  name: a\nmodel: {}\nrun:\n  seed: 3\n", "valid YAML (line 4: 'run' is given twice)"),
+    (b"? [a]\n: 1\n", "valid YAML (line 1: found unhashable key)"),
     (b"- 1", "a YAML mapping of sections"), (b"\xff\xfe\xfa", "a readable YAML file (not UTF-8 text)"),
     (None, "a readable YAML file (No such file or directory)")])
 def test_files_that_cannot_be_read(tmp_path, text, allowed):

@@ -111,3 +111,11 @@ def test_groups_are_spread_evenly_over_rows(count, groups_on_rows):
     for position in range(2):
         sizes = [len(experts) // 2 for experts in place_experts(model, layout, 0, position)]
         assert sorted(sizes) == sorted(groups_on_rows)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_groups_go_to_rows_in_order(count):
+    """Group g to row floor(g * S / n_group), in the earlier half of the positions."""
+    model = small_model(n_routed_experts=16, n_group=8)
+    placed = place_experts(model, layout_of((2,) * count, 2, model, data=1, shape=(2, 1)), 0, 0)
+    assert {e: row for row, experts in enumerate(placed) for e in experts} == {e: e // 2 * count // 8 for e in range(16)}

@@ -15,7 +15,8 @@ MODEL = small_model()
 
 
 def planned(ranks, pipeline, **training):
-    config = parse({"model": MODEL.model_dump(), "layout": {"pipeline": pipeline}, "training": {"batch_sequences": 32} | training})
+    config = parse({"model": MODEL.model_dump(), "layout": {"pipeline": pipeline},
+                    "training": {"batch_sequences": 32} | training})
     return config, planner.plan(config, layout_of(ranks, pipeline, MODEL))
 
 
@@ -29,10 +30,11 @@ def test_deepseeks_own():
     assert found.fewest_owners == 2 and len(found.memory) == 16
     lines = planner.describe(config, found)
     assert lines[:4] == [
-        "model        671.0B parameters (and 11.6B for multi-token prediction), 37.6B used by a token; bfloat16, recompute selective",
+        ("model        671.0B parameters (and 11.6B for multi-token prediction), 37.6B used by a token; "
+        "bfloat16, recompute selective"),
         "layout       PP16 x EP64 x DP2: 2048 ranks in 16 rows on 256 nodes, cells of 1 positions x 8 ranks",
-        "step         15360 sequences (growing from 3072) of 4096 tokens; 120 microbatches of 1 on each of 128 streams, "
-        "0 of 15360 empty",
+        ("step         15360 sequences (growing from 3072) of 4096 tokens; 120 microbatches of 1 on each of 128 streams, "
+        "0 of 15360 empty"),
         "schedule     dualpipe"]
     assert [line for line in lines if line.startswith("node ")][-2:] == [
         "node         n15: ranks 120-127 (row 0, position 15)", "node         and 240 more"]
@@ -57,10 +59,10 @@ def test_describe_a_small_run():
 
 
 @pytest.mark.parametrize("ranks, copies, line", [
-    ((2,), 1, "every optimizer shard on 1 node (elastic.copies wants 2: too few nodes; losing any node means going back to a "
-              "checkpoint)"),
-    ((2, 2), 2, "every optimizer shard on 2 nodes (elastic.copies wants 3: too few nodes; losing 2 nodes means going back to a "
-                "checkpoint)"),
+    ((2,), 1, ("every optimizer shard on 1 node (elastic.copies wants 2: too few nodes; losing any node means going back to a "
+              "checkpoint)")),
+    ((2, 2), 2, ("every optimizer shard on 2 nodes (elastic.copies wants 3: too few nodes; losing 2 nodes means going back to a "
+                "checkpoint)")),
     ((2, 2, 2), 2, "every optimizer shard on 3 nodes"), ((2, 2), 0, "every optimizer shard on 1 node")])
 def test_describe_says_what_a_lost_node_costs(ranks, copies, line):
     config = parse({"model": MODEL.model_dump(), "elastic": {"copies": copies}})

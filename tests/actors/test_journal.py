@@ -1,0 +1,191 @@
+"""Journals and the run folder: what stands in them after a crash, on a full disk, in an object store."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+
+import pytest
+from pyarrow._fs import _MockFileSystem
+
+from actors import journal as journal_module
+from actors import storage
+from actors.journal import Journal
+from actors.run_folder import RunFolder
+from actors.storage import StorageError
+
+
+def test_lines_are_appended_at_once(tmp_path):
+    path = tmp_path / "new" / "lines.jsonl"
+    journal = Journal(str(path))
+    for number in range(3):
+        journal.append(f"line {number}")
+        assert path.read_text() == "".join(f"line {n}\n" for n in range(number + 1))
+    assert journal.lines() == Journal(str(path)).lines() == ["line 0", "line 1", "line 2"]
+    assert Journal(str(tmp_path / "none")).lines() == []
+
+
+def test_a_line_holds_whatever_json_may(tmp_path):
+    journal, line = Journal(str(tmp_path / "j")), json.dumps({"text": "a\u2028b\x0bc\u0085 é"}, ensure_ascii=False)
+    journal.append(line)
+    assert journal.lines() == [line]
+
+
+@pytest.mark.parametrize("cut", ["", '{"st', "\u00e9"[:1]])
+def test_a_line_that_a_crash_cut_off_goes(tmp_path, cut):
+    path = tmp_path / "j"
+    path.write_text("one\ntwo\n" + cut)
+    journal = Journal(str(path))
+    assert journal.lines() == ["one", "two"]
+    journal.append("three")
+    assert path.read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_durable_line_is_flushed_before_append_returns(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "j", []
+
+    def flush(descriptor):
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        flushed.append((target, path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    durable = Journal(str(path), durable=True)
+    durable.append("one")
+    durable.append("two")
+    assert flushed == [(str(tmp_path), ""), (str(path), "one\n"), (str(path), "one\ntwo\n")]
+    Journal(str(tmp_path / "other")).append("one")
+    assert len(flushed) == 3
+
+
+def test_a_line_that_is_not_durable_does_not_count(tmp_path, monkeypatch):
+    journal = Journal(str(tmp_path / "j"), durable=True)
+    journal.append("one")
+
+    def fail(descriptor):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(StorageError, match="Input/output error"):
+            journal.append("two")
+    assert journal.lines() == ["one"]
+    journal.append("three")
+    assert journal.lines() == ["one", "three"]
+
+
+def test_a_full_disk_takes_whole_lines_or_none(small_disk):
+    journal = Journal(str(small_disk.folder / "j"), durable=True)
+    line, written = "x" * 299, 0
+    journal.append(line)
+    small_disk.fill()
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        for _ in range(100):
+            written += 1
+            journal.append(line)
+    assert "\n" not in str(caught.value)
+    assert (small_disk.folder / "j").read_text() == (line + "\n") * written
+    small_disk.free()
+    journal.append("last")
+    assert Journal(str(small_disk.folder / "j")).lines() == [line] * written + ["last"]
+
+
+def test_rewriting_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "j"
+    journal = Journal(str(path))
+    journal.append("one")
+    journal.append("two")
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(StorageError):
+            journal.rewrite(["one"])
+    assert journal.lines() == ["one", "two"]
+    journal.rewrite(["one"])
+    journal.append("three")
+    assert path.read_text() == "one\nthree\n" and [entry.name for entry in tmp_path.iterdir()] == ["j"]
+
+
+# --- an object store: no appending -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    system, resolve = _MockFileSystem(datetime.datetime(2020, 1, 1)), storage.resolve
+    system.create_dir("bucket")
+    monkeypatch.setattr(storage, "resolve", lambda uri: (system, uri[7:]) if uri.startswith("mock://") else resolve(uri))
+    return "mock://bucket/j"
+
+
+def test_durable_lines_are_put_at_once_others_now_and_then(memory, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    durable, other = Journal(memory, durable=True), Journal(memory + "2")
+    for number in range(3):
+        durable.append(str(number))
+        other.append(str(number))
+    assert Journal(memory).lines() == ["0", "1", "2"] and Journal(memory + "2").lines() == ["0"]
+    now[0] += 6
+    other.append("3")
+    assert Journal(memory + "2").lines() == ["0", "1", "2", "3"]
+    other.append("4")
+    other.close()
+    assert Journal(memory + "2").lines() == ["0", "1", "2", "3", "4"]
+    continued = Journal(memory, durable=True)
+    continued.append("3")
+    assert continued.lines() == ["0", "1", "2", "3"]
+
+
+def test_a_put_that_fails_leaves_the_line_out(memory, monkeypatch):
+    journal = Journal(memory, durable=True)
+    journal.append("one")
+
+    def fail(uri, content):
+        raise StorageError(uri, "no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_atomic", fail)
+        with pytest.raises(StorageError):
+            journal.append("two")
+    journal.append("three")
+    assert journal.lines() == ["one", "three"]
+
+
+def test_a_reader_that_closes_writes_nothing(memory):
+    writer = Journal(memory, durable=True)
+    writer.append("one")
+    reader = Journal(memory)
+    writer.append("two")
+    reader.close()
+    assert writer.lines() == ["one", "two"]
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_back_stands_in_its_journals_once(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    for step in range(5):
+        folder.commit(json.dumps({"step": step}))
+        folder.metrics({"step": step, "loss": 1.0})
+    folder.close()
+    with open(tmp_path / "run" / "ledger.jsonl", "a") as stream:
+        stream.write('{"step": 5}\n{"ste')
+    again = RunFolder(str(tmp_path), "run")
+    assert again.trim(3) == 3
+    again.commit('{"step": 3}')
+    assert (tmp_path / "run" / "ledger.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert [line["step"] for line in again.metric_lines()] == [0, 1, 2]
+    assert again.trim(4) == 0
+
+
+def test_events_and_files(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    event = folder.event("checkpoint", step=4)
+    assert event["event"] == "checkpoint" and event["step"] == 4 and event["time"] > 1e9
+    assert folder.event_lines() == [event] and folder.checkpoints == f"{tmp_path}/run/checkpoints"
+    assert (tmp_path / "run" / "config.yaml").samefile(folder.write("config.yaml", "a: 1\n"))
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"

@@ -1,0 +1,108 @@
+"""What Prometheus reads, over HTTP as it does."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+
+from actors.messages import LossSums, StepReport
+from actors.metrics import Exporter, PortInUse, RankMetrics, RunMetrics, reachable
+from orchestrator.schedule.spans import Span, figures
+
+HOST = "127.0.0.1"
+
+
+def read(exporter, path):
+    with urllib.request.urlopen(f"http://{HOST}:{exporter.port}{path}", timeout=10) as answer:
+        return answer.headers["Content-Type"], answer.read().decode()
+
+
+def series(text):
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
+
+
+@pytest.fixture
+def serve():
+    served = []
+
+    def make(metrics, port=0, targets=None):
+        served.append(Exporter(metrics.registry, HOST, port, targets))
+        return served[-1]
+
+    yield make
+    for exporter in served:
+        exporter.close()
+
+
+def report(step):
+    spans = [Span(0, "compute", "F0.0", 0.0, 1.0), Span(0, "exchange", "F0.0 dispatch", 1.0, 1.5)]
+    return StepReport(rank=0, step=step, losses=LossSums(), gradient_norm=1.0, digest=0, figures=figures(spans, 0.0, 2.0),
+                      seconds=2.0, bytes_sent=100, load={})
+
+
+def test_a_rank_counts_its_steps(serve):
+    metrics = RankMetrics()
+    exporter = serve(metrics)
+    for step in (4, 5):
+        metrics.observe(report(step))
+    kind, text = read(exporter, "/metrics")
+    assert kind.startswith("text/plain")
+    found = series(text)
+    assert found["dualray_rank_step"] == 5 and found["dualray_rank_step_seconds"] == 2
+    assert found["dualray_rank_compute_seconds_total"] == 2 and found["dualray_rank_pipeline_sent_bytes_total"] == 200
+    assert found["dualray_rank_exposed_communication_seconds_total"] == 1
+
+
+STEP = {"step": 7, "loss": 4.5, "tokens": 512, "tokens_per_second": 2000.0, "seconds": 0.25, "overlap_ratio": 0.5, "bubble_ratio": 0.1,
+        "exposed_comm_seconds": 0.02, "gradient_norm": 1.5, "learning_rate": 1e-3, "busiest_expert": 1.25, "generation": 1, "nodes": 2}
+
+
+def test_the_run_tells_what_the_trainer_told_it(serve):
+    metrics = RunMetrics()
+    exporter = serve(metrics)
+    metrics.observe("step", STEP)
+    metrics.observe("step", STEP | {"step": 8})
+    metrics.observe("event", {"event": "validation", "step": 8, "loss": 4.25, "time": 1.0})
+    metrics.observe("event", {"event": "checkpoint", "step": 8, "time": 1700.5})
+    metrics.observe("event", {"event": "generation", "time": 1.0})
+    metrics.observe("load", {1: [3, 4]})
+    found = series(read(exporter, "/metrics")[1])
+    assert found["dualray_committed_step"] == 8 and found["dualray_loss"] == 4.5 and found["dualray_tokens_total"] == 1024
+    assert found["dualray_validation_loss"] == 4.25 and found["dualray_checkpoint_step"] == 8
+    assert found["dualray_checkpoint_timestamp_seconds"] == 1700.5 and found["dualray_expert_load_ratio"] == 1.25
+
+
+def test_targets_are_listed_for_service_discovery(serve):
+    targets = [{"targets": ["10.0.0.1:9000"], "labels": {"role": "rank", "rank": "0"}}]
+    kind, text = read(serve(RunMetrics(), targets=lambda: targets), "/targets")
+    assert kind == "application/json" and json.loads(text) == targets
+    kind, text = read(serve(RankMetrics()), "/targets")  # a rank has none: it answers with its metrics
+    assert kind.startswith("text/plain")
+
+
+def test_a_port_in_use_is_refused_in_one_line(serve):
+    port = serve(RunMetrics()).port
+    with pytest.raises(PortInUse) as caught:
+        serve(RunMetrics(), port)
+    assert str(caught.value) == f"telemetry.port = {port}: cannot listen on {HOST} (Address already in use); 0 takes any free port"
+
+
+def test_a_host_that_is_not_ours_is_refused_in_one_line():
+    with pytest.raises(PortInUse, match="telemetry.port = 0: cannot listen on 192.0.2.1 "):
+        Exporter(RunMetrics().registry, "192.0.2.1", 0)
+
+
+def test_the_next_run_takes_the_same_port_at_once(serve):
+    first = Exporter(RunMetrics().registry, HOST, 0)
+    read(first, "/metrics")  # its connection lingers in TIME_WAIT
+    first.close()
+    second = serve(RunMetrics(), first.port)
+    assert "dualray_loss" in read(second, "/metrics")[1]
+
+
+@pytest.mark.parametrize("listen, expected", [("0.0.0.0", "10.1.1.1"), ("::", "10.1.1.1"), ("127.0.0.1", "127.0.0.1")])
+def test_where_others_reach_an_exporter(listen, expected):
+    assert reachable(listen, "10.1.1.1") == expected
