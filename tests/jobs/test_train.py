@@ -181,7 +181,11 @@ def job(cluster, *arguments: str, timeout: float = 180) -> subprocess.CompletedP
 
 
 def submit(cluster, command: list[str], *flags: str) -> subprocess.CompletedProcess:
-    return job(cluster, "submit", "--working-dir", str(REPOSITORY), *flags, "--", "python", *command)
+    """Ray's job server refuses while the head's agent is still starting."""
+    def accepted() -> subprocess.CompletedProcess | None:
+        done = job(cluster, "submit", "--working-dir", str(REPOSITORY), *flags, "--", "python", *command)
+        return None if "No available agent" in done.stderr else done
+    return eventually(accepted, 60, "an agent that takes jobs")
 
 
 def test_ray_job_carries_success_failure_and_stop(cluster, settings):
