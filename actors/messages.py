@@ -13,7 +13,8 @@ from orchestrator.schedule.spans import Figures, Span
 
 @dataclass(frozen=True)
 class Assignment:
-    """A rank's place in one generation, shipped once. `store`: (host, port) of the generation's TCPStore.
+    """A rank's place in one generation, shipped once. `store`: (host, port) of a TCPStore that outlives generations;
+    `prefix`: of this formation's keys there.
 
     Programs follow when a number of microbatches comes up for the first time (`Rank.learn`).
     """
@@ -22,6 +23,7 @@ class Assignment:
     rank: int
     layout: Layout
     store: tuple[str, int]
+    prefix: str
 
 
 @dataclass(frozen=True)

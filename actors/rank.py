@@ -44,6 +44,7 @@ class Rank:
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.configure(config)
         self._generation: Generation | None = None
+        self._store: tuple[tuple[str, int], dist.Store] | None = None
         self._abort_lock = threading.Lock()
         if self._device.type == "cpu":
             torch.set_num_threads(1)
@@ -67,7 +68,8 @@ class Rank:
         generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
                                 config.training.step_timeout_seconds)
         self._generation = generation
-        generation.create(_store(assignment.store), _groups(layout, self._buckets))
+        store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
+        generation.create(store, _groups(layout, self._buckets))
         self._world = generation.group(tuple(range(layout.size)))
         self._stage_group = generation.group(_stage_holders(layout, self._place.position))
         self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
@@ -152,6 +154,20 @@ class Rank:
     def saved(self) -> list[SavedPiece]:
         """Wait for the writing that `snapshot` began. Raises CheckpointError."""
         return self._writer.finish()
+
+    def _meeting_place(self, address: tuple[str, int]) -> dist.Store:
+        """The store at `address`, connected to once: torch looks up the names of both ends, and DNS may take seconds.
+
+        Raises Aborted: nobody is there.
+        """
+        host, port = address
+        try:
+            if self._store is None or self._store[0] != address or not _answers(self._store[1]):
+                self._store = address, dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
+                                                     timeout=datetime.timedelta(seconds=CREATE_TIMEOUT_SECONDS))
+        except RuntimeError as error:
+            raise Aborted(f"no store at {host}:{port}") from error
+        return self._store[1]
 
     # --- what a rank is made of ----------------------------------------------------------------------------------
 
@@ -242,11 +258,8 @@ def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...]) -> list[tuple
     return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)]
 
 
-def _store(address: tuple[str, int]) -> dist.Store:
-    """Raises Aborted: whoever forms the generation is gone."""
-    host, port = address
+def _answers(store: dist.Store) -> bool:
     try:
-        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
-                             timeout=datetime.timedelta(seconds=CREATE_TIMEOUT_SECONDS))
-    except RuntimeError as error:
-        raise Aborted(f"no store at {host}:{port}") from error
+        return store.num_keys() >= 0
+    except RuntimeError:  # its server is gone; another one may have the same address
+        return False

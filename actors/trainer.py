@@ -63,12 +63,16 @@ class Outcome:
 
 
 class Trainer:
-    """`watch(kind, values)` is told each step's metrics ("step") and each event ("event")."""
+    """`watch(kind, values)` is told each step's metrics ("step") and each event ("event").
+
+    `store`: where the ranks meet, served by this process on `host`; none: one of the trainer's own.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout, ranks: Ranks, folder: RunFolder, sources: Sources,
-                 host: str = "127.0.0.1", watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None):
+                 host: str = "127.0.0.1", watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None,
+                 store: dist.TCPStore | None = None):
         self._config, self._layout, self._ranks, self._folder = config, layout, ranks, folder
-        self._sources, self._host, self._watch = sources, host, watch
+        self._sources, self._host, self._watch, self._store = sources, host, watch, store
         self._dealer = Dealer(config, layout)
         self._stop = threading.Event()
         self._generation = 0
@@ -100,10 +104,11 @@ class Trainer:
 
     def _form(self) -> None:
         self._generation += 1
-        self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
-        address = (self._host, self._store.port)
-        self._call("form", [(Assignment(self._generation, rank, self._layout, address),) for rank in range(self._layout.size)],
-                   FORM_TIMEOUT_SECONDS)
+        if self._store is None:
+            self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        address, prefix = (self._host, self._store.port), f"formation-{self._store.add('formations', 1)}"
+        self._call("form", [(Assignment(self._generation, rank, self._layout, address, prefix),)
+                            for rank in range(self._layout.size)], FORM_TIMEOUT_SECONDS)
         self._known.clear()
         self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.kind}
         self._event("generation", generation=self._generation, layout=self._layout.describe(), nodes=len(self._layout.nodes))

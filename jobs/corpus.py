@@ -10,6 +10,7 @@ import numpy
 from actors.dataset import Dataset, DatasetError, Split
 from actors.tokenizer import TokenizerError
 from actors.tokenizer import load as load_tokenizer
+from jobs.summary import OWN_BIGRAM
 from orchestrator.config import ConfigError, RunConfig
 
 BUILT_IN = "stdlib"
@@ -37,15 +38,19 @@ def prepare(config: RunConfig, data: str) -> None:
 
 
 def baselines(dataset: Dataset) -> dict[str, float]:
-    """Cross-entropy of the validation text under n-gram models, in nats a token; empty for large vocabularies."""
+    """Levels to hold a validation loss against, in nats a token; empty for large vocabularies.
+
+    unigram, bigram, trigram: cross-entropy of the validation text under models counted on the training text. `own bigram`:
+    entropy of the validation text given the token before, by its own counts, which no bigram model can pass.
+    """
     if dataset.vocab_size > _LARGEST_VOCABULARY or not dataset.validation.sequences:
         return {}
-    from actors.ngram import ngram_cross_entropy, text_of_rows
+    from actors.ngram import bigram_entropy, ngram_cross_entropy, text_of_rows
 
     def text(split: Split, most: int) -> numpy.ndarray:
         rows = range(min(split.sequences, most))
         return text_of_rows(dataset.read_rows(split, rows), dataset.valid_tokens(split, rows))
 
-    found = ngram_cross_entropy(text(dataset.train, _TRAINING_SEQUENCES), text(dataset.validation, dataset.validation.sequences),
-                                dataset.vocab_size)
-    return asdict(found)
+    validation = text(dataset.validation, dataset.validation.sequences)
+    found = asdict(ngram_cross_entropy(text(dataset.train, _TRAINING_SEQUENCES), validation, dataset.vocab_size))
+    return found | {OWN_BIGRAM: bigram_entropy(validation, dataset.vocab_size)}

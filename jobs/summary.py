@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+OWN_BIGRAM = "own bigram"
+
 
 def lines(steps: list[dict[str, Any]], validation: list[tuple[int, float]], baselines: dict[str, float], path: str) -> list[str]:
     """The summary as text. `validation`: (committed steps, loss); `baselines`: cross-entropies of n-gram models, nats."""
@@ -18,8 +20,9 @@ def lines(steps: list[dict[str, Any]], validation: list[tuple[int, float]], base
     if validation:
         found.append(f"validation   {validation[-1][1]:.4f} nats a token after {validation[-1][0]} steps")
     if baselines:
-        found.append("n-grams      " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items())
-                     + " (cross-entropy of the validation text, nats a token)")
+        fitted = ", ".join(f"{name} {value:.4f}" for name, value in baselines.items() if name != OWN_BIGRAM)
+        found.append(f"n-grams      {fitted} (cross-entropy of the validation text), {baselines[OWN_BIGRAM]:.4f} "
+                     "(bigram entropy of the validation text by its own counts)")
     found.append(f"run folder   {path}")
     return found
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.dealing import Batch
+from actors.messages import Assignment
 from actors.processes import ProcessRanks
 from actors.rank import Rank
 from actors.run_folder import RunFolder
@@ -58,6 +61,20 @@ def configured(name: str = "PP2xEP2", *overrides: str) -> tuple[RunConfig, Layou
     config = parse({key: dict(section) for key, section in TINY.items()},
                    [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *overrides])
     return config, choose(virtual_nodes(nodes, per_node), config.layout, config.model)
+
+
+@cache
+def meeting_place() -> dist.TCPStore:
+    """One for all tests: connecting to one looks names up, which takes seconds where DNS does."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def form(ranks: ProcessRanks, config: RunConfig, layout: Layout, generation: int = 1) -> None:
+    """A generation without a Trainer; its ranks have no state yet."""
+    store = meeting_place()
+    address, prefix = ("127.0.0.1", store.port), f"formation-{store.add('formations', 1)}"
+    ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
+    ranks.start("form", [(Assignment(generation, rank, layout, address, prefix),) for rank in range(layout.size)]).results(TIMEOUT_SECONDS)
 
 
 def on_all(ranks: ProcessRanks, function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
@@ -125,7 +142,7 @@ def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layou
     held_out = batch_of(config, -1) if config.training.validation_sequences else None
     sources = Sources(lambda step: Batches(config, step, before or {}), lambda: held_out)
     folder = folder if isinstance(folder, RunFolder) else RunFolder(str(folder), "run")
-    trainer = Trainer(config, layout, ranks, folder, sources, watch=watch)
+    trainer = Trainer(config, layout, ranks, folder, sources, watch=watch, store=meeting_place())
     try:
         found.outcome = trainer.run()
     except Exception as error:

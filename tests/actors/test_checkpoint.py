@@ -12,14 +12,12 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from pyarrow import fs
 from pyarrow._fs import _MockFileSystem
-from runtime import LAYOUTS, configured, same, state, train
+from runtime import LAYOUTS, configured, form, same, state, train
 
 from actors import checkpoint, storage
 from actors.checkpoint import CheckpointError, Manifest, PieceWriter
-from actors.messages import Assignment
 from actors.optimizer import Optimizer
 from orchestrator.config import OptimizerSection
 from orchestrator.ownership import Bucket
@@ -208,14 +206,6 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
 # --- other layouts, other file systems -------------------------------------------------------------------------------
 
 
-def form(ranks, name):
-    config, layout = configured(name)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks.start("configure", [(config,)] * layout.size).results(60)
-    ranks.start("form", [(Assignment(1, rank, layout, ("127.0.0.1", store.port)),) for rank in range(layout.size)]).results(60)
-    return layout
-
-
 def test_any_layout_reads_what_any_layout_wrote(ranks, tmp_path):
     """Handed on from layout to layout, and back to the first: masters, moments and biases stay as they were."""
     config, layout = configured("PP2xEP2", "training.steps=2")
@@ -224,7 +214,8 @@ def test_any_layout_reads_what_any_layout_wrote(ranks, tmp_path):
     assert {kind for _, kind in original} == {"master", "exp_avg", "exp_avg_sq", "bias"}
     assert all(values.count_nonzero() for (name, kind), values in original.items() if kind in ("master", "bias"))
     for number, name in enumerate([*list(LAYOUTS)[1:], "PP2xEP2"]):
-        layout = form(ranks, name)
+        config, layout = configured(name)
+        form(ranks, config, layout)
         manifest = checkpoint.read_manifest(directory)
         ranks.start("restore", [(directory, manifest.pieces, manifest.step)] * layout.size).results(60)
         assert same(state(ranks, layout), original), name

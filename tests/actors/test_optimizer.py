@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-from runtime import configured, on_all, same, state
+from runtime import configured, form, on_all, same, state
 
 from actors.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
-from actors.messages import Assignment
 from orchestrator.parameters import stage_parameters
 
 STEPS, RATES = 5, [1e-2, 7e-3, 3e-2, 1e-3, 5e-3]
@@ -24,11 +22,10 @@ def hash_of(name):
     return sum((i + 1) * ord(c) for i, c in enumerate(name)) % 100_000
 
 
-def form(ranks, name, *overrides):
+def begin(ranks, name, *overrides):
+    """A generation in its initial state."""
     config, layout = configured(name, *overrides)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks.start("configure", [(config,)] * layout.size).results(60)
-    ranks.start("form", [(Assignment(1, rank, layout, ("127.0.0.1", store.port)),) for rank in range(layout.size)]).results(60)
+    form(ranks, config, layout)
     ranks.start("initialise", [()] * layout.size).results(60)
     return config, layout
 
@@ -54,7 +51,7 @@ def all_weights(model):
 
 @pytest.mark.parametrize("name", ["PP2xEP2", "PP2xDP2", "EP4", "one rank"])
 def test_the_same_numbers_as_adamw_on_one_process(ranks, name):
-    config, layout = form(ranks, name, "optimizer.weight_decay=0.3")
+    config, layout = begin(ranks, name, "optimizer.weight_decay=0.3")
     initial = state(ranks, layout)
     specs = all_weights(config.model)
     assert {weight for weight, _ in initial} - {str(layer) for layer in range(9)} == specs.keys()
@@ -88,7 +85,7 @@ def count_owners(host):
 
 
 def test_every_shard_has_a_second_owner_on_another_node(ranks):
-    _, layout = form(ranks, "PP2xEP2")
+    _, layout = begin(ranks, "PP2xEP2")
     owners = {}
     for place, shards in zip(layout.places, on_all(ranks, count_owners, layout.size)):
         for shard in shards:
@@ -98,7 +95,7 @@ def test_every_shard_has_a_second_owner_on_another_node(ranks):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_working_weights_are_the_masters_rounded(ranks, dtype):
-    config, layout = form(ranks, "PP2xEP2", f"training.dtype={dtype}")
+    config, layout = begin(ranks, "PP2xEP2", f"training.dtype={dtype}")
     before = state(ranks, layout)
     for step in range(2):
         on_all(ranks, optimise, layout.size, step)
@@ -120,7 +117,7 @@ def reduce_only(host):
 
 
 def test_reducing_changes_nothing_that_persists(ranks):
-    _, layout = form(ranks, "PP2xEP2")
+    _, layout = begin(ranks, "PP2xEP2")
     on_all(ranks, optimise, layout.size, 0)
     before, weights = state(ranks, layout), on_all(ranks, working, layout.size)
     on_all(ranks, reduce_only, layout.size)

@@ -9,26 +9,28 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from runtime import configured, on_all
+from runtime import configured, form, meeting_place, on_all
 
 from actors.comm.groups import Aborted, Generation
-from actors.messages import Assignment
 
 ALL, SOME = (0, 1, 2, 3), (0, 1, 3)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64]
 
 
 @pytest.fixture
-def store():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def place():
+    """Where the ranks of one test meet: (address, prefix)."""
+    store = meeting_place()
+    return ("127.0.0.1", store.port), f"test-{store.add('tests', 1)}"
 
 
-def generation_of(host, rank, port, wanted, **options):
+def generation_of(host, rank, place, wanted, **options):
     """A generation that the host's control thread can abort."""
+    address, prefix = place
     made = Generation(1, rank, torch.device("cpu"), "127.0.0.1", 30, **options)
     host.close()
     host._generation = made
-    made.create(dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), wanted)
+    made.create(dist.PrefixStore(prefix, host._meeting_place(address)), wanted)
     return made
 
 
@@ -45,9 +47,9 @@ def rows_for(sender, receiver):
     return (sender + 2 * receiver) % 4 if (sender, receiver) != (1, 1) else 0
 
 
-def operate(host, rank, port):
+def operate(host, rank, place):
     """Every operation in two groups and in a group of one; nothing is checked here."""
-    made = generation_of(host, rank, port, [ALL, SOME, (rank,), ALL] if rank != 2 else [ALL, SOME, (rank,)])
+    made = generation_of(host, rank, place, [ALL, SOME, (rank,), ALL] if rank != 2 else [ALL, SOME, (rank,)])
     found = {}
     for ranks in [ALL, SOME] if rank in SOME else [ALL]:
         group = made.group(ranks)
@@ -77,8 +79,8 @@ def operate(host, rank, port):
     return found
 
 
-def test_operations(ranks, store):
-    found = by_rank(ranks, operate, 4, store.port)
+def test_operations(ranks, place):
+    found = by_rank(ranks, operate, 4, place)
     for members in (ALL, SOME):
         for rank in members:
             for dtype in DTYPES:
@@ -105,16 +107,15 @@ OPERATIONS = {
 }
 
 
-def block(host, rank, port, operation):
+def block(host, rank, place, operation):
     """Seconds from the abort to the error in the blocked thread; rank 2 takes part in nothing."""
     members = (0, 1, 2)
-    made = generation_of(host, rank, port, [members])
+    made = generation_of(host, rank, place, [members])
     if rank == 2:
         return None
     aborted_at, abort = [], made.abort
     made.abort = lambda: (aborted_at.append(time.monotonic()), abort())
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-    store.set(f"{operation}-{rank}", "blocks now")
+    host._meeting_place(place[0]).set(f"{operation}-{rank}", "blocks now")
     with pytest.raises((Aborted, RuntimeError)) as caught:
         OPERATIONS[operation](made.group(members))
     seconds = time.monotonic() - aborted_at[0]
@@ -125,32 +126,32 @@ def block(host, rank, port, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_abort_ends_what_is_blocked(ranks, store, operation):
-    calls = ranks.start("do", [(block, rank, store.port, operation) for rank in range(3)])
-    store.wait([f"{operation}-0", f"{operation}-1"])
+def test_abort_ends_what_is_blocked(ranks, place, operation):
+    calls = ranks.start("do", [(block, rank, place, operation) for rank in range(3)])
+    meeting_place().wait([f"{operation}-0", f"{operation}-1"])
     ranks.abort()
     seconds = calls.results(20)[:2]
     assert min(seconds) < 0.2 and max(seconds) < 1.0, seconds
 
 
-def form_short(host, rank, port):
+def form_short(host, rank, place):
     started = time.monotonic()
     with pytest.raises(Aborted, match="group of 3 ranks did not form") as caught:
-        generation_of(host, rank, port, [(0, 1, 2)], create_timeout_seconds=0.5)
+        generation_of(host, rank, place, [(0, 1, 2)], create_timeout_seconds=0.5)
     return time.monotonic() - started, str(caught.value)
 
 
-def test_a_missing_member_bounds_the_creation(ranks, store):
-    for seconds, text in by_rank(ranks, form_short, 2, store.port):
+def test_a_missing_member_bounds_the_creation(ranks, place):
+    for seconds, text in by_rank(ranks, form_short, 2, place):
         assert 0.4 < seconds < 5 and "\n" not in text
 
 
-def test_a_closed_group_is_closed_for_all_who_hold_it(ranks, store):
-    by_rank(ranks, use_after_close, 2, store.port)
+def test_a_closed_group_is_closed_for_all_who_hold_it(ranks, place):
+    by_rank(ranks, use_after_close, 2, place)
 
 
-def use_after_close(host, rank, port):
-    made = generation_of(host, rank, port, [(0, 1)])
+def use_after_close(host, rank, place):
+    made = generation_of(host, rank, place, [(0, 1)])
     group = made.group((0, 1))
     made.close()
     with pytest.raises(Aborted, match="closed"):
@@ -167,10 +168,7 @@ def test_twenty_generations_leak_nothing(ranks):
     layouts = [configured(name) for name in ("PP2xEP2", "PP4", "PP2xDP2")]
     counts = []
     for number in range(20):
-        config, layout = layouts[number % 3]
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks.start("configure", [(config,)] * 4).results(60)
-        ranks.start("form", [(Assignment(number, rank, layout, ("127.0.0.1", store.port)),) for rank in range(4)]).results(60)
+        form(ranks, *layouts[number % 3], generation=number)
         if number % 2:
             ranks.abort()
         ranks.start("close", [()] * 4).results(60)
