@@ -12,9 +12,9 @@ from orchestrator import order
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.schedule.actions import Program
+from orchestrator.schedule.check import check
 from orchestrator.schedule.dualpipe import dualpipe, smallest_microbatches
 from orchestrator.schedule.forward_only import forward_only
-from orchestrator.schedule.check import check
 from orchestrator.schedule.lower import lower
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy
 
 from orchestrator.layout import Layout
-from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import Figures, Span
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Self
 
 from actors.ranks import RankFailed
 from orchestrator.config import RunConfig
@@ -115,7 +115,7 @@ class ProcessRanks:
             connection.close()
         self._processes, self._calls, self._controls = [], [], []
 
-    def __enter__(self) -> ProcessRanks:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def save_until_killed(root, kill_at):
             size = os.fstat(descriptor).st_size
             path = os.readlink(f"/proc/self/fd/{descriptor}")
             if os.path.isfile(path):
-                content = open(path, "rb").read()
+                content = Path(path).read_bytes()
                 os.truncate(path, size // 2)
                 touch()
                 with open(path, "wb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from runtime import configured, form, meeting_place, on_all
 
+from actors import rank as rank_module
 from actors.comm.groups import Aborted, Generation
 
 ALL, SOME = (0, 1, 2, 3), (0, 1, 3)
@@ -157,6 +159,39 @@ def use_after_close(host, rank, place):
     with pytest.raises(Aborted, match="closed"):
         group.all_reduce(torch.ones(1))
     group.abort()  # of no effect
+
+
+def meeting(host):
+    return id(host._store[1])
+
+
+def test_a_rank_connects_to_the_store_once(ranks):
+    """torch looks up names whenever a TCPStore connects; where DNS is slow that would stop every new generation."""
+    found = []
+    for number in range(3):
+        form(ranks, *configured(), generation=number)
+        found.append(on_all(ranks, meeting, 4))
+    assert found[0] == found[1] == found[2]
+
+
+def connect_nowhere(host):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = "127.0.0.1", server.port
+    host._meeting_place(address)
+    del server
+    host._store[1].set_timeout(datetime.timedelta(seconds=1))
+    with pytest.raises(Aborted, match=f"no store at 127.0.0.1:{address[1]}"):
+        host._meeting_place(address)
+
+
+def test_a_store_that_is_gone_is_told(ranks):
+    ranks.start("do", [(patient_for, 0.5)]).results(60)
+    ranks.start("do", [(connect_nowhere,)]).results(60)
+    ranks.start("do", [(patient_for, 60.0)]).results(60)
+
+
+def patient_for(host, seconds):
+    rank_module.CREATE_TIMEOUT_SECONDS = seconds
 
 
 def resources(host):
