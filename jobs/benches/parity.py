@@ -33,26 +33,31 @@ _TIMEOUT_SECONDS = 600.0
 
 def run(config: RunConfig) -> dict:
     """Relative differences of every layout and dtype; `valid` says whether all bars hold."""
+    return compare(config, list(LAYOUTS), list(BARS), STEPS)
+
+
+def compare(config: RunConfig, layouts: list[str], dtypes: list[str], steps: int) -> dict:
+    """The same for some layouts, dtypes and a number of steps."""
     tree = config.model_dump()
-    tree["training"] |= {"steps": STEPS, "batch_sequences": 16, "microbatch_sequences": 2, "validate_every": 0,
+    tree["training"] |= {"steps": steps, "batch_sequences": 16, "microbatch_sequences": 2, "validate_every": 0,
                          "validation_sequences": 0}
     tree["data"] |= {"sequence_length": 32}
     tree["checkpoint"] |= {"every": 0}
     tree["optimizer"] |= {"warmup_steps": 2}
     base = parse(tree)
-    batches = batches_of_text(base, STEPS)
-    most = max(nodes * ranks for *_, nodes, ranks in LAYOUTS.values())
+    batches = batches_of_text(base, steps)
+    most = max(nodes * ranks for *_, nodes, ranks in map(LAYOUTS.get, layouts))
     results: dict[str, dict] = {}
     started = time.perf_counter()
     with ProcessRanks(base, most) as ranks:
-        for dtype in BARS:
+        for dtype in dtypes:
             config = parse(base.model_dump(), [f"training.dtype={dtype}"])
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 expected = process.submit(plain.reference, config, batches).result(_TIMEOUT_SECONDS)
-            results[dtype] = {name: _compare(config, name, ranks, batches, expected) for name in LAYOUTS}
-    valid = all(found[key] < bar for dtype, bars in BARS.items() for found in results[dtype].values() for key, bar in bars.items())
-    worst = {f"{dtype} {key}": max(found[key] for found in results[dtype].values()) for dtype in BARS for key in ("loss", "parameters")}
-    return {"settings": {"steps": STEPS, "layouts": list(LAYOUTS), "bars": BARS, "reference": "one plain PyTorch process"},
+            results[dtype] = {name: _compare(config, name, ranks, batches, expected) for name in layouts}
+    valid = all(found[key] < bar for dtype in dtypes for found in results[dtype].values() for key, bar in BARS[dtype].items())
+    worst = {f"{dtype} {key}": max(found[key] for found in results[dtype].values()) for dtype in dtypes for key in ("loss", "parameters")}
+    return {"settings": {"steps": steps, "layouts": layouts, "bars": BARS, "reference": "one plain PyTorch process"},
             "seconds": time.perf_counter() - started, "ratio": worst, "results": results, "valid": valid}
 
 

@@ -28,7 +28,7 @@ _AIM = 0.8
 
 
 def run(config: RunConfig) -> dict:
-    """Medians over rounds of tokens a second; `ratio` is ours divided by the peer's."""
+    """Tokens a second at the median step, medians over rounds; `ratio` is ours divided by the peer's."""
     config = parse(config.model_dump(), [
         f"training.steps={STEPS}", "training.validation_sequences=0", "checkpoint.every=0", "run.name=bench-tokens"])
     data = session.data_path(config)
@@ -54,7 +54,7 @@ def run(config: RunConfig) -> dict:
 
 
 def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
-    """Tokens a second from the end of warm-up to the end, and where a rank's time went, as shares of it."""
+    """Tokens a second of the median step from one commit to the next, and where a rank's time went, as shares of it."""
     import ray
 
     session.connect()
@@ -76,12 +76,13 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
 
 
 def _figures(steps: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
-    first, measured = steps[WARM_UP - 1], steps[WARM_UP:]
-    wall = measured[-1]["time"] - first["time"]
+    measured = steps[WARM_UP:]
+    wall = measured[-1]["time"] - steps[WARM_UP - 1]["time"]
+    typical = statistics.median(after["time"] - before["time"] for before, after in zip(steps[WARM_UP - 1:], measured))
     total = {key: sum(step[key] for step in measured) for key in
              ("compute_seconds", "exposed_comm_seconds", "seconds", "rank_seconds", "tokens")}
     waiting = sum(step["bubble_ratio"] * step["rank_seconds"] for step in measured)
-    return total["tokens"] / wall, {
+    return measured[-1]["tokens"] / typical, {
         "compute": total["compute_seconds"] / wall, "exchange and reduce": total["exposed_comm_seconds"] / wall,
         "waiting for the pipeline, update, publish": waiting / wall,
         "coordinator: call and commit": (total["seconds"] - total["rank_seconds"]) / wall,
@@ -95,7 +96,7 @@ def _peer(config: RunConfig, batches: list[Batch]) -> float:
         port = _free_port()
         found = [processes.submit(plain.data_parallel, config, batches, rank, size, port) for rank in range(size)]
         seconds = [max(step) for step in zip(*(future.result(_TIMEOUT_SECONDS) for future in found))][WARM_UP:]
-    return len(seconds) * config.training.batch_sequences * config.data.sequence_length / sum(seconds)
+    return config.training.batch_sequences * config.data.sequence_length / statistics.median(seconds)
 
 
 def _seconds(config: RunConfig, speed: float) -> float:

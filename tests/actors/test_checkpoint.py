@@ -91,19 +91,19 @@ def test_every_truncation_is_refused(tmp_path):
 def test_every_changed_byte_is_refused_or_harmless(tmp_path):
     """Harmless: white space of a header, say. What is loaded is what was saved, or nothing is."""
     directory, rng = save(tmp_path, 3), random.Random(0)
-    refusals = 0
+    manifest, refusals = checkpoint.read_manifest(directory), 0
     for name in ("rank-00000.safetensors", "manifest.json"):
         path = tmp_path / "step-00000003" / name
         whole = path.read_bytes()
-        for at in range(0, len(whole), 3):
+        for at in range(0, len(whole), 2):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
             try:
-                load(directory)
+                assert load(directory) == manifest
             except CheckpointError as error:
                 assert "\n" not in str(error)
                 refusals += 1
         path.write_bytes(whole)
-    assert refusals > 0.8 * sum(path.stat().st_size for path in (tmp_path / "step-00000003").iterdir()) / 3
+    assert refusals > 0.8 * sum(path.stat().st_size for path in (tmp_path / "step-00000003").iterdir()) / 2
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -179,9 +179,15 @@ def save_until_killed(root, kill_at):
             self._flush(descriptor)
 
     os.fsync = HalfWritten(os.fsync)
-    for name in ("delete", "delete_tree"):
-        original = getattr(storage, name)
-        setattr(storage, name, lambda uri, original=original: (touch(), original(uri), touch()))
+    delete, delete_tree = storage.delete, storage.delete_tree
+    storage.delete = lambda uri: (touch(), delete(uri), touch())
+
+    def one_by_one(uri):
+        for entry in reversed(storage.list_folder(uri)):  # a file system may take any order: the manifest comes last here
+            storage.delete(entry.uri)
+        delete_tree(uri)
+
+    storage.delete_tree = one_by_one
     sys.addaudithook(audit)
     save(root, 2)
     checkpoint.prune(str(root), 1)
@@ -197,7 +203,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
         process.start()
         process.join()
         code = process.exitcode
-        newest = load(checkpoint.complete(str(root))[-1]).step
+        newest = [load(directory).step for directory in checkpoint.complete(str(root))][-1]
         seen.add(newest)
         checkpoint.prune(str(root), 1)
         assert [path.name for path in root.iterdir()] == [f"step-{newest:08d}"]

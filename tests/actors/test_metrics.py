@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import urllib.error
+import socket
 import urllib.request
 
 import pytest
@@ -97,7 +97,10 @@ def test_a_host_that_is_not_ours_is_refused_in_one_line():
 
 def test_the_next_run_takes_the_same_port_at_once(serve):
     first = Exporter(RunMetrics().registry, HOST, 0)
-    read(first, "/metrics")  # its connection lingers in TIME_WAIT
+    with socket.create_connection((HOST, first.port), timeout=10) as scrape:
+        scrape.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        while scrape.recv(65536):  # the exporter closes first, so that its end lingers in TIME_WAIT
+            pass
     first.close()
     second = serve(RunMetrics(), first.port)
     assert "dualray_loss" in read(second, "/metrics")[1]

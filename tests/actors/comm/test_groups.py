@@ -77,7 +77,6 @@ def operate(host, rank, place):
     copy = torch.zeros(3)
     alone.all_gather(copy, lonely)
     found["alone"] = lonely, copy, alone.all_to_all(lonely.view(3, 1), [3], [3])
-    made.close()
     return found
 
 
@@ -149,13 +148,17 @@ def test_a_missing_member_bounds_the_creation(ranks, place):
 
 
 def test_a_closed_group_is_closed_for_all_who_hold_it(ranks, place):
-    by_rank(ranks, use_after_close, 2, place)
+    by_rank(ranks, make_pair, 2, place)
+    on_all(ranks, use_after_close, 2)
 
 
-def use_after_close(host, rank, place):
-    made = generation_of(host, rank, place, [(0, 1)])
-    group = made.group((0, 1))
-    made.close()
+def make_pair(host, rank, place):
+    generation_of(host, rank, place, [(0, 1)])
+
+
+def use_after_close(host):
+    group = host._generation.group((0, 1))
+    host.close()
     with pytest.raises(Aborted, match="closed"):
         group.all_reduce(torch.ones(1))
     group.abort()  # of no effect
