@@ -25,9 +25,9 @@ from actors.trainer import Outcome, Sources, Trainer, TrainingFailed
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 
-
 logger = logging.getLogger(__name__)
 
+_SHOWN = ("step", "event")  # the load of every expert at every step would be too much to keep
 
 
 class RayRanks:
@@ -53,24 +53,27 @@ class _RayPending:
 
     def results(self, timeout_seconds: float) -> list[Any]:
         deadline = time.monotonic() + timeout_seconds
-        waiting = list(self._references)
+        waiting, found = list(self._references), {}
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise RankFailed(self._references.index(waiting[0]), f"no answer within {timeout_seconds:g} s")
-            self._get(ready[0])
-        return ray.get(self._references)
+            found[ready[0]] = self._get(ready[0], timeout_seconds)
+        return [found[reference] for reference in self._references]
 
-    def _get(self, reference: ray.ObjectRef) -> None:
+    def _get(self, reference: ray.ObjectRef, timeout_seconds: float) -> Any:
+        """A result that is there already, or on its way from a node that may be lost meanwhile."""
         rank = self._references.index(reference)
         try:
-            ray.get(reference)
+            return ray.get(reference, timeout=timeout_seconds)
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
             raise RankFailed(rank, str(cause).splitlines()[0] if str(cause) else type(cause).__name__) from error
         except RayActorError as error:
             raise RankFailed(rank, "its process or node was lost") from error
-        except (GetTimeoutError, RayError) as error:
+        except GetTimeoutError:
+            raise RankFailed(rank, f"its answer did not arrive within {timeout_seconds:g} s") from None
+        except RayError as error:
             raise RankFailed(rank, str(error).splitlines()[0]) from error
 
 
@@ -114,7 +117,7 @@ class Coordinator:
         self._targets = self._find_targets()
         folder = RunFolder(self._config.run.directory, self._config.run.name)
         dataset = Dataset.open(self._data)
-        sources = Sources(lambda step: _Fed(Feed(dataset, self._config, step, self._config.training.steps)),
+        sources = Sources(lambda step: Feed(dataset, self._config, step, self._config.training.steps),
                           lambda: _validation(dataset, self._config))
         self._trainer = Trainer(self._config, self._layout, self._ranks, folder, sources, self._host, self._watch)
         if self._stop_requested:
@@ -136,6 +139,8 @@ class Coordinator:
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
         self._metrics.observe(kind, values)
+        if kind not in _SHOWN:
+            return
         with self._lock:
             self._count += 1
             self._updates.append((self._count, kind, values))
@@ -150,23 +155,6 @@ class Coordinator:
         return found
 
 
-class _Fed:
-    """A feed whose batches carry what a trainer deals."""
-
-    def __init__(self, feed: Feed):
-        self._feed = feed
-
-    def next(self) -> Batch:
-        found = self._feed.next()
-        return Batch(found.step, found.tokens, found.valid)
-
-    def close(self) -> None:
-        self._feed.close()
-
-
 def _validation(dataset: Dataset, config: RunConfig) -> Batch | None:
-    count = min(config.training.validation_sequences, dataset.validation.sequences)
-    if not count:
-        return None
-    found = read_validation(dataset, count)
-    return Batch(-1, found.tokens, found.valid)
+    count = config.training.validation_sequences if dataset.validation.sequences else 0
+    return read_validation(dataset, count) if count else None

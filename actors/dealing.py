@@ -61,14 +61,9 @@ class Dealer:
                 tokens, valid = batch.tokens[indices], batch.valid[indices]
             requests.append(StepRequest(
                 step=batch.step, apply=apply, microbatches=dealt.microbatches,
-                sizes=_sizes(dealt, stream), divisors=batch.divisors, tokens=tokens, valid=valid,
+                sizes=dealt.sizes(stream), divisors=batch.divisors, tokens=tokens, valid=valid,
                 keep_spans=keep_spans))
         return requests
-
-
-def _sizes(dealt: order.Deal, stream: int) -> dict[tuple[int, int], int]:
-    return {(slot, microbatch): len(indices) for slot, parts in enumerate(dealt.held[stream])
-            for microbatch, indices in enumerate(parts)}
 
 
 def programs_for(pipeline: int, microbatches: int, *, training: bool) -> tuple[Program, ...]:

@@ -6,7 +6,7 @@ Every handler leaves spans: compute, exchange (dispatch and combine), pipeline (
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from actors.comm.links import Links
 from actors.model.chunk import Chunk, Microbatch, Segment
 from actors.model.weights import WeightGradients
 from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Transfer
-from orchestrator.schedule.spans import Span
+from orchestrator.schedule.spans import Lane, Span
 
 
 class ActionFailed(RuntimeError):
@@ -63,7 +63,7 @@ class Executor:
     def _forward(self, action: Compute, work: StepWork) -> None:
         chunk, tape = self._chunks[action.slot], work.tapes[action.slot, action.microbatch]
         if not chunk.first:
-            with self._span(work, "pipeline", action):
+            with self._span(work, Lane.PIPELINE, action):
                 tape.input = work.links.take(Payload.ACTIVATION, action.slot, action.microbatch)
         for segment in chunk.forward(tape):
             self._segment(segment, action, work)
@@ -71,7 +71,7 @@ class Executor:
     def _backward(self, action: Compute, work: StepWork) -> None:
         for segment in self._backward_segments(action, work):
             self._segment(segment, action, work)
-            with self._span(work, "compute", action):
+            with self._span(work, Lane.COMPUTE, action):
                 self._queue.flush()
 
     def _backward_input(self, action: Compute, work: StepWork) -> None:
@@ -80,14 +80,14 @@ class Executor:
         work.deferred[action.slot, action.microbatch] = self._queue.take()
 
     def _backward_weight(self, action: Compute, work: StepWork) -> None:
-        with self._span(work, "compute", action):
+        with self._span(work, Lane.COMPUTE, action):
             for accumulate in work.deferred.pop((action.slot, action.microbatch)):
                 accumulate()
 
     def _backward_segments(self, action: Compute, work: StepWork) -> list[Segment]:
         chunk, tape = self._chunks[action.slot], work.tapes[action.slot, action.microbatch]
         if not chunk.last:
-            with self._span(work, "pipeline", action):
+            with self._span(work, Lane.PIPELINE, action):
                 tape.output_gradient = work.links.take(Payload.GRADIENT, action.slot, action.microbatch)
         return chunk.backward(tape)
 
@@ -108,16 +108,15 @@ class Executor:
 
     def _reduce(self, action: object, work: StepWork) -> None:
         work.links.drain()
-        with self._span(work, "reduce", action):
+        with self._span(work, Lane.REDUCE, action):
             work.reduce()
 
     def _segment(self, segment: Segment, action: Compute, work: StepWork) -> None:
-        start = time.perf_counter()
-        segment.run()
-        work.spans.append(Span(self._rank, segment.lane.value, f"{action} {segment.name}", start, time.perf_counter()))
+        with self._span(work, segment.lane, f"{action} {segment.name}"):
+            segment.run()
 
     @contextmanager
-    def _span(self, work: StepWork, lane: str, action: object):
+    def _span(self, work: StepWork, lane: Lane, label: object) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        work.spans.append(Span(self._rank, lane, str(action), start, time.perf_counter()))
+        work.spans.append(Span(self._rank, lane.value, str(label), start, time.perf_counter()))

@@ -23,6 +23,7 @@ import ray
 import ray.data
 
 from actors.dataset import COLUMN, Dataset, DatasetError, list_to_matrix, matrix_to_list
+from actors.dealing import Batch
 from orchestrator import order
 from orchestrator.config import RunConfig
 
@@ -35,16 +36,10 @@ _CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, eq=False)
-class StepBatch:
-    """The sequences of one step (`VALIDATION`: not of a step), in the order in which they are dealt.
+class StepBatch(Batch):
+    """A batch whose rows are known: `sequence_ids` int64 [n], row ids. Of the validation split, `step` is `VALIDATION`."""
 
-    `sequence_ids` int64 [n]: row ids; `tokens` int32 [n, S+1]; `valid` int32 [n]: real tokens of each row, the rest is padding.
-    """
-
-    step: int
     sequence_ids: numpy.ndarray
-    tokens: numpy.ndarray
-    valid: numpy.ndarray
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class Feed:
         row_bytes = 4 * (dataset.sequence_length + 1)
         self._readers = _readers(row_bytes * config.training.batch_sequences)
         self._leg_rows = max(config.training.batch_sequences, _LEG_BYTES // row_bytes)
-        self._ready: collections.deque[StepBatch | Exception] = collections.deque()
+        self._ready: collections.deque[StepBatch] = collections.deque()
         self._changed = threading.Condition()
         self._room, self._closed = config.data.prefetch_steps, False
         self._failure: Exception | None = None
@@ -202,11 +197,11 @@ class _Stock:
         if errors:
             raise DatasetError(errors[0])
         tokens = list_to_matrix(table.column(COLUMN), width)
-        self._parts.append([table.column("id").to_numpy(), tokens, table.column("valid").to_numpy()])
+        self._parts.append([tokens, table.column("valid").to_numpy(), table.column("id").to_numpy()])
         self.rows += table.num_rows
 
     def take(self, count: int) -> list[numpy.ndarray]:
-        """The first `count` rows as [ids, tokens, valid], copied out of Ray's shared memory."""
+        """The first `count` rows as [tokens, valid, ids], copied out of Ray's shared memory."""
         taken, left = [], count
         while left:
             part = self._parts.popleft()
@@ -222,7 +217,7 @@ def read_validation(dataset: Dataset, count: int) -> StepBatch:
     """The first `count` sequences of the validation split, or all if there are fewer. Raises DatasetError."""
     split = dataset.validation
     rows = numpy.arange(min(count, split.sequences), dtype=numpy.int64)
-    return StepBatch(VALIDATION, rows, dataset.read_rows(split, rows), dataset.valid_tokens(split, rows))
+    return StepBatch(VALIDATION, dataset.read_rows(split, rows), dataset.valid_tokens(split, rows), rows)
 
 
 def quiet_context(cpus: int | None = None) -> Any:

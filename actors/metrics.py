@@ -35,7 +35,8 @@ class Exporter:
         try:
             self._server = make_server(host, port, application, _Server, _Quiet)
         except OSError as error:
-            raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); 0 takes any free port") from error
+            raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); "
+                            "0 takes any free port") from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True).start()
 

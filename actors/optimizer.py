@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.comm.groups import Generation, Group
-from actors.model.weights import Weight, initial_value
+from actors.model.weights import Weight, exact_dtype, initial_value
 from orchestrator.config import OptimizerSection
 from orchestrator.ownership import Bucket
 
@@ -33,7 +33,8 @@ class OwnedShard:
         return state[kind] if kind in state else torch.zeros_like(self.master)
 
     def set_moments(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, steps: int) -> None:
-        self.adam.state[self.master] = {"step": torch.tensor(float(steps)), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        step = torch.tensor(float(steps), device=self.master.device)  # fused AdamW wants it beside the moments
+        self.adam.state[self.master] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 class BucketBuffers:
@@ -41,7 +42,7 @@ class BucketBuffers:
 
     def __init__(self, bucket: Bucket, rank: int, dtype: torch.dtype, device: torch.device):
         self.bucket, self.rank = bucket, rank
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = exact_dtype(dtype)
         length = bucket.shard_size * len(bucket.owners)
         self.gradient = torch.zeros(length, dtype=exact, device=device)
         self.holds = rank in bucket.holders
@@ -72,7 +73,6 @@ class Optimizer:
         for buffers in self._buffers:
             self.weights.update(buffers.weights())
         self.gradient_norm = 0.0
-        self.steps = 0
 
     @staticmethod
     def groups(buckets: tuple[Bucket, ...]) -> list[tuple[int, ...]]:
@@ -112,7 +112,6 @@ class Optimizer:
             owned.adam.param_groups[0]["lr"] = learning_rate
             owned.adam.step()
             owned.master.grad = None
-        self.steps += 1
         self.publish(groups)
 
     def publish(self, groups: Generation) -> None:

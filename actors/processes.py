@@ -1,4 +1,4 @@
-"""Ranks as plain processes on this machine: no Ray. For GPU hosts without Ray, for tests and for benchmarks.
+"""Ranks as plain processes on this machine, without Ray: for tests and for benchmarks.
 
 Two pipes lead to each process: one for calls, in order; one for control, which is served even while a call is blocked.
 A process ends when its pipes do: when they are closed, or when whoever started it is gone.

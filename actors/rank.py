@@ -23,7 +23,7 @@ from actors.comm.links import Links
 from actors.executor import Executor, StepWork
 from actors.messages import Apply, Assignment, LossDivisors, LossSums, SavedPiece, StepReport, StepRequest
 from actors.model.chunk import Chunk, LossScales, Microbatch
-from actors.model.weights import WeightGradients
+from actors.model.weights import WeightGradients, exact_dtype
 from actors.optimizer import Optimizer
 from orchestrator import ownership
 from orchestrator.config import RunConfig
@@ -63,8 +63,8 @@ class Rank:
         Raises Aborted when a member does not come.
         """
         self.close()
-        self._stay_on_a_core(assignment.rank)
         layout, config = assignment.layout, self._config
+        self._stay_on_a_core(layout, assignment.rank)
         self._assignment, self._layout, self._place = assignment, layout, layout.places[assignment.rank]
         self._queue = WeightGradients()
         self._buckets = ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage)
@@ -74,7 +74,7 @@ class Rank:
         store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
         generation.create(store, _groups(layout, self._buckets))
         self._world = generation.group(tuple(range(layout.size)))
-        self._stage_group = generation.group(_stage_holders(layout, self._place.position))
+        self._stage_group = generation.group(layout.holders(self._place.position))
         self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
         self._chunks = self._build_chunks()
         self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue)
@@ -92,7 +92,6 @@ class Rank:
     def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
         """State of a checkpoint, whatever layout wrote it. Raises CheckpointError."""
         restore_shards(directory, pieces, self.optimizer.shards, self.biases, steps)
-        self.optimizer.steps = steps
         self.optimizer.publish(self._generation)
 
     def abort(self) -> None:
@@ -127,7 +126,7 @@ class Rank:
         ended = time.perf_counter()
         return StepReport(
             rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
-            digest=self._digest(request, tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
+            digest=self._digest(tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
             bytes_sent=work.links.bytes_sent, load=self._reported_load(),
             spans=tuple(work.spans) if request.keep_spans else ())
 
@@ -155,7 +154,10 @@ class Rank:
         self._writer = PieceWriter(directory, rank, self.optimizer.shards, biases)
 
     def saved(self) -> list[SavedPiece]:
-        """Wait for the writing that `snapshot` began. Raises CheckpointError."""
+        """Wait, as long as storage takes, for the writing that `snapshot` began; the bound is the caller's.
+
+        Raises CheckpointError.
+        """
         return self._writer.finish()
 
     def _meeting_place(self, address: tuple[str, int]) -> dist.Store:
@@ -174,11 +176,16 @@ class Rank:
 
     # --- what a rank is made of ----------------------------------------------------------------------------------
 
-    def _stay_on_a_core(self, rank: int) -> None:
-        """On CPUs: keep the compute thread, and the communication threads that it starts, where their caches are. Where
-        ranks outnumber cores, moving between cores costs about 5 % of a step."""
+    def _stay_on_a_core(self, layout: Layout, rank: int) -> None:
+        """On CPUs: keep the compute thread, and the threads that it starts, where their caches are. Where ranks outnumber
+        cores, moving between cores costs about 5 % of a step.
+
+        Ranks are counted node by node, so they spread over the cores whether all nodes are one host or each is its own.
+        """
         if self._device.type == "cpu":
-            os.sched_setaffinity(0, {self._cores[rank % len(self._cores)]})
+            by_node = sorted(layout.places, key=lambda place: (place.node, place.local))
+            turn = next(index for index, place in enumerate(by_node) if place.rank == rank)
+            os.sched_setaffinity(0, {self._cores[turn % len(self._cores)]})
 
     def _build_chunks(self) -> dict[int, Chunk]:
         config, layout, place = self._config, self._layout, self._place
@@ -189,7 +196,7 @@ class Rank:
         for slot, expert in enumerate(e for experts in placed for e in experts):
             slot_of_expert[expert] = slot
         exchange = ExpertExchange(group if group.size > 1 else None, slot_of_expert, [len(e) for e in placed])
-        exact = torch.float64 if self._dtype == torch.float64 else torch.float32
+        exact = exact_dtype(self._dtype)
         chunks, self.biases = {}, {}
         for slot, stage in enumerate(layout.stages(place.position)):
             layers, last = per_stage[stage], stage == layout.pipeline - 1
@@ -243,7 +250,7 @@ class Rank:
         first = self._assignment.rank == self._stage_group.ranks[0]
         return {layer: load.tolist() for layer, load in self._load.items()} if first else {}
 
-    def _digest(self, request: StepRequest, tapes: Mapping[tuple[int, int], Microbatch]) -> int:
+    def _digest(self, tapes: Mapping[tuple[int, int], Microbatch]) -> int:
         """Of the sequences that entered the pipeline here: each is hashed by one rank only, after its backward."""
         entered = [tape.tokens for (slot, _), tape in tapes.items() if self._chunks[slot].first and tape.tokens is not None]
         return combine(sequence_digest(row.tobytes()) for tokens in entered for row in tokens.cpu().numpy().astype(numpy.int32))
@@ -254,16 +261,11 @@ def _sums(tapes: Mapping[tuple[int, int], Microbatch]) -> LossSums:
                LossSums())
 
 
-def _stage_holders(layout: Layout, position: int) -> tuple[int, ...]:
-    positions = {position, layout.mirror(position)}
-    return tuple(p.rank for p in layout.places if p.position in positions)
-
-
 def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...]) -> list[tuple[int, ...]]:
     """Every group of a generation, in the one order in which all ranks create them."""
     lines = [layout.line(row, w) for row in range(layout.rows) for w in range(layout.width)]
     experts = [layout.expert_group(r, p) for r in range(len(layout.replicas)) for p in range(layout.pipeline)]
-    stages = [_stage_holders(layout, position) for position in range(layout.pipeline)]
+    stages = [layout.holders(position) for position in range(layout.pipeline)]
     return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)]
 
 

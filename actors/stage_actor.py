@@ -1,5 +1,5 @@
-"""The Ray actor of a rank: thin. Compute calls run in one thread, control calls in another, so that a rank whose compute
-is blocked in communication still answers and can be aborted."""
+"""The Ray actor of a rank: thin. Compute calls run in one thread, control calls and waiting for files in others, so that a
+rank whose compute is blocked in communication still answers and can be aborted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from actors.metrics import Exporter, RankMetrics, reachable
 from actors.rank import Rank
 from orchestrator.config import RunConfig
 from orchestrator.schedule.actions import Program
-
 
 logger = logging.getLogger(__name__)
 

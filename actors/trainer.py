@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -27,8 +27,9 @@ from orchestrator import order
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ledger import LedgerLine, combine, digest_text, to_json
+from orchestrator.placement import place_experts
 from orchestrator.recipe import learning_rate
-from orchestrator.schedule.spans import Span
+from orchestrator.schedule.spans import Figures, Span
 
 FORM_TIMEOUT_SECONDS = 180.0
 
@@ -62,8 +63,19 @@ class Outcome:
     validation_loss: float | None
 
 
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint that ranks are writing: the state after `step` steps."""
+
+    step: int
+    directory: str
+    pieces: Pending
+    since: float
+
+
 class Trainer:
-    """`watch(kind, values)` is told each step's metrics ("step") and each event ("event").
+    """`watch(kind, values)` is told each step's metrics ("step"), its loads of experts by layer ("load"), and each event
+    ("event").
 
     `store`: where the ranks meet, served by this process on `host`; none: one of the trainer's own.
     """
@@ -77,7 +89,7 @@ class Trainer:
         self._stop = threading.Event()
         self._generation = 0
         self._known: set[tuple[bool, int]] = set()
-        self._saving: tuple[int, str, Pending] | None = None
+        self._saving: _Saving | None = None
         self._save_wanted = False
         self._pending: Apply | None = None
         self._validation: Batch | None = None
@@ -110,7 +122,8 @@ class Trainer:
         self._call("form", [(Assignment(self._generation, rank, self._layout, address, prefix),)
                             for rank in range(self._layout.size)], FORM_TIMEOUT_SECONDS)
         self._known.clear()
-        self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.kind}
+        self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.kind,
+                        "placement": _placement_record(self._config, self._layout)}
         self._event("generation", generation=self._generation, layout=self._layout.describe(), nodes=len(self._layout.nodes))
 
     def _load(self) -> int:
@@ -186,17 +199,14 @@ class Trainer:
     def _publish(self, step: int, batch: Batch, losses: dict[str, float], rate: float, reports: list[StepReport],
                  seconds: float) -> None:
         tokens = int((batch.valid - 1).sum())
-        mean = {name: sum(getattr(r.figures, name) for r in reports) / len(reports)
-                for name in ("overlap_ratio", "bubble_ratio", "exposed_communication_seconds")}
+        mean = _mean(reports)
         values = {
-            "step": step, "time": round(time.time(), 3), **losses, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
-            "overlap_ratio": mean["overlap_ratio"], "bubble_ratio": mean["bubble_ratio"],
-            "exposed_comm_seconds": mean["exposed_communication_seconds"], "generation": self._generation,
+            "step": step, "time": round(time.time(), 3), **losses, "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "seconds": seconds, "overlap_ratio": mean.overlap_ratio, "bubble_ratio": mean.bubble_ratio,
+            "exposed_comm_seconds": mean.exposed_communication_seconds, "generation": self._generation,
             "nodes": len(self._layout.nodes), "gradient_norm": reports[0].gradient_norm, "learning_rate": rate,
-            "busiest_expert": _busiest(reports),
-            "sequences": len(batch.valid), "compute_seconds": sum(r.figures.compute_seconds for r in reports) / len(reports),
-            "communication_seconds": sum(r.figures.communication_seconds for r in reports) / len(reports),
-            "rank_seconds": max(report.seconds for report in reports),
+            "busiest_expert": _busiest(reports), "sequences": len(batch.valid), "compute_seconds": mean.compute_seconds,
+            "communication_seconds": mean.communication_seconds, "rank_seconds": max(report.seconds for report in reports),
         }
         self._folder.metrics(values)
         self._watch("step", values)
@@ -236,16 +246,16 @@ class Trainer:
         self._apply()
         directory = checkpoint.folder(self._folder.checkpoints, step)
         self._call("snapshot", [(directory,)] * self._layout.size)
-        self._saving = (step, directory, self._ranks.start("saved", [()] * self._layout.size))
-        self._saving_since = time.perf_counter()
+        self._saving = _Saving(step, directory, self._ranks.start("saved", [()] * self._layout.size), time.perf_counter())
 
     def _collect_save(self, *, wait: bool, last: bool = False) -> None:
         """Make a finished checkpoint count. One that failed is dropped and told; only the run's last one ends the run."""
-        if self._saving is None or not (wait or self._saving[2].done()):
+        if self._saving is None or not (wait or self._saving.pieces.done()):
             return
-        (step, directory, pending), self._saving = self._saving, None
+        saving, self._saving = self._saving, None
+        step, directory = saving.step, saving.directory
         try:
-            found = pending.results(self._config.training.step_timeout_seconds)
+            found = saving.pieces.results(self._config.training.step_timeout_seconds)
             pieces = tuple(piece for of_rank in found for piece in of_rank)
             model = self._config.model.model_dump(mode="json")
             checkpoint.commit(directory, checkpoint.Manifest(step, model, self._config.training.dtype, pieces))
@@ -256,16 +266,18 @@ class Trainer:
             if last:
                 raise TrainingFailed(f"no checkpoint of step {step}: {error}") from error
             return
-        self._event("checkpoint", step=step, path=directory, seconds=round(time.perf_counter() - self._saving_since, 3))
+        self._event("checkpoint", step=step, path=directory, seconds=round(time.perf_counter() - saving.since, 3))
         try:
             checkpoint.prune(self._folder.checkpoints, self._config.checkpoint.keep)
         except StorageError as error:
             self._event("checkpoint_not_deleted", reason=str(error))
 
     def _saved_step(self) -> int | None:
+        """Step of the newest checkpoint, be it complete or being written."""
+        if self._saving is not None:
+            return self._saving.step
         found = checkpoint.complete(self._folder.checkpoints)
-        pending = self._saving[0] if self._saving else None
-        return pending if pending is not None else (checkpoint.read_manifest(found[-1]).step if found else None)
+        return checkpoint.read_manifest(found[-1]).step if found else None
 
     def _apply(self) -> None:
         if self._pending is not None:
@@ -309,10 +321,22 @@ def _losses(sums: LossSums, batch: Batch, config: RunConfig) -> dict[str, float]
     return found
 
 
+def _mean(reports: list[StepReport]) -> Figures:
+    """Every figure as the mean over ranks."""
+    columns = zip(*(astuple(report.figures) for report in reports))
+    return Figures(*(sum(column) / len(reports) for column in columns))
+
+
 def _busiest(reports: list[StepReport]) -> float:
     """Largest expert load divided by the mean, in the worst layer; 1 where there are no experts."""
     loads = [load for report in reports for load in report.load.values() if sum(load)]
     return max((max(load) * len(load) / sum(load) for load in loads), default=1.0)
+
+
+def _placement_record(config: RunConfig, layout: Layout) -> list[Any]:
+    """Expert ids by replica, position, and index in the EP group."""
+    return [[place_experts(config.model, layout, replica, position) for position in range(layout.pipeline)]
+            for replica in range(len(layout.replicas))]
 
 
 def _layout_record(layout: Layout) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from dataclasses import asdict
 import numpy
 
 from actors.dataset import Dataset, DatasetError, Split
-from actors.tokenizer import TokenizerError
-from actors.tokenizer import load as load_tokenizer
+from actors.documents import STDLIB
+from actors.ngram import LARGEST_VOCABULARY, bigram_entropy, ngram_cross_entropy, text_of_rows
 from jobs.summary import OWN_BIGRAM
-from orchestrator.config import ConfigError, RunConfig
+from jobs.tokenize import load_tokenizer, tokenize
+from orchestrator.config import RunConfig
 
-BUILT_IN = "stdlib"
-_LARGEST_VOCABULARY = 1024
 _TRAINING_SEQUENCES = 1 << 17
 
 
@@ -27,14 +26,9 @@ def prepare(config: RunConfig, data: str) -> None:
         return
     except DatasetError:
         pass  # not there, or left unfinished: tokenize resumes
-    from jobs.tokenize import tokenize
-
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    except TokenizerError as error:
-        raise ConfigError("data.tokenizer", config.data.tokenizer, str(error)) from error
+    tokenizer = load_tokenizer(config.data.tokenizer)
     print(f"tokenizing the built-in corpus into {data}", file=sys.stderr, flush=True)
-    tokenize([BUILT_IN], tokenizer, data, config)
+    tokenize([STDLIB], tokenizer, data, config)
 
 
 def baselines(dataset: Dataset) -> dict[str, float]:
@@ -43,9 +37,8 @@ def baselines(dataset: Dataset) -> dict[str, float]:
     unigram, bigram, trigram: cross-entropy of the validation text under models counted on the training text. `own bigram`:
     entropy of the validation text given the token before, by its own counts, which no bigram model can pass.
     """
-    if dataset.vocab_size > _LARGEST_VOCABULARY or not dataset.validation.sequences:
+    if dataset.vocab_size > LARGEST_VOCABULARY or not dataset.validation.sequences:
         return {}
-    from actors.ngram import bigram_entropy, ngram_cross_entropy, text_of_rows
 
     def text(split: Split, most: int) -> numpy.ndarray:
         rows = range(min(split.sequences, most))

@@ -19,8 +19,9 @@ class Progress:
         self._told_at, self._held = 0.0, None
 
     def step(self, values: dict[str, Any]) -> None:
-        line = (f"step {values['step'] + 1}/{self._steps}  loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  "
-                f"overlap {values['overlap_ratio']:.0%}  bubble {values['bubble_ratio']:.0%}  nodes {values['nodes']}")
+        line = (f"step {values['step'] + 1}/{self._steps}  loss {values['loss']:.4f}  "
+                f"{values['tokens_per_second']:,.0f} tokens/s  overlap {values['overlap_ratio']:.0%}  "
+                f"bubble {values['bubble_ratio']:.0%}  nodes {values['nodes']}")
         last = values["step"] + 1 == self._steps
         if self._live:
             width = shutil.get_terminal_size().columns - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.messages import Failure
 from jobs import cli
@@ -13,7 +13,11 @@ from jobs.progress import Progress
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout
 
+if TYPE_CHECKING:  # torch takes seconds to import, and this process has no use for it
+    from actors.trainer import Outcome
+
 START_TIMEOUT_SECONDS = 300.0
+ANSWER_TIMEOUT_SECONDS = 120.0
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 120.0
 
@@ -73,7 +77,7 @@ class RunActors:
             raise ConfigError("run.directory", self._config.run.directory,
                               f"a path or URI that every node reads; these do not: {', '.join(blind)}")
 
-    def follow(self, progress: Progress, interrupt: Interrupt) -> Any:
+    def follow(self, progress: Progress, interrupt: Interrupt) -> Outcome:
         """Show what happens until the run ends. Raises JobFailed with the reason."""
         running, told, deadline = self._coordinator.run.remote(), 0, None
         while True:
@@ -89,10 +93,13 @@ class RunActors:
                 return self._get(running)
 
     def _show(self, told: int, progress: Progress) -> int:
+        """Tell what happened after update number `told`; returns the number of the newest."""
         try:
-            told, updates = self._ray.get(self._coordinator.updates.remote(told), timeout=START_TIMEOUT_SECONDS)
+            told, updates = self._ray.get(self._coordinator.updates.remote(told), timeout=ANSWER_TIMEOUT_SECONDS)
         except self._ray.exceptions.RayActorError:
             return told  # the run's own result says why
+        except self._ray.exceptions.GetTimeoutError:
+            raise cli.JobFailed(f"the coordinator did not answer within {ANSWER_TIMEOUT_SECONDS:g} s") from None
         for kind, values in updates:
             if kind == "step":
                 progress.step(values)

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 from orchestrator.config import ConfigError, RunConfig
@@ -16,6 +17,7 @@ RANK_RESOURCE = "rank"
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0"}
 _LOCAL = {"RAY_AUTH_MODE": "disabled"}
 _LOCAL_OBJECT_STORE_BYTES = 100_000_000
+_folders: list[str] = []  # of the Ray in this process, until `disconnect`
 
 
 def under_ray_job() -> bool:
@@ -52,9 +54,6 @@ def disconnect() -> None:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
 
 
-_folders: list[str] = []
-
-
 def _temporary_folder() -> str:
     """For Ray's logs and sockets. Always below /tmp: the path of a socket may have 107 bytes only."""
     _folders.append(tempfile.mkdtemp(prefix="dualray-", dir="/tmp"))
@@ -68,7 +67,9 @@ def nodes(config: RunConfig) -> tuple[Node, ...]:
         return virtual_nodes(topology.virtual_nodes, topology.ranks_per_node)
     import ray
 
-    found = [Node(node["NodeID"], _ranks(node["Resources"], topology.ranks_per_node)) for node in ray.nodes() if node["Alive"]]
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    kind = rank_kind(alive.values())
+    found = [Node(name, _ranks(offered.get(kind, 0), kind, topology.ranks_per_node)) for name, offered in alive.items()]
     return tuple(sorted((node for node in found if node.ranks), key=lambda node: node.name))
 
 
@@ -79,27 +80,29 @@ def create_ranks(config: RunConfig, layout: Layout) -> list[Any]:
     import ray
     from actors.stage_actor import StageActor
 
-    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    kind = rank_kind(node["Resources"] for node in ray.nodes() if node["Alive"])
+    claim = {"GPU": {"num_gpus": 1}, RANK_RESOURCE: {"resources": {RANK_RESOURCE: 1}}, "CPU": {}}[kind]
     actors = []
     for place in layout.places:
-        options: dict[str, Any] = {"name": None}
-        offered = resources.get(place.node, {})
+        options: dict[str, Any] = {}
         if not config.topology.virtual_nodes:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place.node, soft=False)
-            if offered.get("GPU"):
-                options["num_gpus"] = 1
-            elif offered.get(RANK_RESOURCE):
-                options["resources"] = {RANK_RESOURCE: 1}
+            options = claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False)}
         actors.append(StageActor.options(**options).remote(config))
     return actors
 
 
-def _ranks(resources: dict[str, float], wanted: int | str) -> int:
-    """GPUs of a node, else its `rank` resource, else its CPUs; a number from the configuration caps or, without either, sets it."""
-    for key in ("GPU", RANK_RESOURCE):
-        if resources.get(key):
-            return int(resources[key]) if wanted == "auto" else min(int(wanted), int(resources[key]))
-    return int(resources.get("CPU", 0)) if wanted == "auto" else int(wanted)
+def rank_kind(resources: Iterable[dict[str, float]]) -> str:
+    """What a rank takes of a node, the same in the whole cluster: a GPU if any node has one, else a unit of the resource
+    `rank` if any node offers it, else a CPU (which Ray is not asked for: reading data needs CPUs too)."""
+    offered = list(resources)
+    return next((kind for kind in ("GPU", RANK_RESOURCE) if any(node.get(kind) for node in offered)), "CPU")
+
+
+def _ranks(offered: float, kind: str, wanted: int | str) -> int:
+    """What a node offers. A number from the configuration caps GPUs and `rank`, and takes the place of a number of CPUs."""
+    if wanted == "auto":
+        return int(offered)
+    return min(int(wanted), int(offered)) if kind != "CPU" else int(wanted)
 
 
 def run_directory(config: RunConfig) -> str:

@@ -12,14 +12,13 @@ import uuid
 from actors import storage
 from actors.dataset import Dataset, DatasetError
 from actors.run_folder import RunFolder
-from actors.tokenizer import TokenizerError
-from actors.tokenizer import load as load_tokenizer
 from jobs import cli, corpus, session, summary
 from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
+from jobs.tokenize import load_tokenizer
 from orchestrator import planner
-from orchestrator.config import ConfigError, RunConfig, dump
-from orchestrator.layout import Layout, choose
+from orchestrator.config import RunConfig, dump
+from orchestrator.layout import choose
 
 
 def main() -> int:
@@ -45,9 +44,9 @@ def main() -> int:
 
 
 def dry_run(config: RunConfig) -> int:
-    if not config.topology.virtual_nodes:
-        session.connect()
     try:
+        if not config.topology.virtual_nodes:
+            session.connect()
         layout = choose(session.nodes(config), config.layout, config.model)
         print("\n".join(planner.describe(config, planner.plan(config, layout))))
     finally:
@@ -71,9 +70,9 @@ def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
     actors = session.create_ranks(config, layout)
     with RunActors(config, layout, actors, data) as run:
         run.check_reachable(token_path, token)
+        storage.delete(token_path)
         progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
         outcome = run.follow(progress, interrupt)
-    storage.delete(token_path)
     _summarise(config, folder, dataset, progress)
     if outcome.interrupted:
         progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there")
@@ -83,10 +82,7 @@ def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
 
 def _checked_dataset(config: RunConfig, data: str) -> Dataset:
     dataset = Dataset.open(data)
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    except TokenizerError as error:
-        raise ConfigError("data.tokenizer", config.data.tokenizer, str(error)) from error
+    tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check(tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)
     return dataset
 

@@ -87,6 +87,10 @@ class Layout:
         """The position that hosts the same two stages."""
         return self.pipeline - 1 - position
 
+    def holders(self, position: int) -> tuple[int, ...]:
+        """Ranks that host a position's stages: its own and its mirror's, in every row."""
+        return tuple(place.rank for place in self.places if place.position in (position, self.mirror(position)))
+
     def stages(self, position: int) -> tuple[int, ...]:
         """Stages of a position by slot (DualPipe placement)."""
         return (position,) if self.pipeline == 1 else (position, self.mirror(position))

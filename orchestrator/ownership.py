@@ -80,7 +80,7 @@ def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | s
     seen: set[str] = set()
     for stage, layers in enumerate(per_stage):
         positions = dict.fromkeys((stage, layout.mirror(stage)))
-        everyone = tuple(p.rank for p in layout.places if p.position in positions)
+        everyone = layout.holders(stage)
         for spec in stage_parameters(model, layers, first=stage == 0, last=stage == layout.pipeline - 1):
             if spec.name in seen:
                 continue

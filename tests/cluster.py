@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -59,6 +60,32 @@ class Cluster:
             raise AssertionError(f"{arguments} did not end within {timeout:g} s\n{out[-3000:]}\n{err[-3000:]}") from None
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
+    def add_node(self, resources: dict[str, int]) -> subprocess.Popen:
+        """One more raylet; it ends with the cluster. Returns its process once Ray counts it as alive."""
+        import ray
+
+        before = len([node for node in ray.nodes() if node["Alive"]])
+        process = subprocess.Popen(
+            [str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1", f"--resources={json.dumps(resources)}",
+             "--object-store-memory=80000000"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+        eventually(lambda: len([node for node in ray.nodes() if node["Alive"]]) > before, 60, "the new node joins")
+        return process
+
+    def remove_node(self, process: subprocess.Popen) -> None:
+        """End a raylet that `add_node` started: by SIGTERM, which Ray notices at once, and what is left of it by SIGKILL."""
+        def left() -> dict[int, bytes]:
+            return {pid: command for pid, command in self.processes() if _session(pid) == process.pid}
+
+        raylets = [pid for pid, command in left().items() if b"raylet/raylet" in command]
+        for pid in raylets:
+            os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not set(raylets) & left().keys(), 20, "the raylet ends")
+        for pid in left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=20)
+
     def actors(self) -> list[int]:
         """Processes of this cluster that are ranks or coordinators."""
         return [pid for pid, command in self.processes() if command.startswith((b"ray::StageActor", b"ray::Coordinator"))]
@@ -73,6 +100,13 @@ class Cluster:
             except OSError:
                 continue  # it ended while we looked
         return found
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def start_cluster() -> tuple[Cluster, Callable[[], None]]:

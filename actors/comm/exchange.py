@@ -3,7 +3,7 @@
 A token goes to a rank once, whatever number of its experts live there, with its routing weights for them; the rank gathers
 it for each, and sums their outputs before it sends one row back. As many rows travel as it takes, no token is dropped.
 The steps are separate, so they can be run apart: `plan` (local), `agree` (counts, a small message), `transfer` (the payload)
-with `pack` and `unpack` around it, `read` (local). Combine and both backwards reuse the plan and its counts.
+with `pack` and `unpack` around it, then reading what came (local). Combine and both backwards reuse the plan and its counts.
 Name suffixes: t tokens, k experts of a token, h hidden, s slots of a rank (padded to the largest); m rows sent, one per
 (token, rank), in order of rank, then token; q rows received; r rows of experts, sorted by local expert, then as received.
 """
@@ -95,8 +95,8 @@ class ExpertExchange:
 
     def dispatch_backward(self, grad_rows: Tensor, grad_weights: Tensor, handle: Handle) -> tuple[Tensor, Tensor]:
         """Adjoint of dispatch: gradients of x_th and weight_tk. Collective."""
-        plan, dtype = handle.plan, grad_weights.dtype
-        rows, weights = _sum_rows(grad_rows, handle.row_r, sum(handle.received)), grad_weights.new_zeros(sum(handle.received), self._slots)
+        plan, dtype, count = handle.plan, grad_weights.dtype, sum(handle.received)
+        rows, weights = _sum_rows(grad_rows, handle.row_r, count), grad_weights.new_zeros(count, self._slots)
         weights[handle.row_r, handle.slot_r] = grad_weights
         if self._group is not None:
             rows, weights = unpack(self.transfer(pack(rows, weights), handle.received, plan.sent), dtype, self._slots)

@@ -118,7 +118,7 @@ class DenseLayer(_Layer):
 class ExpertLayer(_Layer):
     """A layer with routed experts. `load` int64 [e] counts how often each was chosen; `bias` [e] steers the choice.
 
-    Args: `experts`: ids of the experts that this rank holds, in slot order. `dtype`, `device`: of activations.
+    Args: `experts`: ids of the experts that this rank holds, in slot order. `dtype`: of activations.
     """
 
     def __init__(self, parts: Parts, n: int, exchange: ExpertExchange, experts: list[int], bias: Tensor,

@@ -1,1 +1,1 @@
-"""Benchmarks: each module has `run(config, options) -> dict`, started by `python -m jobs.bench NAME`."""
+"""What `python -m jobs.bench NAME` runs: `parity` and `tokens` have `run(config) -> dict`; `plain` and `text` serve them."""

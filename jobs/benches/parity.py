@@ -56,7 +56,8 @@ def compare(config: RunConfig, layouts: list[str], dtypes: list[str], steps: int
                 expected = process.submit(plain.reference, config, batches).result(_TIMEOUT_SECONDS)
             results[dtype] = {name: _compare(config, name, ranks, batches, expected) for name in layouts}
     valid = all(found[key] < bar for dtype in dtypes for found in results[dtype].values() for key, bar in BARS[dtype].items())
-    worst = {f"{dtype} {key}": max(found[key] for found in results[dtype].values()) for dtype in dtypes for key in ("loss", "parameters")}
+    worst = {f"{dtype} {key}": max(found[key] for found in results[dtype].values())
+             for dtype in dtypes for key in ("loss", "parameters")}
     return {"settings": {"steps": steps, "layouts": layouts, "bars": BARS, "reference": "one plain PyTorch process"},
             "seconds": time.perf_counter() - started, "ratio": worst, "results": results, "valid": valid}
 
@@ -75,9 +76,8 @@ def _compare(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batc
             loads.append(values)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, layout, ranks, RunFolder(folder, "parity"), Sources(lambda step: _Fixed(batches[step:]), lambda: None),
-                          watch=watch)
-        trainer.run()
+        sources = Sources(lambda step: _Fixed(batches[step:]), lambda: None)
+        Trainer(config, layout, ranks, RunFolder(folder, "parity"), sources, watch=watch).run()
         parameters = checkpoint.read_parameters(checkpoint.complete(f"{folder}/parity/checkpoints")[-1])
     found = {"loss": max(abs(a - b) / abs(b) for a, b in zip(losses, expected["losses"], strict=True)),
              "parameters": _difference(parameters, expected["parameters"]),

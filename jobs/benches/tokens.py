@@ -15,10 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from actors.dealing import Batch
+from actors.messages import Failure
 from actors.run_folder import RunFolder
 from jobs import corpus, session
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text
+from jobs.cli import JobFailed
 from orchestrator.config import RunConfig, parse
 from orchestrator.layout import choose
 
@@ -38,7 +40,9 @@ def run(config: RunConfig) -> dict:
         speed, breakdown = _system(config, data)
         peer = _peer(config, batches)
         print(f"round {index}: system {speed:.0f} tokens/s, plain {peer:.0f} tokens/s, {breakdown}", file=sys.stderr, flush=True)
-        ours.append(speed), peers.append(peer), breakdowns.append(breakdown)
+        ours.append(speed)
+        peers.append(peer)
+        breakdowns.append(breakdown)
     names = breakdowns[0].keys()
     return {
         "settings": {"rounds": ROUNDS, "steps": STEPS, "warm_up_steps": WARM_UP, "ranks": 4, "plain_processes": os.cpu_count(),
@@ -67,8 +71,9 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
 
         ranks = session.create_ranks(config, layout)
         coordinator = Coordinator.remote(config, layout, ranks, data)
-        ray.get(coordinator.open.remote(), timeout=_TIMEOUT_SECONDS)
-        ray.get(coordinator.run.remote(), timeout=_TIMEOUT_SECONDS)
+        for call in (coordinator.open, coordinator.run):
+            if isinstance(failed := ray.get(call.remote(), timeout=_TIMEOUT_SECONDS), Failure):
+                raise JobFailed(failed.reason)
         return _figures(RunFolder(folder, config.run.name).metric_lines())
     finally:
         session.disconnect()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 import runtime
 
 from actors.processes import ProcessRanks
+
+# torch looks up the names of both ends of a TCPStore's connections; a name server that does not answer costs 5 s each
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,9 @@ from orchestrator.topology import virtual_nodes
 TIMEOUT_SECONDS = 60.0
 VOCABULARY, LENGTH = 61, 8
 TINY = {
-    "model": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "first_k_dense_replace": 1, "intermediate_size": 24,
-              "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2,
+    "model": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "first_k_dense_replace": 1,
+              "intermediate_size": 24, "moe_intermediate_size": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+              "n_group": 4, "topk_group": 2,
               "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
               "v_head_dim": 8, "initializer_range": 0.05},
     "data": {"sequence_length": LENGTH},
@@ -39,7 +40,8 @@ TINY = {
     "checkpoint": {"every": 0},
 }
 LAYOUTS = {  # name: (pipeline, expert, data, nodes, ranks per node)
-    "PP2xEP2": (2, 2, 1, 2, 2), "PP4": (4, 1, 1, 2, 2), "EP4": (1, 4, 1, 4, 1), "PP2xDP2": (2, 1, 2, 2, 2), "EP2xDP2": (1, 2, 2, 4, 1),
+    "PP2xEP2": (2, 2, 1, 2, 2), "PP4": (4, 1, 1, 2, 2), "EP4": (1, 4, 1, 4, 1), "PP2xDP2": (2, 1, 2, 2, 2),
+    "EP2xDP2": (1, 2, 2, 4, 1),
     "PP2": (2, 1, 1, 2, 1), "one node": (1, 2, 1, 1, 2), "one rank": (1, 1, 1, 1, 1),
 }
 
@@ -73,8 +75,9 @@ def form(ranks: ProcessRanks, config: RunConfig, layout: Layout, generation: int
     """A generation without a Trainer; its ranks have no state yet."""
     store = meeting_place()
     address, prefix = ("127.0.0.1", store.port), f"formation-{store.add('formations', 1)}"
+    places = [(Assignment(generation, rank, layout, address, prefix),) for rank in range(layout.size)]
     ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
-    ranks.start("form", [(Assignment(generation, rank, layout, address, prefix),) for rank in range(layout.size)]).results(TIMEOUT_SECONDS)
+    ranks.start("form", places).results(TIMEOUT_SECONDS)
 
 
 def on_all(ranks: ProcessRanks, function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:

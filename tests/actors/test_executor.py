@@ -103,7 +103,8 @@ def test_a_failure_names_where_it_happened(broken, position_in_program):
         bench.run(*actions)
     failure = caught.value
     assert (failure.generation, failure.position, failure.action) == (5, 3, str(actions[position_in_program]))
-    assert str(failure) == f"generation 5, position 3, action {actions[position_in_program]}: RuntimeError: connection closed by peer"
+    assert str(failure) == (f"generation 5, position 3, action {actions[position_in_program]}: "
+                            "RuntimeError: connection closed by peer")
     assert isinstance(failure.__cause__, RuntimeError)
 
 
@@ -115,7 +116,8 @@ def test_forward_and_backward_pass_tensors_on():
     bench.group.posted[1].fill_(8)
     arrived, gradient = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
     bench.group.posted |= {10: arrived, 11: gradient}
-    bench.run(compute(F), transfer(Kind.SEND, Payload.ACTIVATION, tag=10), compute(B), transfer(Kind.SEND, Payload.GRADIENT, tag=11))
+    bench.run(compute(F), transfer(Kind.SEND, Payload.ACTIVATION, tag=10), compute(B),
+              transfer(Kind.SEND, Payload.GRADIENT, tag=11))
     assert torch.equal(arrived, torch.full((2, 4, 3), 5.0)) and torch.equal(gradient, torch.full((2, 4, 3), 16.0))
     assert bench.links.bytes_sent == 2 * arrived.numel() * 4
     assert bench.tapes[0, 0].output is None and bench.tapes[0, 0].input_gradient is None  # sent is let go
@@ -128,7 +130,8 @@ def test_weight_gradients_wait_for_their_own_action():
     bench = Bench()
     receives = [transfer(Kind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
     bench.run(*receives, compute(F), compute(I), compute(F, 1), compute(I, 1), compute(W, 1), compute(W))
-    assert bench.log == [("F", 2), ("I1", 2), ("I2", 2), ("F", 0), ("I1", 0), ("I2", 0), ("W1", 0), ("W2", 0), ("W1", 2), ("W2", 2)]
+    assert bench.log == [("F", 2), ("I1", 2), ("I2", 2), ("F", 0), ("I1", 0), ("I2", 0),
+                         ("W1", 0), ("W2", 0), ("W1", 2), ("W2", 2)]
     assert not bench.work.deferred
 
 
@@ -140,8 +143,8 @@ def test_a_pair_runs_both_halves():
 
 def test_empty_microbatches_send_nothing():
     bench = Bench()
-    bench.run(*(transfer(Kind.RECEIVE, payload, 1) for payload in Payload), compute(F, 1), transfer(Kind.SEND, Payload.ACTIVATION, 1),
-              compute(B, 1), transfer(Kind.SEND, Payload.GRADIENT, 1), Reduce())
+    bench.run(*(transfer(Kind.RECEIVE, payload, 1) for payload in Payload), compute(F, 1),
+              transfer(Kind.SEND, Payload.ACTIVATION, 1), compute(B, 1), transfer(Kind.SEND, Payload.GRADIENT, 1), Reduce())
     assert bench.group.log == [] and bench.links.bytes_sent == 0
     assert [name for name, _ in bench.log] == ["F", "I1", "W1", "I2", "W2"]
 

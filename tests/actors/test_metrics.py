@@ -56,8 +56,9 @@ def test_a_rank_counts_its_steps(serve):
     assert found["dualray_rank_exposed_communication_seconds_total"] == 1
 
 
-STEP = {"step": 7, "loss": 4.5, "tokens": 512, "tokens_per_second": 2000.0, "seconds": 0.25, "overlap_ratio": 0.5, "bubble_ratio": 0.1,
-        "exposed_comm_seconds": 0.02, "gradient_norm": 1.5, "learning_rate": 1e-3, "busiest_expert": 1.25, "generation": 1, "nodes": 2}
+STEP = {"step": 7, "loss": 4.5, "tokens": 512, "tokens_per_second": 2000.0, "seconds": 0.25, "overlap_ratio": 0.5,
+        "bubble_ratio": 0.1, "exposed_comm_seconds": 0.02, "gradient_norm": 1.5, "learning_rate": 1e-3, "busiest_expert": 1.25,
+        "generation": 1, "nodes": 2}
 
 
 def test_the_run_tells_what_the_trainer_told_it(serve):
@@ -87,7 +88,8 @@ def test_a_port_in_use_is_refused_in_one_line(serve):
     port = serve(RunMetrics()).port
     with pytest.raises(PortInUse) as caught:
         serve(RunMetrics(), port)
-    assert str(caught.value) == f"telemetry.port = {port}: cannot listen on {HOST} (Address already in use); 0 takes any free port"
+    assert str(caught.value) == (f"telemetry.port = {port}: cannot listen on {HOST} (Address already in use); "
+                                 "0 takes any free port")
 
 
 def test_a_host_that_is_not_ours_is_refused_in_one_line():

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sysconfig
 import urllib.request
 from pathlib import Path
 
@@ -16,47 +15,6 @@ import yaml
 
 from actors import checkpoint
 from tests.cluster import BIN, REPOSITORY, eventually
-
-CONFIG = {
-    "model": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8,
-              "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
-              "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "initializer_range": 0.02},
-    "data": {"sequence_length": 32},
-    "training": {"steps": 6, "batch_sequences": 8, "microbatch_sequences": 1, "validation_sequences": 8, "validate_every": 3,
-                 "dtype": "float64"},
-    "layout": {"pipeline": 2, "expert": 1, "data": 1},
-    "topology": {"virtual_nodes": 1, "ranks_per_node": 2},
-    "checkpoint": {"every": 2, "keep": 2},
-}
-
-
-@pytest.fixture(scope="session")
-def corpus(cluster, tmp_path_factory):
-    """Tokens of a few files of the standard library."""
-    folder = tmp_path_factory.mktemp("corpus")
-    inputs = sorted(str(path) for path in Path(sysconfig.get_path("stdlib")).glob("c*.py"))
-    done = cluster.run("-m", "jobs.tokenize", "--input", *inputs, "--tokenizer", "byte", "--output", f"{folder}/tokens",
-                       "--set", "data.sequence_length=32", "--set", "data.validation_fraction=0.2")
-    assert done.returncode == 0, done.stderr
-    return f"{folder}/tokens"
-
-
-@pytest.fixture
-def settings(tmp_path, corpus):
-    """Writes the configuration of a run; returns the arguments of jobs.train."""
-    def write(name: str = "run", **changes) -> list[str]:
-        tree = json.loads(json.dumps(CONFIG)) | {"run": {"name": name, "directory": str(tmp_path / "runs")}}
-        tree["data"]["path"] = corpus
-        for key, value in changes.items():
-            section, _, leaf = key.partition("__")
-            tree[section][leaf] = value
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return ["-m", "jobs.train", "--config", str(path)]
-
-    write.runs = tmp_path / "runs"
-    return write
-
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
