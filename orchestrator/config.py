@@ -155,7 +155,7 @@ class ScheduleSection(Section):
 
 class TopologySection(Section):
     virtual_nodes: int = Field(0, ge=0, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
-    ranks_per_node: PositiveInt | Auto = Field("auto", description="auto: GPUs of the node, else its `rank` resource, else CPUs")
+    ranks_per_node: PositiveInt | Auto = Field("auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
 
 
 class ElasticSection(Section):

@@ -112,7 +112,7 @@ def _session(pid: int) -> int | None:
 def start_cluster() -> tuple[Cluster, Callable[[], None]]:
     """The cluster, and what ends it."""
     folder = tempfile.mkdtemp(prefix="dr", dir="/tmp")
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()  # of the agent there is one on a host by default
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1",
         "RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_raylet_start_wait_time_s": "60", "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -121,7 +121,8 @@ def start_cluster() -> tuple[Cluster, Callable[[], None]]:
     log = open(f"{folder}/head.log", "wb")
     head = subprocess.Popen(
         [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=4",
-         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--object-store-memory=150000000"],
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+         f"--temp-dir={folder}", "--object-store-memory=150000000"],
         env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     cluster = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", folder, environment)
