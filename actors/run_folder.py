@@ -6,9 +6,15 @@ a run that continues from a checkpoint first trims them to it, so that each step
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from pyarrow import fs
 
 from actors import storage
 from actors.journal import Journal
@@ -28,6 +34,26 @@ class RunFolder:
     @property
     def checkpoints(self) -> str:
         return storage.join(self.path, CHECKPOINTS)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of this folder while the `with` block runs, however the process ends. On local paths only:
+        object stores have no locks. Raises StorageError: another run holds it."""
+        system, path = storage.resolve(self.path)
+        if not isinstance(system, fs.LocalFileSystem):
+            yield
+            return
+        try:
+            os.makedirs(path, exist_ok=True)
+            lock = open(os.path.join(path, ".lock"), "ab")
+        except OSError as error:
+            raise storage.StorageError(self.path, error.strerror or str(error)) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise storage.StorageError(self.path, "another run with this name is under way; give one of them another run.name") from None
+            yield
 
     def write(self, name: str, content: str | bytes) -> str:
         """A whole file, atomically; returns its path."""

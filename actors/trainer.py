@@ -132,7 +132,8 @@ class Trainer:
         found = checkpoint.complete(self._folder.checkpoints)
         if not found:
             self._call("initialise", [()] * self._layout.size, FORM_TIMEOUT_SECONDS)
-            self._folder.trim(0)
+            if lost := self._folder.trim(0):
+                self._event("started_over", reason="no checkpoint", steps_to_redo=lost)
             return 0
         directory = found[-1]
         manifest = checkpoint.read_manifest(directory)

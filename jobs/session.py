@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable
 from typing import Any
 
+from jobs.cli import JobFailed
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.topology import Node, virtual_nodes
 
 RANK_RESOURCE = "rank"
+CONNECT_TIMEOUT_SECONDS = 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0"}
 _LOCAL = {"RAY_AUTH_MODE": "disabled"}
 _LOCAL_OBJECT_STORE_BYTES = 100_000_000
@@ -30,7 +33,9 @@ def connect() -> None:
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     local = not os.environ.get("RAY_ADDRESS")
-    if local:
+    if not local:
+        _require_answer(os.environ["RAY_ADDRESS"])
+    else:
         for key, value in _LOCAL.items():
             os.environ.setdefault(key, value)
     import ray
@@ -43,6 +48,17 @@ def connect() -> None:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
                     "_temp_dir": _temporary_folder()}
     ray.init(**options)
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for minutes. Raises JobFailed: nothing listens at host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like: Ray looks the address up
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
+    except OSError as error:
+        raise JobFailed(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error.strerror or error})") from error
 
 
 def disconnect() -> None:

@@ -12,13 +12,14 @@ import uuid
 from actors import storage
 from actors.dataset import Dataset, DatasetError
 from actors.run_folder import RunFolder
+from actors.trainer import Outcome
 from jobs import cli, corpus, session, summary
 from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator import planner
 from orchestrator.config import RunConfig, dump
-from orchestrator.layout import choose
+from orchestrator.layout import Layout, choose
 
 
 def main() -> int:
@@ -60,24 +61,29 @@ def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
     layout = choose(session.nodes(config), config.layout, config.model)
     progress = Progress(config.training.steps)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
-    folder = RunFolder(config.run.directory, config.run.name)
-    token = uuid.uuid4().hex
-    token_path = folder.write(".reachable", token)
     corpus.prepare(config, data)
     dataset = _checked_dataset(config, data)
-    folder.write("config.yaml", dump(config))
-    interrupt.check()
-    actors = session.create_ranks(config, layout)
-    with RunActors(config, layout, actors, data) as run:
-        run.check_reachable(token_path, token)
-        storage.delete(token_path)
-        progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
-        outcome = run.follow(progress, interrupt)
+    folder = RunFolder(config.run.directory, config.run.name)
+    with folder.held():
+        outcome = _run(config, layout, data, folder, progress, interrupt)
     _summarise(config, folder, dataset, progress)
     if outcome.interrupted:
         progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there")
         return cli.INTERRUPTED
     return cli.DONE
+
+
+def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
+    """From actors to the end of the run."""
+    token = uuid.uuid4().hex
+    token_path = folder.write(".reachable", token)
+    folder.write("config.yaml", dump(config))
+    interrupt.check()
+    with RunActors(config, layout, session.create_ranks(config, layout), data) as run:
+        run.check_reachable(token_path, token)
+        storage.delete(token_path)
+        progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
+        return run.follow(progress, interrupt)
 
 
 def _checked_dataset(config: RunConfig, data: str) -> Dataset:

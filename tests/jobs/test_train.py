@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from actors import checkpoint
-from tests.cluster import BIN, REPOSITORY, eventually
+from tests.cluster import BIN, REPOSITORY, eventually, free_port
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -123,6 +123,7 @@ def test_exporters_answer_while_it_trains(cluster, settings):
         occupied = base.rpartition(":")[2]
         done = cluster.run(*settings("other"), "--set", f"telemetry.port={occupied}")
         refused(done, 1, f"telemetry.port = {occupied}", "0 takes any free port")
+        refused(cluster.run(*settings(), timeout=60), 1, str(settings.runs / "run"), "another run with this name is under way")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 130
@@ -199,6 +200,10 @@ def test_data_that_cannot_be_used_is_refused_before_actors_start(cluster, settin
     shard.unlink()
     refused(cluster.run(*settings("missing"), "--set", f"data.path={damaged}"), 1, shard.name)
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
+
+
+def test_no_cluster_at_the_address_is_told_at_once(cluster, settings):
+    refused(cluster.run(*settings(), timeout=30, RAY_ADDRESS=f"127.0.0.1:{free_port()}"), 1, "RAY_ADDRESS", "no Ray cluster answers")
 
 
 def test_a_damaged_checkpoint_is_refused_and_stays_as_it_was(cluster, settings):
