@@ -27,6 +27,8 @@ from orchestrator.layout import Layout
 
 logger = logging.getLogger(__name__)
 
+LOSS_SECONDS = 2.0
+LOST = "its process or node was lost"
 _SHOWN = ("step", "event")  # the load of every expert at every step would be too much to keep
 
 
@@ -58,8 +60,26 @@ class _RayPending:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise RankFailed(self._references.index(waiting[0]), f"no answer within {timeout_seconds:g} s")
-            found[ready[0]] = self._get(ready[0], timeout_seconds)
+            try:
+                found[ready[0]] = self._get(ready[0], timeout_seconds)
+            except RankFailed as failed:
+                raise self._cause(failed, waiting) from failed
         return [found[reference] for reference in self._references]
+
+    def _cause(self, failed: RankFailed, waiting: list[ray.ObjectRef]) -> RankFailed:
+        """What to tell: where a process is lost, its peers' broken connections are often heard of first."""
+        deadline = time.monotonic() + LOSS_SECONDS
+        while waiting and failed.reason != LOST:
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            try:
+                ray.get(ready[0], timeout=LOSS_SECONDS)
+            except RayActorError:
+                return RankFailed(self._references.index(ready[0]), LOST)
+            except RayError:
+                continue
+        return failed
 
     def _get(self, reference: ray.ObjectRef, timeout_seconds: float) -> Any:
         """A result that is there already, or on its way from a node that may be lost meanwhile."""
@@ -70,7 +90,7 @@ class _RayPending:
             cause = error.cause if error.cause is not None else error
             raise RankFailed(rank, str(cause).splitlines()[0] if str(cause) else type(cause).__name__) from error
         except RayActorError as error:
-            raise RankFailed(rank, "its process or node was lost") from error
+            raise RankFailed(rank, LOST) from error
         except GetTimeoutError:
             raise RankFailed(rank, f"its answer did not arrive within {timeout_seconds:g} s") from None
         except RayError as error:

@@ -98,16 +98,16 @@ class Dataset:
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"{file}: corrupt ({type(error).__name__}: {error})") from error
 
-    def check(self, fingerprint: str, vocab_size: int, sequence_length: int) -> None:
+    def check(self, tokenizer: str, fingerprint: str, vocab_size: int, sequence_length: int) -> None:
         """Whether a run can use this corpus. Raises ConfigError naming key, value and what is allowed.
 
         Args:
-            fingerprint: of the tokenizer that the run names. vocab_size: the model's, which may be larger than the
-                tokenizer's. sequence_length: the run's S.
+            tokenizer, fingerprint: what the run names, and its content. vocab_size: the model's, which may be larger than
+                the tokenizer's. sequence_length: the run's S.
         """
         if fingerprint != self.fingerprint:
-            raise ConfigError("data.tokenizer", f"sha256 {fingerprint[:12]}",
-                              f"the one that {self.path} was made with: {self.tokenizer}, sha256 {self.fingerprint[:12]}")
+            raise ConfigError("data.tokenizer", tokenizer, f"the one that {self.path} was made with: {self.tokenizer}, sha256 "
+                              f"{self.fingerprint[:12]}; this is {fingerprint[:12]}")
         if vocab_size < self.vocab_size:
             raise ConfigError("model.vocab_size", vocab_size, f"at least {self.vocab_size}, the vocabulary of {self.path}")
         if sequence_length != self.sequence_length:

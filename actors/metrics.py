@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -35,8 +36,10 @@ class Exporter:
         try:
             self._server = make_server(host, port, application, _Server, _Quiet)
         except OSError as error:
-            raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); "
-                            "0 takes any free port") from error
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); "
+                                "0 takes any free port") from error
+            raise PortInUse(f"telemetry.host = {host}: an address of the node that listens ({error.strerror})") from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True).start()
 

@@ -24,7 +24,7 @@ from actors.run_folder import RunFolder
 from actors.storage import StorageError
 from actors.trace import trace_json
 from orchestrator import order
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, dump
 from orchestrator.layout import Layout
 from orchestrator.ledger import LedgerLine, combine, digest_text, to_json
 from orchestrator.placement import place_experts
@@ -105,6 +105,7 @@ class Trainer:
         try:
             self._form()
             step = self._load()
+            self._folder.write("config.yaml", dump(self._config))  # not before: a refused run leaves that of the last one
             return self._train(step)
         except BaseException:
             self._ranks.abort()

@@ -117,7 +117,9 @@ class RunActors:
         except errors.RayTaskError as error:
             raise cli.JobFailed(_one_line(error.cause or error)) from error
         except errors.RayActorError as error:
-            raise cli.JobFailed(f"an actor of the run was lost: {_one_line(error)}") from error
+            lost = "a rank" if isinstance(references, list) else "the coordinator"
+            raise cli.JobFailed(f"{lost} was lost: its process or node ended; the same command continues from the newest "
+                                "checkpoint") from error
         if isinstance(found, Failure):
             raise cli.JobFailed(found.reason)
         return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import logging
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from jobs.cli import JobFailed
 from orchestrator.config import ConfigError, RunConfig
@@ -20,7 +23,8 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0"}
 _LOCAL = {"RAY_AUTH_MODE": "disabled"}
 _LOCAL_OBJECT_STORE_BYTES = 100_000_000
-_folders: list[str] = []  # of the Ray in this process, until `disconnect`
+_PREFIX, _LOCK = "/tmp/dualray-", ".lock"
+_folders: list[tuple[str, IO[bytes]]] = []  # of the Ray in this process and its lock, until `disconnect`
 
 
 def under_ray_job() -> bool:
@@ -42,12 +46,21 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
+    _silence_ray()
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False,
                                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
     if local:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
                     "_temp_dir": _temporary_folder()}
     ray.init(**options)
+
+
+def _silence_ray() -> None:
+    """`log_to_driver` leaves a thread that prints paragraphs about lost processes on standard output; the run's last line
+    says what was lost."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _require_answer(address: str) -> None:
@@ -66,14 +79,25 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
-    if _folders:
-        shutil.rmtree(_folders.pop(), ignore_errors=True)
+    while _folders:
+        folder, lock = _folders.pop()
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
 
 
 def _temporary_folder() -> str:
-    """For Ray's logs and sockets. Always below /tmp: the path of a socket may have 107 bytes only."""
-    _folders.append(tempfile.mkdtemp(prefix="dualray-", dir="/tmp"))
-    return _folders[-1]
+    """For Ray's logs and sockets. Always below /tmp: the path of a socket may have 107 bytes only. What runs that were
+    killed have left there is deleted: the locks of the dead are free."""
+    for left in glob.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), open(left, "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(os.path.dirname(left), ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=os.path.basename(_PREFIX), dir=os.path.dirname(_PREFIX))
+    lock = open(f"{folder}/{_LOCK}.new", "ab")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(lock.name, f"{folder}/{_LOCK}")  # never there without being held by a process that lives
+    _folders.append((folder, lock))
+    return folder
 
 
 def nodes(config: RunConfig) -> tuple[Node, ...]:

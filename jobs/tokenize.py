@@ -126,7 +126,9 @@ class _Work:
             "sequence_length": self._settings["data.sequence_length"], "settings": self._settings,
             "splits": {split: _split_entry(packer) for split, packer in self._packers.items()}}
         if not self._packers["train"].progress.shards:
-            raise documents.DocumentError(f"{self._output}: the inputs hold no text to train on")
+            held_out = self._packers["validation"].total.documents
+            why = f" ({held_out} documents, held out for validation)" if held_out else ""
+            raise documents.DocumentError(f"{self._output}: the inputs hold no text to train on{why}")
         storage.write_atomic(storage.join(self._output, MANIFEST), _json(manifest))
 
     def _wanted(self) -> list[dict[str, Any]]:
@@ -224,10 +226,10 @@ def _finished(output: str, settings: dict[str, Any], sources: list[Source]) -> D
 
 
 def _progress(output: str, settings: dict[str, Any], sources: list[Source]) -> dict[str, SplitProgress]:
-    """Where an earlier run stopped. Raises ConfigError when it had other settings or its inputs have changed since."""
+    """Where an earlier run stopped. Raises ConfigError when what it made is of other settings or of inputs changed since."""
     fresh = {split: SplitProgress() for split in SPLITS}
     saved = _read(output, PROGRESS)
-    if saved is None:
+    if saved is None or not any(saved["splits"][split]["shards"] for split in SPLITS):  # an input was bad: nothing to keep
         return fresh
     _same(output, saved.get("settings"), settings)
     _unchanged(output, saved, sources)

@@ -18,12 +18,12 @@ from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator import planner
-from orchestrator.config import RunConfig, dump
+from orchestrator.config import RunConfig
 from orchestrator.layout import Layout, choose
 
 
 def main() -> int:
-    parser = cli.Parser(prog="jobs.train", description="Train a mixture-of-experts model across Ray actors.")
+    parser = cli.Parser(prog="python -m jobs.train", description="Train a mixture-of-experts model across Ray actors.")
     cli.arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="print layout, memory and microbatches, or why they are refused; start no actor")
@@ -75,13 +75,14 @@ def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
 
 def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
     """From actors to the end of the run."""
-    token = uuid.uuid4().hex
-    token_path = folder.write(".reachable", token)
-    folder.write("config.yaml", dump(config))
     interrupt.check()
     with RunActors(config, layout, session.create_ranks(config, layout), data) as run:
-        run.check_reachable(token_path, token)
-        storage.delete(token_path)
+        token = uuid.uuid4().hex
+        token_path = folder.write(".reachable", token)
+        try:
+            run.check_reachable(token_path, token)
+        finally:
+            storage.delete(token_path)
         progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
         return run.follow(progress, interrupt)
 
@@ -89,7 +90,7 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 def _checked_dataset(config: RunConfig, data: str) -> Dataset:
     dataset = Dataset.open(data)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    dataset.check(tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)
+    dataset.check(config.data.tokenizer, tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)
     return dataset
 
 

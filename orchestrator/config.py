@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 
 from orchestrator.refusal import ConfigError, refusal
 
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # the last two: `!!int x`, brackets a thousand deep
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -154,8 +156,8 @@ class ScheduleSection(Section):
 
 
 class TopologySection(Section):
-    virtual_nodes: int = Field(0, ge=0, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
-    ranks_per_node: PositiveInt | Auto = Field("auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
+    virtual_nodes: int = Field(0, ge=0, le=16384, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
+    ranks_per_node: Annotated[PositiveInt, Le(1024)] | Auto = Field("auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
 
 
 class ElasticSection(Section):
@@ -279,7 +281,7 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError("--config", path, f"a readable YAML file ({reason})") from None
     try:
         tree = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
+    except _NO_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}: {error.problem})" if mark else ""
         raise ConfigError("--config", path, f"valid YAML{where}") from None
@@ -291,7 +293,10 @@ def _read(path: str) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would silently keep the last."""
+    """Refuses a key given twice, of which YAML would silently keep the last. A date is text: `run.name: 2024-05-01`."""
+
+    yaml_implicit_resolvers = {first: [entry for entry in found if entry[0] != "tag:yaml.org,2002:timestamp"]
+                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -309,7 +314,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError("--set", override, "dotted.key=value")
     try:
         value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError:
+    except _NO_YAML:
         raise ConfigError(key, text, "a YAML value") from None
     for parent in parents:
         if tree.get(parent) is None:

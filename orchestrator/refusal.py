@@ -85,5 +85,11 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 def _shown(value: Any) -> str:
     """On one line, cut where it is long."""
-    text = value if isinstance(value, str) and value.isprintable() and value else json.dumps(value, default=str)
+    if isinstance(value, str) and value.isprintable() and value:
+        text = value
+    else:
+        try:
+            text = json.dumps(value, default=str)
+        except (ValueError, RecursionError):
+            text = "(a value that holds itself)"  # YAML's `&a [*a]`
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -160,13 +160,13 @@ def test_no_manifest_or_half_of_one(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("fingerprint, vocab, length, message", [
-    ("0" * 64, 257, LENGTH, "data.tokenizer = sha256 000000000000: the one that"),
+    ("0" * 64, 257, LENGTH, "data.tokenizer = byte: the one that .*; this is 000000000000"),
     (ByteTokenizer.fingerprint, 256, LENGTH, "model.vocab_size = 256: at least 257"),
     (ByteTokenizer.fingerprint, 257, 16, "data.sequence_length = 16: 8, the length")])
 def test_check_names_key_value_and_what_is_allowed(corpus, fingerprint, vocab, length, message):
-    corpus.check(ByteTokenizer.fingerprint, 300, LENGTH)
+    corpus.check("byte", ByteTokenizer.fingerprint, 300, LENGTH)
     with pytest.raises(ConfigError, match=message):
-        corpus.check(fingerprint, vocab, length)
+        corpus.check("byte", fingerprint, vocab, length)
 
 
 def test_an_empty_split_has_no_order(tmp_path):

@@ -220,6 +220,16 @@ def test_unreadable_input_fails_in_one_line(ray_local, tmp_path, name, content, 
     assert "\n" not in str(caught.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_an_input_that_was_bad_can_be_put_right(ray_local, tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": 5}\n')
+    with pytest.raises(JobFailed, match="line 1"):
+        tokenize([str(file)], BYTE, str(tmp_path / "out"), settings())
+    file.write_text("".join(json.dumps({"text": f"put right {number}" * 9}) + "\n" for number in range(20)))
+    made = tokenize([str(file)], BYTE, str(tmp_path / "out"), settings())
+    assert made.train.documents + made.validation.documents == 20
+
+
 def test_command_line_refusals_before_ray_starts(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for arguments, message in ((["--input", "/none/such"], "--input = /none/such: an existing file"),

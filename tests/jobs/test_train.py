@@ -213,5 +213,7 @@ def test_a_damaged_checkpoint_is_refused_and_stays_as_it_was(cluster, settings):
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     refused(cluster.run(*command, "--set", "training.steps=4"), 1, str(file))
+    settled = (settings.runs / "run" / "config.yaml").read_bytes()
     refused(cluster.run(*command, "--set", "training.steps=4", "--set", "model.vocab_size=300"), 1, "model.vocab_size = 300", "257")
+    assert (settings.runs / "run" / "config.yaml").read_bytes() == settled and not (settings.runs / "run" / ".reachable").exists()
     assert file.stat().st_size == len(content) // 2

@@ -33,6 +33,9 @@ def refused(*overrides: str) -> str:
     (["=3"], "--set = =3: dotted.key=value"),
     (["training..steps=3"], "--set = training..steps=3: dotted.key=value"),
     (["training.steps=[3"], "training.steps = [3: a YAML value"),
+    (["training.steps=!!int x"], "training.steps = !!int x: a YAML value"),
+    (["training.steps=" + "[" * 3000], f"training.steps = {'[' * 120}...: a YAML value"),
+    (["training.steps=&a [*a]"], "training.steps = (a value that holds itself): an integer (above 0)"),
     (['{"a\nb": 1}=3'], ('"{\\"a\\nb\\": 1}" = 3: unknown key; allowed here: run, model, data, training, optimizer, layout, '
                         "schedule, topology, elastic, checkpoint, telemetry")),
     # types
@@ -66,6 +69,8 @@ def refused(*overrides: str) -> str:
     # ranges
     (["data.validation_fraction=0.5"], "data.validation_fraction = 0.5: a finite number (above 0, below 0.5)"),
     (["elastic.copies=3"], "elastic.copies = 3: an integer (at least 0, at most 2)"),
+    (["topology.virtual_nodes=100000000"], "topology.virtual_nodes = 100000000: an integer (at least 0, at most 16384)"),
+    (["topology.ranks_per_node=1025"], "topology.ranks_per_node = 1025: an integer (above 0, at most 1024) or auto"),
     (["telemetry.port=65536"], "telemetry.port = 65536: an integer (at least 0, at most 65535)"),
     # rules that span keys
     (["model.n_group=3"], "model.n_group = 3: a divisor of model.n_routed_experts = 16"),
@@ -126,6 +131,11 @@ def test_any_value_is_taken_or_refused_in_one_line_that_names_its_key(place, val
 def test_numbers_as_people_write_them(text, value):
     found = parse({}, [f"optimizer.learning_rate={text}", "optimizer.final_learning_rate=0"]).optimizer.learning_rate
     assert (found, type(found)) == (value, float)
+
+
+def test_a_date_is_a_name():
+    for text in ("2024-05-01", "2024-13-45"):
+        assert parse({}, [f"run.name={text}"]).run.name == text
 
 
 def test_overrides():
