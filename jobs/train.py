@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import sys
 import uuid
+from typing import TYPE_CHECKING
 
 from actors import storage
-from actors.dataset import Dataset, DatasetError
+from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.run_folder import RunFolder
-from actors.trainer import Outcome
 from jobs import cli, corpus, session, summary
 from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator import planner
-from orchestrator.config import RunConfig
+from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout, choose
+
+if TYPE_CHECKING:  # torch takes seconds to import, and this process has no use for it
+    from actors.trainer import Outcome
 
 
 def main() -> int:
@@ -35,10 +38,15 @@ def main() -> int:
         return dry_run(config)
     interrupt = Interrupt()
     try:
+        if config.data.path != "auto":
+            _checked_dataset(config, data)  # before Ray takes its seconds to start
         session.connect()
         interrupt.install()  # Ray has put its own handlers in place
         return train(config, data, interrupt)
-    except (storage.StorageError, DatasetError) as error:
+    except storage.StorageError as error:
+        key = f"run.directory = {directory}: " if error.uri.startswith(directory) else ""
+        raise cli.JobFailed(f"{key}{error}") from error
+    except DatasetError as error:
         raise cli.JobFailed(str(error)) from error
     finally:
         session.disconnect()
@@ -61,12 +69,12 @@ def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
     layout = choose(session.nodes(config), config.layout, config.model)
     progress = Progress(config.training.steps)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
-    corpus.prepare(config, data)
-    dataset = _checked_dataset(config, data)
     folder = RunFolder(config.run.directory, config.run.name)
     with folder.held():
+        corpus.prepare(config, data)
+        dataset = _checked_dataset(config, data)
         outcome = _run(config, layout, data, folder, progress, interrupt)
-    _summarise(config, folder, dataset, progress)
+        _summarise(config, folder, dataset, progress)
     if outcome.interrupted:
         progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there")
         return cli.INTERRUPTED
@@ -88,6 +96,9 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 
 
 def _checked_dataset(config: RunConfig, data: str) -> Dataset:
+    """Raises ConfigError: no data there, or data that this configuration cannot use. DatasetError: damaged."""
+    if not storage.exists(storage.join(data, MANIFEST)):
+        raise ConfigError("data.path", data, "a folder that python -m jobs.tokenize has finished, or auto; it has no manifest.json")
     dataset = Dataset.open(data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check(config.data.tokenizer, tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)

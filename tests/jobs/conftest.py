@@ -33,18 +33,36 @@ def corpus(cluster, tmp_path_factory):
     return f"{folder}/tokens"
 
 
+def command(folder: Path, corpus: str, name: str, **changes) -> list[str]:
+    """Write the configuration of run `name` in `folder`; the arguments of jobs.train. `section__key=value` changes it."""
+    tree = json.loads(json.dumps(CONFIG)) | {"run": {"name": name, "directory": str(folder / "runs")}}
+    tree["data"]["path"] = corpus
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        tree[section][leaf] = value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return ["-m", "jobs.train", "--config", str(path)]
+
+
 @pytest.fixture
 def settings(tmp_path, corpus):
     """Writes the configuration of a run; returns the arguments of jobs.train."""
     def write(name: str = "run", **changes) -> list[str]:
-        tree = json.loads(json.dumps(CONFIG)) | {"run": {"name": name, "directory": str(tmp_path / "runs")}}
-        tree["data"]["path"] = corpus
-        for key, value in changes.items():
-            section, _, leaf = key.partition("__")
-            tree[section][leaf] = value
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return ["-m", "jobs.train", "--config", str(path)]
+        return command(tmp_path, corpus, name, **changes)
 
     write.runs = tmp_path / "runs"
     return write
+
+
+LARGE = {"model__moe_intermediate_size": 1024, "training__steps": 8, "training__validation_sequences": 0}
+"""State large enough that writing it takes a while."""
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, corpus, tmp_path_factory):
+    """Folder of a run with large state that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = cluster.run(*command(folder, corpus, "whole", **LARGE))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "whole"
