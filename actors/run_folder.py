@@ -52,7 +52,8 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise storage.StorageError(self.path, "another run with this name is under way; give one of them another run.name") from None
+                raise storage.StorageError(
+                    self.path, "another run with this name is under way; give one of them another run.name") from None
             yield
 
     def write(self, name: str, content: str | bytes) -> str:

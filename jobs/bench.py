@@ -22,7 +22,8 @@ DEFAULT_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "tiny.yaml")
 
 
 def main() -> int:
-    parser = cli.Parser(prog="python -m jobs.bench", description="Measure. " + "; ".join(f"{n}: {text}" for n, text in BENCHES.items()))
+    parser = cli.Parser(prog="python -m jobs.bench",
+                        description="Measure. " + "; ".join(f"{name}: {text}" for name, text in BENCHES.items()))
     parser.add_argument("name", choices=sorted(BENCHES))
     cli.arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the last line)")

@@ -98,7 +98,8 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 def _checked_dataset(config: RunConfig, data: str) -> Dataset:
     """Raises ConfigError: no data there, or data that this configuration cannot use. DatasetError: damaged."""
     if not storage.exists(storage.join(data, MANIFEST)):
-        raise ConfigError("data.path", data, "a folder that python -m jobs.tokenize has finished, or auto; it has no manifest.json")
+        raise ConfigError("data.path", data,
+                          "a folder that python -m jobs.tokenize has finished, or auto; it has no manifest.json")
     dataset = Dataset.open(data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check(config.data.tokenizer, tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)

@@ -157,7 +157,8 @@ class ScheduleSection(Section):
 
 class TopologySection(Section):
     virtual_nodes: int = Field(0, ge=0, le=16384, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
-    ranks_per_node: Annotated[PositiveInt, Le(1024)] | Auto = Field("auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
+    ranks_per_node: Annotated[PositiveInt, Le(1024)] | Auto = Field(
+        "auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
 
 
 class ElasticSection(Section):
