@@ -55,7 +55,7 @@ def settings(tmp_path, corpus):
     return write
 
 
-LARGE = {"model__moe_intermediate_size": 1024, "training__steps": 8, "training__validation_sequences": 0}
+LARGE = {"model__moe_intermediate_size": 1024, "training__steps": 14, "training__validation_sequences": 0}
 """State large enough that writing it takes a while."""
 
 

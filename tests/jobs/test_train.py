@@ -75,7 +75,7 @@ def test_twice_the_same_run_is_the_same_bit_for_bit_and_resumes_bit_for_bit(clus
     out, err = first.communicate(timeout=60)
     assert first.returncode == 130, (out, err)
     stopped_at = len(losses(settings.runs / "cut"))
-    assert 3 <= stopped_at < 8
+    assert 3 <= stopped_at < 14
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
     second = cluster.run(*command)
     assert second.returncode == 0, second.stderr
@@ -84,24 +84,39 @@ def test_twice_the_same_run_is_the_same_bit_for_bit_and_resumes_bit_for_bit(clus
     assert parameters(settings.runs / "cut") == parameters(undisturbed)
 
 
-def test_killed_in_the_middle_of_a_checkpoint_it_continues_from_the_last_good_one(cluster, settings, undisturbed):
-    """SIGKILL of the driver and of every actor when a checkpoint's folder has no manifest yet."""
-    command, folder = settings("killed", **LARGE), settings.runs / "killed"
+def killed_in_a_checkpoint(cluster, command: list[str], folder: Path) -> bool:
+    """SIGKILL the driver and every actor while a second checkpoint is being written; whether that came before its manifest."""
+    def names() -> set[str]:
+        return {path.name for path in folder.iterdir() if any(path.iterdir())} if folder.exists() else set()
+
+    def complete() -> set[str]:
+        return {Path(path).name for path in checkpoint.complete(str(folder))}
+
     process = cluster.start(*command)
-    unfinished = folder / "checkpoints" / "step-00000004"
-    eventually(lambda: process.poll() is not None or (unfinished.exists() and any(unfinished.iterdir())), 90, "a checkpoint begins")
+    eventually(lambda: process.poll() is not None or (complete() and names() - complete()), 90, "a second checkpoint begins")
     for actor in cluster.actors():
         os.kill(actor, signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (unfinished / "manifest.json").exists(), "the kill came too late to be in the middle"
+    return bool(complete() and names() - complete())
+
+
+def test_killed_in_the_middle_of_a_checkpoint_it_continues_from_the_last_good_one(cluster, settings, undisturbed):
+    for name in ("killed", "killed-again", "killed-once-more"):  # a busy machine may kill too late to be in the middle
+        command, folder = settings(name, **LARGE), settings.runs / name
+        if killed_in_a_checkpoint(cluster, command, folder / "checkpoints"):
+            break
+    else:
+        pytest.fail("every kill came too late to be in the middle of a checkpoint")
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
+    good = checkpoint.read_manifest(checkpoint.complete(f"{folder}/checkpoints")[-1]).step
     done = cluster.run(*command)
     assert done.returncode == 0, done.stderr
-    assert "resumed: step 2" in done.stdout
+    assert f"resumed: step {good}" in done.stdout
     assert losses(folder) == losses(undisturbed)
     assert parameters(folder) == parameters(undisturbed)
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == [Path(path).name for path in checkpoint.complete(f"{folder}/checkpoints")] and len(left) == 2
 
 
 def test_exporters_answer_while_it_trains(cluster, settings):
@@ -213,11 +228,11 @@ def test_no_cluster_at_the_address_is_told_at_once(cluster, settings):
 def test_a_damaged_checkpoint_is_refused_and_stays_as_it_was(cluster, settings, undisturbed):
     shutil.copytree(undisturbed, settings.runs / "run")
     command = settings(**LARGE)
-    file = next((settings.runs / "run" / "checkpoints" / "step-00000008").glob("*.safetensors"))
+    file = next((settings.runs / "run" / "checkpoints" / "step-00000014").glob("*.safetensors"))
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    refused(cluster.run(*command, "--set", "training.steps=9"), 1, str(file))
+    refused(cluster.run(*command, "--set", "training.steps=15"), 1, str(file))
     settled = (settings.runs / "run" / "config.yaml").read_bytes()
-    refused(cluster.run(*command, "--set", "training.steps=9", "--set", "model.vocab_size=300"), 1, "model.vocab_size = 300", "257")
+    refused(cluster.run(*command, "--set", "training.steps=15", "--set", "model.vocab_size=300"), 1, "model.vocab_size = 300", "257")
     assert (settings.runs / "run" / "config.yaml").read_bytes() == settled and not (settings.runs / "run" / ".reachable").exists()
     assert file.stat().st_size == len(content) // 2
