@@ -11,10 +11,9 @@ from actors.messages import Apply, LossDivisors, StepRequest
 from orchestrator import order
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
+from orchestrator.schedule import dualpipe, forward_only
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.check import check
-from orchestrator.schedule.dualpipe import dualpipe, smallest_microbatches
-from orchestrator.schedule.forward_only import forward_only
 from orchestrator.schedule.lower import lower
 
 
@@ -33,11 +32,6 @@ class Batch:
         return LossDivisors(max(1, next_token), max(1, mtp), max(1, len(self.valid)))
 
 
-def smallest_evaluation(positions: int, wanted: int) -> int:
-    """Forward only: any even number, any number where there is one position."""
-    return max(1, wanted) if positions == 1 else max(2, wanted + wanted % 2)
-
-
 class Dealer:
     """Requests for the ranks of one layout."""
 
@@ -47,7 +41,7 @@ class Dealer:
     def requests(self, batch: Batch, apply: Apply | None, *, training: bool, keep_spans: bool = False) -> list[StepRequest]:
         """One per rank, in rank order. All share the number of microbatches; only the ends of a pipeline get tokens."""
         layout = self._layout
-        smallest = smallest_microbatches if training else smallest_evaluation
+        smallest = (dualpipe if training else forward_only).smallest_microbatches
         dealt = order.deal(
             len(batch.valid), streams=layout.streams, pipeline=layout.pipeline,
             microbatch_sequences=self._config.training.microbatch_sequences,
@@ -68,7 +62,8 @@ class Dealer:
 
 def programs_for(pipeline: int, microbatches: int, *, training: bool) -> tuple[Program, ...]:
     """Checked programs, one per position. Raises ScheduleError."""
-    schedule = (dualpipe if training else forward_only)(pipeline, microbatches)
+    generate = dualpipe.dualpipe if training else forward_only.forward_only
+    schedule = generate(pipeline, microbatches)
     programs = lower(schedule)
     check(schedule, programs)
     return programs

@@ -112,7 +112,8 @@ class Executor:
             work.reduce()
 
     def _segment(self, segment: Segment, action: Compute, work: StepWork) -> None:
-        with self._span(work, segment.lane, f"{action} {segment.name}"):
+        layer = f" {segment.layer}" if segment.layer >= 0 else ""
+        with self._span(work, segment.lane, f"{action} {segment.name}{layer}"):
             segment.run()
 
     @contextmanager

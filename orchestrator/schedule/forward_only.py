@@ -11,6 +11,11 @@ from orchestrator.config import ConfigError
 from orchestrator.schedule.actions import FORWARD_ONLY, Compute, Kind, Schedule, paths
 
 
+def smallest_microbatches(positions: int, wanted: int) -> int:
+    """The smallest legal number that is at least `wanted`: any even one, any at all where there is one position."""
+    return max(1, wanted) if positions == 1 else max(2, wanted + wanted % 2)
+
+
 def forward_only(positions: int, microbatches: int) -> Schedule:
     """The schedule of `microbatches` forward passes, both directions together.
 

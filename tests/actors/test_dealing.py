@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from runtime import LAYOUTS, configured
 
-from actors.dealing import Batch, Dealer, programs_for, smallest_evaluation
+from actors.dealing import Batch, Dealer, programs_for
 from actors.messages import Apply
+from orchestrator.schedule import forward_only
 from orchestrator.schedule.actions import Kind
 
 LENGTH = 8
@@ -54,7 +55,7 @@ def test_losses_are_divided_by_counts_of_the_batch():
 
 @pytest.mark.parametrize("positions, wanted, smallest", [(1, 0, 1), (1, 3, 3), (2, 1, 2), (2, 3, 4), (4, 6, 6)])
 def test_an_evaluation_takes_few_microbatches(positions, wanted, smallest):
-    assert smallest_evaluation(positions, wanted) == smallest
+    assert forward_only.smallest_microbatches(positions, wanted) == smallest
     programs_for(positions, smallest, training=False)
 
 

@@ -132,7 +132,7 @@ def test_abort_ends_what_is_blocked(ranks, place, operation):
     meeting_place().wait([f"{operation}-0", f"{operation}-1"])
     ranks.abort()
     seconds = calls.results(20)[:2]
-    assert min(seconds) < 0.2 and max(seconds) < 1.0, seconds
+    assert max(seconds) < 0.2, seconds
 
 
 def form_short(host, rank, place):
