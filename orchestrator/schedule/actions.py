@@ -2,9 +2,10 @@
 
 Contract: frozen values and pure functions. A `Schedule` names compute only; `lower.py` turns it into one `Program` per
 position. A schedule's text is one line a position, actions separated by commas, in execution order: `F0.3` is the forward of
-microbatch 3 in slot 0, `B` a full backward, `I` for the input only, `W` for the weights only, `F0.3|B1.1` a pair.
+microbatch 3 in slot 0, `B` a full backward, `I` for the input only, `W` for the weights only, `F0.3|B1.1` a pair, `F0.3/2` a
+forward whose two half microbatches hide each other's communication.
 Words: stage = a run of layers, slot = which of a position's stages, position = place in the pipeline, 0..P-1.
-Text and values round-trip: `parse_csv(to_csv(s), s.kind) == s`.
+Text and values round-trip: `parse_csv(to_csv(s), s.kind, s.stages) == s`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 
-FORWARD_ONLY = "forward_only"
-"""The kind of schedule without backward passes."""
-
-Place = tuple[int, int]
-"""(position, slot)."""
+from orchestrator.schedule.stages import FORWARD_ONLY, Place, Stages, stages_of
 
 
 class Kind(StrEnum):
@@ -28,6 +24,7 @@ class Kind(StrEnum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
     PAIR = "PAIR"
+    SPLIT = "SPLIT"
     SEND = "SEND"
     RECEIVE = "RECEIVE"
     REDUCE = "REDUCE"
@@ -41,6 +38,7 @@ class Payload(StrEnum):
 _COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _ACTION = re.compile(rf"([{''.join(_COMPUTE)}]){_NUMBER}\.{_NUMBER}")
+_SPLIT_MARK = "/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +58,59 @@ class Compute:
         return f"{self.kind}{self.slot}.{self.microbatch}"
 
     @property
-    def halves(self) -> tuple[Compute, ...]:
+    def computes(self) -> tuple[Compute, ...]:
         return (self,)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A forward and a full backward, of different microbatches, whose compute and communication overlap."""
+    """Two actions on different microbatches whose compute and communication overlap; F comes before B, I, W in this order.
 
-    forward: Compute
-    backward: Compute
+    DualPipe has F|B only. Two W have no communication to hide, so they are no pair.
+    """
+
+    first: Compute
+    second: Compute
 
     def __post_init__(self) -> None:
-        if (self.forward.kind, self.backward.kind) != (Kind.FORWARD, Kind.BACKWARD):
-            raise ValueError(f"{self} is no pair: a pair is F|B")
+        kinds = [_COMPUTE.index(compute.kind) for compute in self.computes]
+        if kinds != sorted(kinds) or self.first.kind is Kind.BACKWARD_WEIGHT:
+            raise ValueError(f"{self} is no pair: at least one of F, B, I, in this order, then W")
+        if (self.first.slot, self.first.microbatch) == (self.second.slot, self.second.microbatch):
+            raise ValueError(f"{self} is no pair: both of one microbatch")
 
     def __str__(self) -> str:
-        return f"{self.forward}|{self.backward}"
+        return f"{self.first}|{self.second}"
 
     @property
     def kind(self) -> Kind:
         return Kind.PAIR
 
     @property
-    def halves(self) -> tuple[Compute, ...]:
-        return (self.forward, self.backward)
+    def computes(self) -> tuple[Compute, ...]:
+        return (self.first, self.second)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """An F, B or I done as two half microbatches, whose compute and communication overlap; to others it is one action."""
+
+    whole: Compute
+
+    def __post_init__(self) -> None:
+        if self.whole.kind is Kind.BACKWARD_WEIGHT:
+            raise ValueError(f"{self.whole} has no communication to hide, so it is not split")
+
+    def __str__(self) -> str:
+        return f"{self.whole}{_SPLIT_MARK}"
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.SPLIT
+
+    @property
+    def computes(self) -> tuple[Compute, ...]:
+        return (self.whole,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +152,10 @@ class Reduce:
         return str(self.kind)
 
 
-Action = Compute | Pair | Transfer | Reduce
-Row = tuple[Compute | Pair, ...]
+Work = Compute | Pair | Split
+"""What a schedule consists of."""
+Action = Work | Transfer | Reduce
+Row = tuple[Work, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +163,18 @@ class Schedule:
     """The compute actions of every position in order. `microbatches`: per step, all directions together."""
 
     kind: str
-    positions: int
+    stages: Stages
     microbatches: int
     rows: tuple[Row, ...]
     _input_only: frozenset[tuple[int, int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        inputs = (c for row in self.rows for a in row for c in a.halves if c.kind is Kind.BACKWARD_INPUT)
+        inputs = (c for row in self.rows for a in row for c in a.computes if c.kind is Kind.BACKWARD_INPUT)
         object.__setattr__(self, "_input_only", frozenset((c.stage, c.slot, c.microbatch) for c in inputs))
+
+    @property
+    def positions(self) -> int:
+        return self.stages.positions
 
     @property
     def trains(self) -> bool:
@@ -152,25 +184,24 @@ class Schedule:
     @property
     def slots(self) -> int:
         """Stages a position hosts."""
-        return 1 + max(slot for path in paths(self.kind, self.positions) for _, slot in path)
+        return self.stages.slots
 
     def route(self, slot: int, microbatch: int) -> tuple[Place, ...]:
         """Where the microbatch called `microbatch` in `slot` passes: a (position, slot) for each stage, in stage order.
 
         Raises ValueError: there is no such slot or microbatch.
         """
-        found = _route(self.kind, self.positions, slot)
-        if found is None or not 0 <= microbatch < self.microbatches // len(paths(self.kind, self.positions)):
+        found = self.stages.route(slot)
+        if found is None or not 0 <= microbatch < self.microbatches // len(self.stages.paths):
             raise ValueError(f"no microbatch {slot}.{microbatch} in {self.kind} with {self.positions} positions "
                              f"and {self.microbatches} microbatches")
         return found
 
     def entries(self) -> Iterator[tuple[int, int]]:
         """Every microbatch of a step once, as (slot, microbatch) where it enters the pipeline."""
-        entrances = paths(self.kind, self.positions)
-        for path in entrances:
-            for microbatch in range(self.microbatches // len(entrances)):
-                yield path[0][1], microbatch
+        for slot in self.stages.entrances:
+            for microbatch in range(self.microbatches // len(self.stages.paths)):
+                yield slot, microbatch
 
     def position(self, action: Compute) -> int:
         """Where the action runs."""
@@ -191,14 +222,14 @@ class Program:
     actions: tuple[Action, ...]
 
 
-def dependencies(action: Compute | Pair, schedule: Schedule) -> tuple[Compute, ...]:
+def dependencies(action: Work, schedule: Schedule) -> tuple[Compute, ...]:
     """The compute actions, on whichever position, that must be done before `action` starts.
 
     F needs the F of the stage before. B and I need the B or I of the stage after, and their own F. W needs its own I.
-    A pair needs what its halves need.
+    A pair needs what both need, a split action what the whole one needs.
     """
-    if isinstance(action, Pair):
-        return dependencies(action.forward, schedule) + dependencies(action.backward, schedule)
+    if not isinstance(action, Compute):
+        return tuple(needed for compute in action.computes for needed in dependencies(compute, schedule))
     kind, stage, slot, microbatch = action.kind, action.stage, action.slot, action.microbatch
     route = schedule.route(slot, microbatch)
     if kind is Kind.FORWARD:
@@ -211,72 +242,45 @@ def dependencies(action: Compute | Pair, schedule: Schedule) -> tuple[Compute, .
     return own, schedule.backward(stage + 1, route[stage + 1][1], microbatch)
 
 
-@cache
-def paths(kind: str, positions: int) -> tuple[tuple[Place, ...], ...]:
-    """The ways through the pipeline, one for each entrance: a (position, slot) for each stage, in stage order.
-
-    The microbatches of a step are dealt evenly to the entrances. Raises ValueError: unknown kind.
-    """
-    if kind not in _PATHS:
-        raise ValueError(f"schedule kind {kind!r}: one of {', '.join(_PATHS)}")
-    return _PATHS[kind](positions)
-
-
-def _both_directions(positions: int) -> tuple[tuple[Place, ...], ...]:
-    """Slot 0 goes from position 0 to P-1, slot 1 back; a single position has one stage."""
-    down = tuple((position, 0) for position in range(positions))
-    up = tuple((position, 1) for position in reversed(range(positions)))
-    return (down, up) if positions > 1 else (down,)
-
-
-_PATHS = {"dualpipe": _both_directions, FORWARD_ONLY: _both_directions}
-
-
-@cache
-def _route(kind: str, positions: int, slot: int) -> tuple[Place, ...] | None:
-    return next((path for path in paths(kind, positions) if any(s == slot for _, s in path)), None)
-
-
-@cache
-def stage_at(kind: str, positions: int, position: int, slot: int) -> int | None:
-    """The stage that `position` hosts in `slot`, if any."""
-    places = _route(kind, positions, slot) or ()
-    return places.index((position, slot)) if (position, slot) in places else None
-
-
 def to_csv(schedule: Schedule) -> str:
     """One line a position, ending in a newline."""
     return "".join(",".join(map(str, row)) + "\n" for row in schedule.rows)
 
 
-def parse_csv(text: str, kind: str = "dualpipe") -> Schedule:
+def parse_csv(text: str, kind: str = "dualpipe", stages: Stages | None = None) -> Schedule:
     """Read what `to_csv` wrote. Raises ValueError, quoting the text, at the first thing that is not an action.
 
+    stages: where they live, if the kind leaves a choice and it is not the usual one.
     The number of microbatches is the highest number of each entrance, plus one; `check.py` finds out what is missing.
     """
     lines = text.removesuffix("\n").split("\n")
+    stages = stages or stages_of(kind, len(lines))
+    if stages.positions != len(lines):
+        raise ValueError(f"{len(lines)} lines for {stages.positions} positions")
     rows = tuple(
-        tuple(_parse_action(word, kind, len(lines), position) for word in line.split(",")) for position, line in enumerate(lines)
+        tuple(_parse_action(word, kind, stages, position) for word in line.split(",")) for position, line in enumerate(lines)
     )
-    highest = max(half.microbatch for row in rows for action in row for half in action.halves)
-    return Schedule(kind, len(lines), (highest + 1) * len(paths(kind, len(lines))), rows)
+    highest = max(compute.microbatch for row in rows for action in row for compute in action.computes)
+    return Schedule(kind, stages, (highest + 1) * len(stages.paths), rows)
 
 
-def _parse_action(text: str, kind: str, positions: int, position: int) -> Compute | Pair:
-    halves = [_parse_compute(half, kind, positions, position) for half in text.split("|")]
-    if len(halves) == 1:
-        return halves[0]
-    if [half.kind for half in halves] != [Kind.FORWARD, Kind.BACKWARD]:
-        raise ValueError(f"position {position}: {text!r} is no pair; a pair looks like F0.3|B1.1")
-    return Pair(*halves)
+def _parse_action(text: str, kind: str, stages: Stages, position: int) -> Work:
+    words = text.split("|")
+    try:
+        if len(words) == 2:
+            return Pair(*(_parse_compute(word, kind, stages, position) for word in words))
+        compute = _parse_compute(text.removesuffix(_SPLIT_MARK), kind, stages, position)
+        return Split(compute) if text.endswith(_SPLIT_MARK) else compute
+    except ValueError as error:
+        raise ValueError(f"position {position}: {text!r}: {error}") from None
 
 
-def _parse_compute(text: str, kind: str, positions: int, position: int) -> Compute:
+def _parse_compute(text: str, kind: str, stages: Stages, position: int) -> Compute:
     match = _ACTION.fullmatch(text)
     if match is None:
-        raise ValueError(f"position {position}: {text!r} is no action; one looks like F0.3 (kinds {', '.join(_COMPUTE)})")
+        raise ValueError(f"{text!r} is no action; one looks like F0.3 (kinds {', '.join(_COMPUTE)}), F0.3|B1.1 or F0.3/2")
     slot = int(match[2])
-    stage = stage_at(kind, positions, position, slot)
+    stage = stages.stage_at(position, slot)
     if stage is None:
-        raise ValueError(f"position {position}: {text!r}: {kind} with {positions} positions has no slot {slot} here")
+        raise ValueError(f"{kind} with {stages.positions} positions has no slot {slot} here")
     return Compute(Kind(match[1]), stage, slot, int(match[3]))

@@ -1,37 +1,66 @@
-"""Forward passes only, for evaluation: microbatches enter at both ends as in training, nothing is kept for a backward.
+"""Forward passes only, for evaluation: microbatches enter as in training, nothing is kept for a backward.
 
-Microbatch i of a direction reaches its stage s at time 2i + s, in units of one forward. On a position the two directions
-come at times of different parity, so nobody waits and the makespan is M + P - 2: the middle positions cannot start before
-P/2 - 1, run M forwards, and what they run last still has P/2 - 1 stages to go, so no order is shorter.
+When microbatch j of a group of g is at stage s, in units of one forward, from the group's start:
+
+loop       j + s, and where g > P, g - P more for each chunk passed: the next chunk begins when all of the group have passed
+both, v    2j + s, and 2(g - P) more for each V passed: on a position, the ways down and up have times of different parity
+
+So nobody waits and no order is shorter: the last position (`both`: the middle) starts when the first microbatch can be there,
+runs all that it has without a break, and what it runs last goes straight to its end. Makespan with c chunks:
+loop  cM + P - 1, or cP + M - 1 for M < P
+v     cM + 2P - 2, or cP + 2M - 2 for M < P
+both  M + P - 2 if P is even, M + P - 1 if it is odd: the middle position has two stages of one parity
 """
 
 from __future__ import annotations
 
-from orchestrator.config import ConfigError
-from orchestrator.schedule.actions import FORWARD_ONLY, Compute, Kind, Schedule, paths
+from collections.abc import Iterator
+
+from orchestrator.refusal import ConfigError
+from orchestrator.schedule.actions import Compute, Kind, Schedule
+from orchestrator.schedule.interleaved import groups
+from orchestrator.schedule.stages import FORWARD_ONLY, LOOP, Stages
 
 
-def smallest_microbatches(positions: int, wanted: int) -> int:
-    """The smallest legal number that is at least `wanted`: any even one, any at all where there is one position."""
-    return max(1, wanted) if positions == 1 else max(2, wanted + wanted % 2)
+def smallest_microbatches(stages: Stages, wanted: int) -> int:
+    """The smallest legal number that is at least `wanted`: as many for each entrance."""
+    entrances = len(stages.paths)
+    return max(1, -(-wanted // entrances)) * entrances
 
 
-def forward_only(positions: int, microbatches: int) -> Schedule:
-    """The schedule of `microbatches` forward passes, both directions together.
+def forward_only(stages: Stages, microbatches: int) -> Schedule:
+    """The schedule of `microbatches` forward passes, all entrances together.
 
-    Raises ConfigError (a ValueError) with key `positions` or `microbatches`: positions are neither 1 nor even,
-    microbatches are not positive, or odd with two directions.
+    Raises ConfigError (a ValueError) with key `microbatches`: not positive, or odd with two entrances.
     """
-    if positions < 1 or (positions > 1 and positions % 2):
-        raise ConfigError("positions", positions, f"{FORWARD_ONLY} takes 1 or an even number")
-    directions = paths(FORWARD_ONLY, positions)
-    if microbatches < 1 or microbatches % len(directions):
-        wanted = "an even number, at least 2, for more than one position" if positions > 1 else "at least 1"
+    if smallest_microbatches(stages, microbatches) != microbatches:
+        wanted = "at least 1" if len(stages.paths) == 1 else "an even number, at least 2, with two entrances"
         raise ConfigError("microbatches", microbatches, f"{FORWARD_ONLY} takes {wanted}")
-    rows: list[list[tuple[int, Compute]]] = [[] for _ in range(positions)]
-    for path in directions:
-        for stage, (position, slot) in enumerate(path):
-            for microbatch in range(microbatches // len(directions)):
-                rows[position].append((2 * microbatch + stage, Compute(Kind.FORWARD, stage, slot, microbatch)))
+    rows: list[list[tuple[int, Compute]]] = [[] for _ in range(stages.positions)]
+    for path in stages.paths:
+        for microbatch, enters, pause in _entries(stages, microbatches // len(stages.paths)):
+            for stage, (position, slot) in enumerate(path):
+                time = enters + stage + pause * (stage // _period(stages))
+                rows[position].append((time, Compute(Kind.FORWARD, stage, slot, microbatch)))
     in_order = (sorted(row, key=lambda timed: timed[0]) for row in rows)
-    return Schedule(FORWARD_ONLY, positions, microbatches, tuple(tuple(action for _, action in row) for row in in_order))
+    return Schedule(FORWARD_ONLY, stages, microbatches, tuple(tuple(action for _, action in row) for row in in_order))
+
+
+def _entries(stages: Stages, microbatches: int) -> Iterator[tuple[int, int, int]]:
+    """Of one entrance: (microbatch, when it enters, how long it pauses after each period)."""
+    pace, start = _pace(stages), 0
+    for group in groups(microbatches, stages.positions):
+        pause = pace * max(0, len(group) - stages.positions)
+        for index, microbatch in enumerate(group):
+            yield microbatch, start + pace * index, pause
+        start += len(group) * max(pace, stages.chunks)
+
+
+def _pace(stages: Stages) -> int:
+    """Time from one microbatch of an entrance to the next."""
+    return 1 if stages.placement == LOOP or stages.positions == stages.chunks == 1 else 2
+
+
+def _period(stages: Stages) -> int:
+    """Stages after which a microbatch is back where it entered, on the way down."""
+    return _pace(stages) * stages.positions

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ConfigError
+from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Pair, parse_csv, to_csv
 from orchestrator.schedule.check import check, peak_activations
-from orchestrator.schedule.dualpipe import dualpipe, smallest_microbatches
+from orchestrator.schedule.dualpipe import dualpipe
 from orchestrator.schedule.lower import lower
 
 GOLDEN = {
@@ -80,7 +80,7 @@ def test_invariants_at_any_size(sizes):
     for row in schedule.rows:
         splits = [[(a.slot, a.microbatch) for a in row if a.kind is kind] for kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)]
         assert splits[0] == splits[1], "weights are taken first in, first out"
-        assert all(a.forward.slot != a.backward.slot for a in row if isinstance(a, Pair))
+        assert all(a.first.slot != a.second.slot for a in row if isinstance(a, Pair))
 
 
 @pytest.mark.parametrize("microbatches, line", [
@@ -105,15 +105,3 @@ def test_refused_in_one_line(positions, microbatches, message):
     with pytest.raises(ConfigError) as refusal:
         dualpipe(positions, microbatches)
     assert str(refusal.value) == message
-
-
-@pytest.mark.parametrize("positions", [1, 2, 4, 8])
-def test_smallest_number_of_microbatches_is_what_search_finds(positions):
-    def taken(microbatches: int) -> bool:
-        try:
-            return bool(dualpipe(positions, microbatches))
-        except ValueError:
-            return False
-
-    for wanted in range(0, 40, 3):
-        assert smallest_microbatches(positions, wanted) == next(m for m in range(wanted, 100) if taken(m))

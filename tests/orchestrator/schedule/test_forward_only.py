@@ -6,42 +6,79 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ConfigError
+from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Reduce, to_csv
 from orchestrator.schedule.check import check
-from orchestrator.schedule.forward_only import forward_only
+from orchestrator.schedule.durations import UNIT
+from orchestrator.schedule.forward_only import forward_only, smallest_microbatches
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
 
-SIZES = st.one_of(
-    st.tuples(st.just(1), st.integers(1, 9)),
-    st.tuples(st.integers(1, 5).map(lambda half: 2 * half), st.integers(1, 15).map(lambda each: 2 * each)),
+EVERY = st.one_of(
+    st.builds(Stages, st.just(BOTH), st.integers(1, 10)),
+    st.builds(Stages, st.just(V), st.integers(1, 7), st.sampled_from([2, 4, 6])),
+    st.builds(Stages, st.just(LOOP), st.integers(1, 7), st.integers(1, 4)),
 )
 
 
-@settings(max_examples=25, deadline=None)
-@given(SIZES)
-def test_right_and_shortest(sizes):
-    positions, microbatches = sizes
-    schedule = forward_only(positions, microbatches)
+def shortest(stages: Stages, microbatches: int) -> int:
+    """No order is shorter: a position waits for the first microbatch, runs all, and the last one goes on to its end.
+
+    With fewer microbatches than positions, time is bound by the last microbatch of an entrance, which goes through all stages.
+    On the turn of a V it cannot leave before the two stages there have run all microbatches.
+    """
+    bounds = [stages.count]
+    for position in range(stages.positions):
+        here = [(stage, len(path) - 1 - stage) for path in stages.paths for stage, place in enumerate(path)
+                if place[0] == position]
+        each = microbatches // len(stages.paths)
+        bounds.append(min(before for before, _ in here) + each * len(here) + min(after for _, after in here))
+    if stages.placement == LOOP:
+        bounds.append(microbatches - 1 + stages.count)
+    if stages.placement == V:
+        bounds.append(stages.positions - 1 + 2 * microbatches + stages.count - stages.positions - 1)
+    return max(bounds)
+
+
+@settings(max_examples=80, deadline=None)
+@given(EVERY, st.integers(1, 20))
+def test_right_and_shortest(stages, wanted):
+    microbatches = smallest_microbatches(stages, wanted)
+    schedule = forward_only(stages, microbatches)
     programs = lower(schedule)
-    assert check(schedule, programs, most_activations=1) == (1,) * positions
-    assert all(half.kind is Kind.FORWARD for row in schedule.rows for action in row for half in action.halves)
+    assert check(schedule, programs, most_activations=1) == (1,) * stages.positions
+    assert all(compute.kind is Kind.FORWARD for row in schedule.rows for action in row for compute in action.computes)
     assert not any(isinstance(action, Reduce) for program in programs for action in program.actions)
-    assert simulate(schedule).makespan == microbatches + max(positions - 2, 0)
+    assert simulate(schedule, UNIT).makespan == shortest(stages, microbatches)
 
 
-def test_directions_alternate():
-    assert to_csv(forward_only(2, 6)) == "F0.0,F1.0,F0.1,F1.1,F0.2,F1.2\nF1.0,F0.0,F1.1,F0.1,F1.2,F0.2\n"
-    assert to_csv(forward_only(1, 3)) == "F0.0,F0.1,F0.2\n"
-
-
-@pytest.mark.parametrize("positions, microbatches, message", [
-    (3, 4, "positions = 3: forward_only takes 1 or an even number"),
-    (2, 3, "microbatches = 3: forward_only takes an even number, at least 2, for more than one position"),
-    (1, 0, "microbatches = 0: forward_only takes at least 1"),
+@pytest.mark.parametrize("stages, microbatches, text", [
+    (Stages(BOTH, 2), 6, "F0.0,F1.0,F0.1,F1.1,F0.2,F1.2\nF1.0,F0.0,F1.1,F0.1,F1.2,F0.2\n"),
+    (Stages(BOTH, 1), 3, "F0.0,F0.1,F0.2\n"),
+    (Stages(LOOP, 2), 3, "F0.0,F0.1,F0.2\n" * 2),
+    (Stages(LOOP, 2, 2), 3, "F0.0,F0.1,F0.2,F1.0,F1.1,F1.2\n" * 2),
+    (Stages(LOOP, 2, 2), 4, "F0.0,F0.1,F1.0,F1.1,F0.2,F0.3,F1.2,F1.3\n" * 2),
+    (Stages(V, 1, 4), 2, "F0.0,F1.0,F2.0,F3.0,F0.1,F1.1,F2.1,F3.1\n"),
+    (Stages(V, 2, 2), 3, "F0.0,F0.1,F1.0,F0.2,F1.1,F1.2\nF0.0,F1.0,F0.1,F1.1,F0.2,F1.2\n"),
 ])
-def test_refused_in_one_line(positions, microbatches, message):
+def test_by_hand(stages, microbatches, text):
+    assert to_csv(forward_only(stages, microbatches)) == text
+
+
+@pytest.mark.parametrize("stages, microbatches, message", [
+    (Stages(BOTH, 2), 3, "microbatches = 3: forward_only takes an even number, at least 2, with two entrances"),
+    (Stages(BOTH, 1), 0, "microbatches = 0: forward_only takes at least 1"),
+    (Stages(V, 3, 2), -1, "microbatches = -1: forward_only takes at least 1"),
+])
+def test_refused_in_one_line(stages, microbatches, message):
     with pytest.raises(ConfigError) as refusal:
-        forward_only(positions, microbatches)
+        forward_only(stages, microbatches)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize("stages, smallest", [
+    (Stages(BOTH, 4), [2, 2, 2, 4, 4]), (Stages(BOTH, 1), [1, 1, 2, 3, 4]), (Stages(V, 4, 2), [1, 1, 2, 3, 4]),
+])
+def test_smallest_number_of_microbatches(stages, smallest):
+    assert [smallest_microbatches(stages, wanted) for wanted in range(5)] == smallest

@@ -1,0 +1,29 @@
+"""DualPipeV: one half of a DualPipe pipeline, whose two directions are the legs of a V.
+
+Position r of n hosts stage r (slot 0) and stage 2n-1-r (slot 1); microbatches enter and leave at position 0. Its rows are
+rows 0..n-1 of DualPipe with 2n positions and twice the microbatches, so bubble and peak are that one's too:
+(n - 1)(F&B + B - 3W) where I = F, with F and B of one stage, and 2n+1 microbatches of one stage.
+Source: the released `dualpipev.py`; Sea AI Lab, "DualPipe could be better without the Dual".
+"""
+
+from __future__ import annotations
+
+from orchestrator.schedule.actions import Schedule
+from orchestrator.schedule.dualpipe import eight_steps
+from orchestrator.schedule.sizes import Sizes
+from orchestrator.schedule.stages import stages_of
+from orchestrator.schedule.writer import RowWriter
+
+KIND = "dualpipev"
+SIZES = Sizes(KIND, least=2, each=2)
+
+
+def dualpipev(positions: int, microbatches: int) -> Schedule:
+    """The schedule of a step of `microbatches`, at least two a position.
+
+    Raises ConfigError (a ValueError) with key `positions` or `microbatches`: other numbers.
+    """
+    SIZES.check(positions, microbatches)
+    stages = stages_of(KIND, positions)
+    rows = (eight_steps(RowWriter(stages, position), positions, position, 0, microbatches) for position in range(positions))
+    return Schedule(KIND, stages, microbatches, tuple(rows))

@@ -1,0 +1,124 @@
+"""How the line of stages is folded over the positions of a pipeline.
+
+both   DualPipe: position p hosts stage p and stage P-1-p; microbatches enter at both ends, slot is the direction
+v      slots 0 and 1 are the legs of a V (with more chunks, of a zigzag): down the positions, then back up
+loop   slot c of position p hosts stage c*P + p; after the last position comes the first one again
+Words: slot = which of a position's stages, chunks = stages of a position that one microbatch passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+Place = tuple[int, int]
+"""(position, slot)."""
+
+BOTH, V, LOOP = "both", "v", "loop"
+PLACEMENTS = (BOTH, V, LOOP)
+FORWARD_ONLY = "forward_only"
+"""The kind of schedule without backward passes."""
+SEARCHED = "searched"
+
+_OF_KIND = {
+    "dualpipe": BOTH, "dualpipev": V, "zbv": V, "1f1b": LOOP, "zb_h1": LOOP, "gpipe": LOOP,
+    "interleaved_1f1b": LOOP, "merged_interleaved_1f1b": LOOP,
+}
+_CHUNKS = {"dualpipe": 1, "dualpipev": 2, "zbv": 2, "1f1b": 1, "zb_h1": 1, "gpipe": 1}
+"""Of kinds that leave no choice."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """`chunks`: 1 with `both`, even with `v`, any positive number with `loop`. Raises ValueError: others."""
+
+    placement: str
+    positions: int
+    chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement {self.placement!r}: one of {', '.join(PLACEMENTS)}")
+        if self.positions < 1:
+            raise ValueError(f"positions = {self.positions}: at least 1")
+        if self.chunks < 1 or (self.placement == BOTH and self.chunks > 1) or (self.placement == V and self.chunks % 2):
+            allowed = {BOTH: "1", V: "an even number", LOOP: "at least 1"}[self.placement]
+            raise ValueError(f"chunks = {self.chunks}: {allowed} with placement {self.placement}")
+
+    @property
+    def count(self) -> int:
+        """Stages of the model."""
+        return self.positions * self.chunks
+
+    @property
+    def slots(self) -> int:
+        """Stages that a position hosts. In a DualPipe pipeline of one position both directions would be the same."""
+        return 2 if self.placement == BOTH and self.positions > 1 else self.chunks
+
+    @cached_property
+    def paths(self) -> tuple[tuple[Place, ...], ...]:
+        """The ways through the pipeline, one for each entrance: a (position, slot) for each stage, in stage order.
+
+        The microbatches of a step are dealt evenly to the entrances.
+        """
+        down = tuple((position, 0) for position in range(self.positions))
+        if self.placement == BOTH:
+            up = tuple((position, 1) for position in reversed(range(self.positions)))
+            return (down, up) if self.positions > 1 else (down,)
+        legs = []
+        for chunk in range(self.chunks):
+            leg = [(position, chunk) for position, _ in down]
+            legs += leg[::-1] if self.placement == V and chunk % 2 else leg
+        return (tuple(legs),)
+
+    @property
+    def entrances(self) -> tuple[int, ...]:
+        """Slot in which each path's microbatches are named and enter."""
+        return tuple(path[0][1] for path in self.paths)
+
+    def route(self, slot: int) -> tuple[Place, ...] | None:
+        """The path of the microbatches that are found in `slot`; None: there is no such slot."""
+        if not 0 <= slot < self.slots:
+            return None
+        return self.paths[slot if self.placement == BOTH else 0]
+
+    def stage_at(self, position: int, slot: int) -> int | None:
+        """The stage that `position` hosts in `slot`, if any."""
+        return _stage_of(self).get((position, slot))
+
+    def hosted(self, position: int) -> tuple[int, ...]:
+        """Stages of a position, by slot."""
+        return tuple(self.stage_at(position, slot) for slot in range(self.slots))
+
+    def holders(self, stage: int) -> tuple[int, ...]:
+        """Positions that host `stage`: two with `both` (a position and its mirror), else one."""
+        return tuple(sorted({path[stage][0] for path in self.paths}))
+
+
+@cache
+def _stage_of(stages: Stages) -> dict[Place, int]:
+    return {place: stage for path in stages.paths for stage, place in enumerate(path)}
+
+
+def stages_of(kind: str, positions: int, chunks: int | None = None, placement: str | None = None) -> Stages:
+    """Where a kind's stages live. `chunks`: of interleaved kinds (2 unless told); `placement`: of `searched` and
+    `forward_only`, which take any (`both` unless told).
+
+    Raises ValueError: unknown kind, or numbers that it does not take.
+    """
+    if kind in (FORWARD_ONLY, SEARCHED):
+        placement = placement or BOTH
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement {placement!r}: one of {', '.join(PLACEMENTS)}")
+        return Stages(placement, positions, {BOTH: 1, V: 2, LOOP: 1}[placement] if chunks is None else chunks)
+    if kind not in _OF_KIND:
+        raise ValueError(f"schedule kind {kind!r}: one of {', '.join([*_OF_KIND, SEARCHED, FORWARD_ONLY])}")
+    own = chunks_of(kind)
+    if own and chunks not in (None, own):
+        raise ValueError(f"chunks = {chunks}: {kind} takes {own}")
+    return Stages(_OF_KIND[kind], positions, own or (2 if chunks is None else chunks))
+
+
+def chunks_of(kind: str) -> int | None:
+    """The number of chunks of a kind that leaves no choice; None: any at least 1."""
+    return _CHUNKS.get(kind)
