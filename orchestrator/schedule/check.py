@@ -1,8 +1,8 @@
 """Whether a schedule and its programs are right, found out before any rank runs them.
 
-Complete, in an order that `dependencies` allows, free of deadlock, transfers matched, activations within a bound, gradients
-reduced when all are there. All ranks of an EP group are at one position, and a program is a function of schedule and
-position alone; so they all enter the same collectives in the same order, and there is nothing more to check about it.
+Complete, in an order that `dependencies` allows, transfers matched, free of deadlock, activations within a bound, all
+gradients there when they are reduced. All ranks of an EP group are at one position, and a program is a function of schedule
+and position alone; so they all enter the same collectives in the same order, and there is nothing more to check about it.
 """
 
 from __future__ import annotations
@@ -10,199 +10,227 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from orchestrator.schedule.actions import Action, Compute, Kind, Pair, Program, Reduce, Schedule, Transfer, dependencies
+from orchestrator.schedule.actions import Action, Kind, Program, Reduce, Schedule, Transfer, Work
+from orchestrator.schedule.deadlock import POST, SEND, WORK, Arrival, Link, Step, refuse_deadlock
+from orchestrator.schedule.graph import Graph, compiled
 from orchestrator.schedule.grid import ScheduleError, failure
-from orchestrator.schedule.lower import crossings
 
-__all__ = ["ScheduleError", "check", "peak_activations"]
+__all__ = ["ScheduleError", "check", "peak_activations", "relative_activations"]
+
+_ALLOWED = ("FB", "FIW")
+_BIT = {Kind.FORWARD: 1, Kind.BACKWARD: 2, Kind.BACKWARD_INPUT: 4, Kind.BACKWARD_WEIGHT: 8}
+_RELEASES = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
 
 
-def check(schedule: Schedule, programs: Sequence[Program], *,
-          most_activations: int | None = None, outstanding_receives: int | None = None) -> tuple[int, ...]:
+def check(schedule: Schedule | Graph, programs: Sequence[Program], *, most_activations: int | None = None,
+          outstanding_receives: int | None = None, unreceived_sends: int | None = None) -> tuple[int, ...]:
     """Check `programs` against `schedule`, and the schedule itself.
 
     Args:
         most_activations: bound on `peak_activations`.
         outstanding_receives: how many receives a position can have posted whose tensor is not there yet; one more blocks.
+        unreceived_sends: how many tensors a link (from one position to another) holds whose receive is not posted; one more
+            send blocks until one is. 0: a send ends when its receive is posted (rendezvous). None: sends never block.
     Returns: peak activations in flight by position.
     Raises ScheduleError: the first line says what is wrong and where, the others show the grid around it.
     """
-    _check_complete(schedule)
+    graph = compiled(schedule)
+    schedule = graph.schedule
+    _check_complete(graph)
     _check_lowering(schedule, programs)
-    _check_matching(schedule, programs)
-    _Run(schedule, programs, outstanding_receives).finish()
+    links = _matched(graph, programs)
+    order = _Order(graph, links)
+    steps = [order.steps(program) for program in programs]
+    refuse_deadlock(schedule, programs, steps, list(links.values()), outstanding_receives, unreceived_sends)
     peaks = peak_activations(schedule)
     for position, peak in enumerate(peaks):
         if most_activations is not None and peak > most_activations:
-            index = _live(schedule, position).index(most_activations + 1)
+            index = next(i for i, live in enumerate(_live(schedule, position)) if live > most_activations)
             raise failure(f"position {position}: {peak} microbatches in flight at once, at most {most_activations} allowed",
                           schedule.rows, {position: index})
     return peaks
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
-    """Most microbatches whose activations a position keeps at once, by position; both slots together.
+    """Most microbatches whose activations of one stage a position keeps at once, by position; all slots together.
 
     A microbatch counts from its F to the end of its B or W, so both of a pair count during the pair. Without backward
-    passes only the running microbatch counts.
+    passes only the running microbatch counts. It is a matter of order, so durations do not change it.
     """
     return tuple(max(_live(schedule, position), default=0) for position in range(schedule.positions))
+
+
+def relative_activations(schedule: Schedule) -> tuple[float, ...]:
+    """`peak_activations` over the stages of a position that a microbatch passes, so 1.0 is one microbatch on all layers of a
+    rank."""
+    return tuple(peak / schedule.stages.chunks for peak in peak_activations(schedule))
 
 
 def _live(schedule: Schedule, position: int) -> list[int]:
     """Microbatches alive during each action of a row."""
     live, during = 0, []
     for action in schedule.rows[position]:
-        kinds = [half.kind for half in action.halves]
-        live += Kind.FORWARD in kinds
+        kinds = [compute.kind for compute in action.computes]
+        forwards = kinds.count(Kind.FORWARD)
+        live += forwards
         during.append(live)
-        live -= not schedule.trains or Kind.BACKWARD in kinds or Kind.BACKWARD_WEIGHT in kinds
+        live -= sum(kind in _RELEASES for kind in kinds) if schedule.trains else forwards
     return during
 
 
-def _check_complete(schedule: Schedule) -> None:
-    """Every stage runs every microbatch's F once, and in training its B once, or its I and W once."""
-    if len(schedule.rows) != schedule.positions:
-        raise failure(f"{len(schedule.rows)} rows for {schedule.positions} positions", schedule.rows, {})
-    seen: set[Compute] = set()
+def _check_complete(graph: Graph) -> None:
+    """Every stage runs every microbatch's F once, and in training its B once, or its I and W once. What an action needs on its
+    own position comes before it."""
+    schedule = graph.schedule
+    entrances = len(schedule.stages.paths)
+    each, odd = divmod(schedule.microbatches, entrances)
+    if odd:
+        raise failure(f"{schedule.microbatches} microbatches do not divide among {entrances} entrances", schedule.rows, {0: 0})
+    done = [[0] * (schedule.slots * each) for _ in schedule.rows]
+    for position, action in zip(graph.position, graph.actions, strict=True):
+        for compute in action.computes:
+            done[position][compute.slot * each + compute.microbatch] |= _BIT[compute.kind]
+    allowed = _ALLOWED if schedule.trains else ("F",)
+    right = {sum(_BIT[Kind(kind)] for kind in kinds) for kinds in allowed}
     for position, row in enumerate(schedule.rows):
-        for index, action in enumerate(row):
-            for half in action.halves:
-                if reason := _misplaced(half, position, schedule) or ("a second time" if half in seen else None):
-                    raise failure(f"position {position}, action {index}: {half} {reason}", schedule.rows, {position: index})
-                seen.add(half)
-    for slot, microbatch in schedule.entries():
-        for stage, (position, here) in enumerate(schedule.route(slot, microbatch)):
-            kinds = "".join(kind for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-                            if Compute(kind, stage, here, microbatch) in seen)
-            allowed = ("FB", "FIW") if schedule.trains else ("F",)
-            if kinds not in allowed:
-                raise failure(f"position {position}: microbatch {here}.{microbatch} has {' '.join(kinds) or 'no action'}, "
-                              f"not {' or '.join(' '.join(a) for a in allowed)}",
-                              schedule.rows, {position: len(schedule.rows[position])})
+        slots = {place[1] for path in schedule.stages.paths for place in path if place[0] == position}
+        wrong = (place for place, bits in enumerate(done[position]) if bits not in right and place // each in slots)
+        if (place := next(wrong, None)) is not None:
+            kinds = " ".join(kind for kind, bit in _BIT.items() if done[position][place] & bit)
+            raise failure(f"position {position}: microbatch {place // each}.{place % each} has {kinds or 'no action'}, "
+                          f"not {' or '.join(' '.join(kinds) for kinds in allowed)}", schedule.rows,
+                          {position: _last_of(row, place // each, place % each)})
+    for number, needs in enumerate(graph.needs):
+        if needs and max(needs) >= number:
+            _raise_too_early(graph, number)
 
 
-def _misplaced(half: Compute, position: int, schedule: Schedule) -> str | None:
-    try:
-        route = schedule.route(half.slot, half.microbatch)
-    except ValueError as error:
-        return f"is for {error}"
-    if half.stage not in range(len(route)) or route[half.stage] != (position, half.slot):
-        return f"of stage {half.stage} is not of this position"
-    return None
+def _last_of(row: Sequence[Work], slot: int, microbatch: int) -> int:
+    """The last action of a microbatch in a row; the end of the row, if there is none."""
+    found = (index for index in reversed(range(len(row)))
+             if any((compute.slot, compute.microbatch) == (slot, microbatch) for compute in row[index].computes))
+    return next(found, len(row))
+
+
+def _raise_too_early(graph: Graph, number: int) -> None:
+    late = graph.actions[max(graph.needs[number])]
+    position, index, action = graph.position[number], graph.index(number), graph.actions[number]
+    reason = "the other one of the pair first" if late is action else f"{late} first"
+    raise failure(f"position {position}, action {index}: {action} needs {reason}", graph.schedule.rows, {position: index})
 
 
 def _check_lowering(schedule: Schedule, programs: Sequence[Program]) -> None:
     """A program is its row, plus transfers, plus one reduction at the end of training."""
-    if [program.position for program in programs] != list(range(schedule.positions)):
-        raise failure(f"programs are for positions {[p.position for p in programs]}", schedule.rows, {})
+    for position in range(max(len(programs), schedule.positions)):
+        if position >= min(len(programs), schedule.positions) or programs[position].position != position:
+            raise failure(f"programs are for positions {[p.position for p in programs]}", schedule.rows,
+                          {min(position, schedule.positions - 1): 0})
     for position, program in enumerate(programs):
-        row, computes = schedule.rows[position], [a for a in program.actions if isinstance(a, Compute | Pair)]
+        row = schedule.rows[position]
+        computes = [action for action in program.actions if isinstance(action, Work)]
         if tuple(computes) != row:
             index = next((i for i, (a, b) in enumerate(zip(row, computes, strict=False)) if a != b), min(len(row), len(computes)))
             found = computes[index] if index < len(computes) else "nothing"
             raise failure(f"position {position}, action {index}: the program has {found} here", schedule.rows, {position: index})
-        reductions = [isinstance(action, Reduce) for action in program.actions]
-        if any(reductions[:-1]) or reductions[-1:] != [schedule.trains]:
+        if program.microbatches != schedule.microbatches:
+            raise failure(f"position {position}: the program is for {program.microbatches} microbatches, "
+                          f"not {schedule.microbatches}", schedule.rows, {position: 0})
+        reductions = [index for index, action in enumerate(program.actions) if isinstance(action, Reduce)]
+        if reductions != ([len(program.actions) - 1] if schedule.trains else []):
             wanted = "one reduction, at its end" if schedule.trains else "no reduction"
-            raise failure(f"position {position}: the program must have {wanted}", schedule.rows, {position: len(row)})
+            place = sum(isinstance(action, Work) for action in program.actions[:reductions[0]]) if reductions else len(row)
+            raise failure(f"position {position}: the program must have {wanted}", schedule.rows, {position: place})
 
 
-def _check_matching(schedule: Schedule, programs: Sequence[Program]) -> None:
-    """From each position to each other, tags are distinct, and sent in the order in which their receives are posted."""
-    sent: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
-    received: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+def _matched(graph: Graph, programs: Sequence[Program]) -> dict[tuple[int, int], Link]:
+    """The links, by the positions they lead from and to: what is sent over them and in which order.
+
+    On each, receives are posted in the order of the sends, with distinct tags; so a link is a queue and its n-th send meets its
+    n-th receive. Raises ScheduleError: they are not.
+    """
+    rows = graph.schedule.rows
+    links: dict[tuple[int, int], Link] = {}
     for program in programs:
+        index = 0
         for action in program.actions:
-            if isinstance(action, Transfer) and action.kind is Kind.SEND:
-                sent[program.position, action.peer].append(action)
-            elif isinstance(action, Transfer):
-                received[action.peer, program.position].append(action)
-    for origin, target in sorted(sent.keys() | received.keys()):
-        sends, receives = sent[origin, target], received[origin, target]
-        pairs = zip(sends, receives, strict=False)
-        number = next((i for i, (a, b) in enumerate(pairs) if _identity(a) != _identity(b)), min(len(sends), len(receives)))
-        if number < max(len(sends), len(receives)):
-            left, right = (str(ends[number]) if number < len(ends) else "nothing" for ends in (sends, receives))
-            raise failure(f"transfer {number} from position {origin} to {target}: {left} meets {right}", schedule.rows, {})
-        tag, count = Counter(transfer.tag for transfer in sends).most_common(1)[0]
-        if count > 1:
-            raise failure(f"from position {origin} to {target}: tag {tag} is used {count} times", schedule.rows, {})
+            if isinstance(action, Transfer):
+                send = action.kind is Kind.SEND
+                way = (program.position, action.peer) if send else (action.peer, program.position)
+                if action.peer == program.position or not 0 <= action.peer < len(programs):
+                    raise failure(f"position {program.position}, action {index}: {action}, which is no other position", rows,
+                                  {program.position: index})
+                if (link := links.get(way)) is None:
+                    link = links[way] = Link(*way, number=len(links))
+                (link.sends if send else link.receives).append((index, action))
+            elif isinstance(action, Work):
+                index += 1
+    for link in links.values():
+        _check_queue(link, rows)
+    return links
+
+
+def _check_queue(link: Link, rows: Sequence[Sequence[Work]]) -> None:
+    origin, target = link.origin, link.target
+    for number in range(max(len(link.sends), len(link.receives))):
+        ends = [end[number] if number < len(end) else None for end in (link.sends, link.receives)]
+        if None in ends or _identity(ends[0][1]) != _identity(ends[1][1]):
+            left, right = ("nothing" if end is None else str(end[1]) for end in ends)
+            places = {position: end[0] for position, end in zip((origin, target), ends, strict=True) if end is not None}
+            raise failure(f"transfer {number} from position {origin} to {target}: {left} meets {right}", rows, places)
+    tags = Counter(send.tag for _, send in link.sends)
+    if len(tags) < len(link.sends):
+        tag, count = tags.most_common(1)[0]
+        place = next(index for index, send in reversed(link.sends) if send.tag == tag)
+        raise failure(f"from position {origin} to {target}: tag {tag} is used {count} times", rows, {origin: place})
 
 
 def _identity(transfer: Transfer) -> tuple[object, ...]:
     return transfer.payload, transfer.stage, transfer.microbatch, transfer.tag
 
 
-class _Run:
-    """Runs programs against each other: sends never block, an action with a receive waits until its tensor was sent."""
+class _Order:
+    """Turns programs into steps, and finds out whether each makes, sends, posts and uses in a possible order."""
 
-    def __init__(self, schedule: Schedule, programs: Sequence[Program], outstanding: int | None):
-        self._schedule, self._programs, self._outstanding = schedule, programs, outstanding
-        ways = crossings(schedule)
-        self._maker = {(schedule.position(way.maker), way.send): way.maker for way in ways}
-        self._receives: dict[Compute, list[Transfer]] = defaultdict(list)
-        for way in ways:
-            self._receives[way.user].append(way.receive)
-        self._at = [0] * len(programs)                              # next action of each program
-        self._done: list[set[Compute]] = [set() for _ in programs]
-        self._posted: list[set[Transfer]] = [set() for _ in programs]
-        self._sent: set[tuple[int, int, int]] = set()               # (from, to, tag)
+    def __init__(self, graph: Graph, links: dict[tuple[int, int], Link]):
+        self._graph, self._links = graph, links
+        self._maker: dict[int, dict[Transfer, int]] = defaultdict(dict)         # by sender
+        self._user: dict[int, dict[Transfer, int]] = defaultdict(dict)          # by receiver
+        self._receives: dict[int, list[Transfer]] = defaultdict(list)           # by user
+        for crossing in graph.crossings:
+            self._maker[crossing.receive.peer][crossing.send] = crossing.maker
+            self._user[crossing.send.peer][crossing.receive] = crossing.user
+            self._receives[crossing.user].append(crossing.receive)
 
-    def finish(self) -> None:
-        """Run to the end. Raises ScheduleError: an action comes too early, or all that are left wait for each other."""
-        progress = True
-        while progress:
-            progress = False
-            for position, program in enumerate(self._programs):
-                while self._at[position] < len(program.actions) and self._ready(position, program.actions[self._at[position]]):
-                    self._perform(position, program.actions[self._at[position]])
-                    self._at[position] += 1
-                    progress = True
-        stuck = {p: program.actions[self._at[p]] for p, program in enumerate(self._programs)
-                 if self._at[p] < len(program.actions)}
-        if stuck:
-            waits = "; ".join(f"position {position} at {action}" for position, action in stuck.items())
-            raise failure(f"deadlock: {waits}", self._schedule.rows, {p: self._compute_index(p) for p in stuck})
+    def steps(self, program: Program) -> list[Step]:
+        """Raises ScheduleError: a tensor is sent before it is made, or is none that the schedule has; or an action uses one
+        whose receive is not posted before it."""
+        position = program.position
+        start = number = self._graph.starts[position]
+        posted: dict[Transfer, Arrival] = {}
+        count: Counter[int] = Counter()
+        steps: list[Step] = []
+        for action in program.actions:
+            if isinstance(action, Work):
+                needs = self._receives.get(number, ())
+                if missing := next((receive for receive in needs if receive not in posted), None):
+                    raise self._refusal(position, number - start, action, f"needs {missing} posted first")
+                steps.append((WORK, 0, tuple([posted[receive] for receive in needs])))
+                number += 1
+            elif isinstance(action, Reduce):
+                steps.append((WORK, 0, ()))             # it is last, and the program is complete
+            elif action.kind is Kind.SEND:
+                if self._maker[position].get(action, number) >= number:
+                    raise self._refusal(position, number - start, action,
+                                        "but no action before has made this tensor for that position")
+                steps.append((SEND, self._links[position, action.peer].number, ()))
+            else:
+                if action not in self._user[position]:
+                    raise self._refusal(position, number - start, action, "but no action uses this tensor")
+                link = self._links[action.peer, position].number
+                posted[action] = (link, count[link])
+                count[link] += 1
+                steps.append((POST, link, ()))
+        return steps
 
-    def _ready(self, position: int, action: Action) -> bool:
-        if isinstance(action, Transfer):
-            if action.kind is Kind.SEND:
-                return self._sendable(position, action)
-            return self._outstanding is None or self._unarrived(position) < self._outstanding
-        if isinstance(action, Reduce):
-            return True                                             # it is last, and the program is complete
-        for needed in dependencies(action, self._schedule):
-            if self._schedule.position(needed) == position and needed not in self._done[position]:
-                raise self._too_early(position, action, f"needs {needed} first")
-        needs = [transfer for half in action.halves for transfer in self._receives.get(half, ())]
-        for transfer in needs:
-            if transfer not in self._posted[position]:
-                raise self._too_early(position, action, f"needs {transfer} posted first")
-        return all(self._arrived(position, transfer) for transfer in needs)
-
-    def _sendable(self, position: int, send: Transfer) -> bool:
-        if self._maker.get((position, send)) not in self._done[position]:
-            raise self._too_early(position, send, "but no action before has made this tensor for that position")
-        return True
-
-    def _perform(self, position: int, action: Action) -> None:
-        if isinstance(action, Compute | Pair):
-            self._done[position].update(action.halves)
-        elif isinstance(action, Transfer) and action.kind is Kind.SEND:
-            self._sent.add((position, action.peer, action.tag))
-        elif isinstance(action, Transfer):
-            self._posted[position].add(action)
-
-    def _arrived(self, position: int, receive: Transfer) -> bool:
-        return (receive.peer, position, receive.tag) in self._sent
-
-    def _unarrived(self, position: int) -> int:
-        return sum(not self._arrived(position, receive) for receive in self._posted[position])
-
-    def _compute_index(self, position: int) -> int:
-        return sum(isinstance(a, Compute | Pair) for a in self._programs[position].actions[:self._at[position]])
-
-    def _too_early(self, position: int, action: Action, reason: str) -> ScheduleError:
-        index = self._compute_index(position)
-        return failure(f"position {position}, action {index}: {action} {reason}", self._schedule.rows, {position: index})
+    def _refusal(self, position: int, index: int, action: Action, reason: str) -> ScheduleError:
+        return failure(f"position {position}, action {index}: {action} {reason}", self._graph.schedule.rows, {position: index})

@@ -22,7 +22,7 @@ def failure(message: str, rows: Sequence[Sequence[object]], places: Mapping[int,
     """
     common = next(iter(places.values()), 0)
     windows = [_window(row, places.get(position, common), position in places) for position, row in enumerate(rows)]
-    widths = [max(len(window[column]) for window in windows) for column in range(2 * SHOWN + 1)]
+    widths = [max((len(window[column]) for window in windows), default=0) for column in range(2 * SHOWN + 1)]
     name = len(str(len(rows) - 1))
     lines = (
         f"  {position:>{name}}: " + " ".join(word.ljust(width) for word, width in zip(window, widths, strict=True)).rstrip()

@@ -1,7 +1,8 @@
 """From a schedule to one program per position, in short passes: lists in, lists out.
 
 What is transferred follows from `dependencies` alone: whatever an action needs from another position is sent there right
-after it is made and received before it is used. Nothing is sent within a position or beyond the first and last stage.
+after it is made and received before it is used. Nothing is sent beyond the first and last stage, nor where consecutive
+stages are of one position (the turn of a V, a loop of one position): there the executor hands the tensor from slot to slot.
 From one position to another, receives are posted in the order of the sends, so links need not look at tags.
 Programs are a function of schedule and position alone, so all ranks at a position run the same one.
 """
@@ -11,114 +12,101 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
-from orchestrator.schedule.actions import (
-    Action,
-    Compute,
-    Kind,
-    Pair,
-    Payload,
-    Program,
-    Reduce,
-    Schedule,
-    Transfer,
-    dependencies,
-)
+from orchestrator.schedule.actions import Action, Program, Reduce, Schedule, Transfer, Work
+from orchestrator.schedule.graph import Crossing, Graph, compiled
 from orchestrator.schedule.grid import failure
 
 
 @dataclass(frozen=True, slots=True)
-class Crossing:
-    """A tensor's way from the action that makes it to the one that uses it, on another position."""
+class Receive:
+    """A receive of one position. index: the compute action before which it is posted; last: before which it must be, if those
+    of its sender are posted in the order of the sends; user: that which uses the tensor. All are places in the row."""
 
-    maker: Compute
-    user: Compute
-    send: Transfer
-    receive: Transfer
+    index: int
+    last: int
+    user: int
+    transfer: Transfer
 
 
-def lower(schedule: Schedule, lookahead: int = 2) -> tuple[Program, ...]:
+def lower(schedule: Schedule | Graph, lookahead: int = 3, most_outstanding: int | None = None) -> tuple[Program, ...]:
     """One program per position.
 
     Args:
         lookahead: a receive is posted at least this many compute actions before the one that uses it (or at the start),
             so that it is there before what this position itself sends in that time. 0: right before, unless a tensor
-            sent after it is used earlier.
-    Raises ValueError: lookahead is negative, or the schedule names a microbatch that it does not have.
-    Raises ScheduleError: an action's tensor is never made.
+            sent after it is used earlier. With 3, no kind needs links that hold anything: a send may wait for its receive.
+        most_outstanding: how many receives a position may have posted whose tensors it has not used yet; those that would be
+            too many are posted later than `lookahead` says.
+    Raises ValueError: lookahead is negative.
+    Raises ScheduleError: `compiled` refuses the schedule; `most_outstanding` are not enough.
     """
     if lookahead < 0:
         raise ValueError(f"lookahead = {lookahead}: at least 0")
-    ways = crossings(schedule)
+    graph = compiled(schedule)
+    departing: dict[int, list[Crossing]] = defaultdict(list)
+    arriving: dict[int, list[Crossing]] = defaultdict(list)
+    for crossing in graph.crossings:
+        departing[crossing.receive.peer].append(crossing)
+        arriving[crossing.send.peer].append(crossing)
     programs = []
-    for position, row in enumerate(schedule.rows):
+    for position, row in enumerate(graph.schedule.rows):
+        start = graph.starts[position]
+        receives = post_early([(c.user - start, c.receive) for c in arriving[position]], lookahead)
+        if most_outstanding is not None:
+            receives = _post_later(receives, most_outstanding, position, graph)
         actions: list[Action] = list(row)
-        actions = add_sends(actions, ways)
-        actions = add_receives(actions, [way for way in ways if way.send.peer == position], lookahead)
-        if schedule.trains:
+        actions = add_sends(actions, [(c.maker - start, c.send) for c in departing[position]])
+        actions = add_receives(actions, receives)
+        if graph.schedule.trains:
             actions = add_reduce(actions)
-        programs.append(Program(position, schedule.microbatches, tuple(actions)))
+        programs.append(Program(position, graph.schedule.microbatches, tuple(actions)))
     return tuple(programs)
 
 
-def crossings(schedule: Schedule) -> list[Crossing]:
-    """All transfers of a step; those made by one position in the order in which it makes them."""
-    made = (half for row in schedule.rows for action in row for half in action.halves)
-    order = {compute: index for index, compute in enumerate(made)}
-    ways = []
-    for position, row in enumerate(schedule.rows):
-        for index, action in enumerate(row):
-            for user in action.halves:
-                for maker in dependencies(user, schedule):
-                    if maker not in order:
-                        raise failure(f"position {position}, action {index}: {action} needs {maker} of stage {maker.stage}, "
-                                      "which no position runs", schedule.rows, {position: index})
-                    if schedule.position(maker) != position:
-                        ways.append(_crossing(maker, user, position, schedule))
-    return sorted(ways, key=lambda way: order[way.maker])
-
-
-def _crossing(maker: Compute, user: Compute, position: int, schedule: Schedule) -> Crossing:
-    forward = user.kind is Kind.FORWARD
-    payload = Payload.ACTIVATION if forward else Payload.GRADIENT
-    tag = 2 * (user.microbatch * schedule.slots + user.slot) + (0 if forward else 1)
-    return Crossing(
-        maker, user,
-        Transfer(Kind.SEND, payload, position, user.stage, maker.slot, maker.microbatch, tag),
-        Transfer(Kind.RECEIVE, payload, schedule.position(maker), user.stage, user.slot, user.microbatch, tag),
-    )
-
-
-def add_sends(actions: Sequence[Action], ways: Iterable[Crossing]) -> list[Action]:
-    """Each send after the compute action that makes the tensor; those of a pair after both halves, the forward's first."""
-    sends: dict[Compute, list[Transfer]] = defaultdict(list)
-    for way in ways:
-        sends[way.maker].append(way.send)
+def add_sends(actions: Sequence[Action], sends: Iterable[tuple[int, Transfer]]) -> list[Action]:
+    """Each send after the compute action that makes the tensor, given by its index; those of a pair after both, the first's
+    first."""
+    after: dict[int, list[Transfer]] = defaultdict(list)
+    for index, send in sends:
+        after[index].append(send)
     result: list[Action] = []
+    computes = 0
     for action in actions:
         result.append(action)
-        result.extend(send for half in _halves(action) for send in sends.get(half, ()))
+        if isinstance(action, Work):
+            result += after.get(computes, ())
+            computes += 1
     return result
 
 
-def add_receives(actions: Sequence[Action], arriving: Sequence[Crossing], lookahead: int) -> list[Action]:
-    """Each receive `lookahead` compute actions before the one that uses the tensor, or with a later one of its sender that
-    is posted earlier. `arriving`: what this position receives, each sender's in the order of its sends."""
-    computes = [action for action in actions if _halves(action)]
-    index_of = {half: index for index, action in enumerate(computes) for half in _halves(action)}
-    posts: dict[int, list[Transfer]] = defaultdict(list)
-    earliest: dict[int, int] = {}                       # by sender: where the next one sent is posted
-    for way in reversed(arriving):
-        sender = way.receive.peer
-        due = max(0, index_of[way.user] - lookahead)
-        earliest[sender] = min(due, earliest.get(sender, due))
-        posts[earliest[sender]].append(way.receive)
+def post_early(arriving: Sequence[tuple[int, Transfer]], lookahead: int) -> list[Receive]:
+    """When each receive is posted: `lookahead` compute actions before the one that uses the tensor, or with a later one of its
+    sender that is posted earlier.
+
+    arriving: (index of the user, receive), each sender's in the order of its sends. Returns them in the order of posting.
+    """
+    receives: list[Receive] = []
+    last: dict[int, int] = {}                           # by sender: before which action the next one sent is posted
+    for user, transfer in reversed(arriving):
+        last[transfer.peer] = min(user, last.get(transfer.peer, user))
+        receives.append(Receive(max(0, last[transfer.peer] - lookahead), last[transfer.peer], user, transfer))
+    receives.reverse()
+    return sorted(receives, key=lambda receive: receive.last)
+
+
+def add_receives(actions: Sequence[Action], receives: Sequence[Receive]) -> list[Action]:
+    """Each receive before the compute action with its index."""
+    before: dict[int, list[Transfer]] = defaultdict(list)
+    for receive in receives:
+        before[receive.index].append(receive.transfer)
     result: list[Action] = []
-    index = 0
+    computes = 0
     for action in actions:
-        if _halves(action):
-            result.extend(reversed(posts[index]))
-            index += 1
+        if isinstance(action, Work):
+            result += before.get(computes, ())
+            computes += 1
         result.append(action)
     return result
 
@@ -127,5 +115,22 @@ def add_reduce(actions: Sequence[Action]) -> list[Action]:
     return [*actions, Reduce()]
 
 
-def _halves(action: Action) -> tuple[Compute, ...]:
-    return action.halves if isinstance(action, Compute | Pair) else ()
+def _post_later(receives: Iterable[Receive], most: int, position: int, graph: Graph) -> list[Receive]:
+    """The receives with at most `most` of them outstanding at once.
+
+    They are posted in the order of `last`, so whoever is posted early is in nobody's way: it must be outstanding at the `last`
+    of all that come after it, unless it is used before.
+    """
+    later: list[Receive] = []
+    users: list[int] = []                               # of the outstanding ones, the earliest first
+    for receive in receives:
+        index = receive.index
+        while users and len(users) >= most:
+            index = max(index, heappop(users) + 1)
+        if index > receive.last or most < 1:
+            action = graph.schedule.rows[position][receive.last]
+            raise failure(f"position {position}, action {receive.last}: {action} needs {receive.transfer} posted, one more than "
+                          f"{most} outstanding", graph.schedule.rows, {position: receive.last})
+        heappush(users, receive.user)
+        later.append(Receive(index, receive.last, receive.user, receive.transfer))
+    return later

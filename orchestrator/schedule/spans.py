@@ -85,6 +85,25 @@ def figures(spans: Iterable[Span], start: float, end: float) -> Figures:
     )
 
 
+def together(parts: Iterable[tuple[Figures, float]], length: float) -> Figures:
+    """The figures of a window of `length` that has, one after the other, the parts: (figures of a window, factor by which that
+    one is longer here). Nothing happens in what is left. Raises ValueError: the window is empty."""
+    if not length > 0:
+        raise ValueError(f"no window of length {length}")
+    compute = communication = exposed = 0.0
+    for part, factor in parts:
+        compute += factor * part.compute_seconds
+        communication += factor * part.communication_seconds
+        exposed += factor * part.exposed_communication_seconds
+    return Figures(
+        compute_seconds=compute,
+        communication_seconds=communication,
+        exposed_communication_seconds=exposed,
+        bubble_ratio=min(max(1 - (compute + exposed) / length, 0.0), 1.0),
+        overlap_ratio=1 - exposed / communication if communication else 0.0,
+    )
+
+
 def measure(intervals: Iterable[Interval]) -> float:
     """Length of the union. An interval that does not end after it starts is empty."""
     return sum(end - start for start, end in union(intervals))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.spans import Figures, Lane, Span, figures, union
+from orchestrator.schedule.spans import Figures, Lane, Span, figures, together, union
 
 SPANS = st.lists(st.builds(lambda lane, start, length: Span(3, lane, "x", float(start), float(start + length)),
                            st.sampled_from(list(Lane)), st.integers(-5, 30), st.integers(0, 12)), max_size=14)
@@ -45,6 +46,21 @@ def test_a_day_in_figures():
     spans = [Span(0, "compute", "F", 0, 4), Span(0, "exchange", "dispatch", 3, 6), Span(0, "pipeline", "B", 6, 8),
              Span(0, "reduce", "all", 8, 9)]
     assert figures(spans, 0, 10) == Figures(4, 4, 3, pytest.approx(0.3), 0.25)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(SPANS, st.integers(1, 3)), max_size=4), st.integers(1, 9))
+def test_windows_one_after_the_other(windows, rest):
+    """Each window is 40 long from -5 on, stretched by a factor; then a rest without anything."""
+    parts, shifted, start = [], [], 0
+    for spans, factor in windows:
+        parts.append((figures(spans, -5, 35), factor))
+        shifted += [Span(3, span.lane, "x", *(start + factor * (min(max(time, -5), 35) + 5) for time in (span.start, span.end)))
+                    for span in spans]
+        start += 40 * factor
+    assert asdict(together(parts, start + rest)) == pytest.approx(asdict(figures(shifted, 0, start + rest)), abs=1e-12)
+    with pytest.raises(ValueError, match="no window of length 0"):
+        together(parts, 0)
 
 
 def test_nothing_to_hide_is_no_overlap():
