@@ -1,0 +1,5 @@
+"""Search for a schedule that is shorter than all published ones. Start reading at `portfolio.py`."""
+
+from orchestrator.schedule.search.portfolio import Found, Options, options_for, search, searched
+
+__all__ = ["Found", "Options", "options_for", "search", "searched"]
