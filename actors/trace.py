@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
-from orchestrator.schedule.spans import Lane, Span
+from orchestrator.layout import Place
+from orchestrator.schedule.render_trace import event, process, trace_text
+from orchestrator.schedule.spans import Span
 
-_ROWS = {lane.value: row for row, lane in enumerate(Lane)}
 
+def trace_json(steps: Mapping[int, Sequence[Span]], places: Mapping[int, Sequence[Place]] | None = None) -> str:
+    """Chrome trace events, microseconds from the first span.
 
-def trace_json(steps: dict[int, list[Span]]) -> str:
-    """Chrome trace events, microseconds from the first span. `steps`: spans of all ranks by step, on one machine's clock."""
+    steps: spans of all ranks by step, on one machine's clock. places: by step, where its ranks stood; events then carry
+    their row, position and width beside the step. Without, rank and position are taken to be the same.
+    """
     spans = [(step, span) for step, found in steps.items() for span in found]
     zero = min((span.start for _, span in spans), default=0.0)
-    events = [*_names({span.rank for _, span in spans})]
+    events = [named for rank in sorted({span.rank for _, span in spans}) for named in process(rank, f"rank {rank}")]
     for step, span in spans:
-        events.append({"name": span.label, "cat": span.lane, "ph": "X", "pid": span.rank, "tid": _ROWS[span.lane],
-                       "ts": (span.start - zero) * 1e6, "dur": (span.end - span.start) * 1e6, "args": {"step": step}})
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
-
-
-def _names(ranks: Iterable[int]) -> Iterable[dict]:
-    for rank in sorted(ranks):
-        yield {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
-        for lane, row in _ROWS.items():
-            yield {"name": "thread_name", "ph": "M", "pid": rank, "tid": row, "args": {"name": lane}}
+        args = {"step": step}
+        if places is not None:
+            place = places[step][span.rank]
+            args |= {"row": place.row, "position": place.position, "width": place.width}
+        events.append(event(span.rank, span, zero, 1e6, args))
+    return trace_text(events)

@@ -1,30 +1,62 @@
 """Look at what a run would do, without running it.
 
-python -m jobs.plan schedule --kind dualpipe --ranks 8 --microbatches 20 --format csv|json|svg [--output FILE]
-    The pipeline schedule: what each rank runs, in which order, and how long it takes if a forward takes 1 and a full
-    backward 2. csv: a line per rank; json: with times, bubble, peak activations; svg: a picture.
+python -m jobs.plan schedule --kind dualpipe --ranks 8 --microbatches 20 --format csv|json|svg|trace [--output FILE]
+    The pipeline schedule: what each rank runs, in which order, and when. csv: a line per rank; json: with times, bubble,
+    exposed communication, peak activations; svg: a picture; trace: for Perfetto. Durations are of one microbatch on all layers
+    of a rank: a forward takes 1 and a full backward 2 unless told, without communication. With --measured, a step of a run's
+    trace.json is shown beside the simulation, which then has its mean durations, in milliseconds.
+
+python -m jobs.plan compare --ranks 8 --microbatches 32 [--communication 0.913] [--hop 0] [--json]
+    All kinds side by side: makespan, bubble, exposed communication, activations, parameters, messages.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.cli import JobFailed, Parser, arguments, configuration, run
-from orchestrator.config import ConfigError
+from orchestrator.config import ConfigError, RunConfig
 from orchestrator.schedule.actions import Schedule, to_csv
-from orchestrator.schedule.dualpipe import smallest_microbatches
-from orchestrator.schedule.kinds import GENERATORS, generate
+from orchestrator.schedule.compare import as_objects, compare, contestants, searched_contestants, table
+from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
+from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.measured import Measured, measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.render import as_json, svg
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.render_trace import schedule_trace
+from orchestrator.schedule.search import searched
+from orchestrator.schedule.simulate import Timeline, simulate
+from orchestrator.schedule.stages import BOTH, LOOP, PLACEMENTS, SEARCHED, Stages, stages_of
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is to be shown. measured: a step of a run, if one is."""
+
+    schedule: Schedule
+    durations: Durations
+    measured: Measured | None = None
+
+    def timeline(self) -> Timeline:
+        return simulate(self.schedule, self.durations)
+
 
 FORMATS = {
-    "csv": to_csv,
-    "json": lambda schedule: as_json(schedule, simulate(schedule)) + "\n",
-    "svg": lambda schedule: svg(schedule, simulate(schedule)),
+    "csv": lambda shown: to_csv(shown.schedule),
+    "json": lambda shown: as_json(shown.schedule, shown.timeline(), shown.measured) + "\n",
+    "svg": lambda shown: svg(shown.schedule, shown.timeline(), shown.measured),
+    "trace": lambda shown: schedule_trace(shown.timeline().lanes, shown.measured) + "\n",
 }
-FLAGS = {"kind": "--kind", "positions": "--ranks", "microbatches": "--microbatches"}
+FLAGS = {"kind": "--kind", "positions": "--ranks", "microbatches": "--microbatches", "chunks": "--chunks",
+         "placement": "--placement", "most_activations": "--most-activations"}
+COSTS = {"forward": "--forward", "backward_input": "--backward-input", "backward_weight": "--backward-weight",
+         "communication": "--communication", "hop": "--hop"}
+COMMON = ("communication", "hop")
+"""Costs that `compare` takes too."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,33 +69,189 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m jobs.plan", description="Look at what a run would do, without running it.")
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     _add_schedule(subcommands)
+    _add_compare(subcommands)
     return parser
 
 
 def _add_schedule(subcommands: argparse._SubParsersAction) -> None:
     parser = subcommands.add_parser("schedule", help="the order of work of every pipeline rank")
     arguments(parser)
-    parser.add_argument("--kind", help=f"{', '.join(GENERATORS)} (default: schedule.kind)")
+    parser.add_argument("--kind", help=f"{', '.join([*KINDS, SEARCHED])} (default: schedule.kind)")
     parser.add_argument("--ranks", type=int, metavar="N", help="pipeline positions (default: layout.pipeline)")
-    parser.add_argument("--microbatches", type=int, metavar="M", help="per step, both directions (default: the fewest)")
+    parser.add_argument("--microbatches", type=int, metavar="M",
+                        help="per step, all directions (default: the fewest from twice the ranks on, or those of --measured)")
+    parser.add_argument("--chunks", type=int, metavar="V", help="stages of a rank that a microbatch passes, of interleaved kinds")
+    parser.add_argument("--placement", help=f"{', '.join(PLACEMENTS)}: how {SEARCHED} folds the stages")
+    parser.add_argument("--most-activations", type=int, metavar="N",
+                        help=f"bound of {SEARCHED}: microbatches that a rank keeps, on all its layers")
+    parser.add_argument("--forward", type=float, metavar="TIME",
+                        help=f"duration on all layers of a rank (default: 1; with {SEARCHED}, as of the others, schedule.costs)")
+    parser.add_argument("--backward-input", type=float, metavar="TIME", help="default: 1")
+    parser.add_argument("--backward-weight", type=float, metavar="TIME", help="default: 1")
+    _add_common_costs(parser)
+    parser.add_argument("--measured", metavar="TRACE.json[#STEP]", help="show a step of a run beside the simulation")
     parser.add_argument("--format", choices=tuple(FORMATS), default="csv")
     parser.add_argument("--output", metavar="FILE", help="default: standard output")
     parser.set_defaults(job=show_schedule)
 
 
+def _add_compare(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser("compare", help="all kinds of schedules side by side")
+    parser.add_argument("--ranks", type=int, metavar="N", default=8)
+    parser.add_argument("--microbatches", type=int, metavar="M", default=32, help="per step, all directions")
+    _add_common_costs(parser)
+    parser.add_argument("--most-activations", type=int, metavar="N", default=10,
+                        help=f"bound of the freest {SEARCHED} schedule: microbatches that a rank keeps, on all its layers")
+    parser.add_argument("--json", action="store_true", help="for a program")
+    parser.add_argument("--output", metavar="FILE", help="default: standard output")
+    parser.set_defaults(job=show_comparison)
+
+
+def _add_common_costs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--communication", type=float, metavar="RATIO",
+                        help="of dispatch and combine to compute, over forward and backward (default: 0)")
+    parser.add_argument("--hop", type=float, metavar="TIME", help="from one rank to another (default: 0)")
+
+
+# --- schedule ------------------------------------------------------------------------------------------------------
+
+
 def show_schedule(options: argparse.Namespace) -> None:
-    _write(FORMATS[options.format](_schedule(options)), options.output)
+    _write(FORMATS[options.format](_shown(options)), options.output)
 
 
-def _schedule(options: argparse.Namespace) -> Schedule:
+def _shown(options: argparse.Namespace) -> Shown:
     config = configuration(options)
-    kind = config.schedule.kind if options.kind is None else options.kind
-    ranks = config.layout.pipeline if options.ranks is None else options.ranks
-    microbatches = smallest_microbatches(ranks, 1) if options.microbatches is None else options.microbatches
     try:
-        return generate(kind, ranks, microbatches)
+        stages, measured = _stages(options, config), None
+        if options.measured is not None:
+            measured = _measured(options, stages)
+        microbatches = options.microbatches
+        if microbatches is None:
+            microbatches = measured.microbatches(stages) if measured else _fewest(options, config, stages)
+        costs = per_chunk(_costs(options, config), stages)
+        schedule = _schedule(options, config, stages, microbatches, costs)
     except ConfigError as error:
-        raise ConfigError(FLAGS[error.key], error.value, error.allowed) from None
+        raise ConfigError(FLAGS.get(error.key, error.key), error.value, error.allowed) from None
+    if measured is None:
+        return Shown(schedule, costs)
+    try:
+        refuse_another_schedule(measured, schedule)
+    except ValueError as error:
+        raise ConfigError("--measured", options.measured, str(error)) from None
+    return Shown(schedule, measured_durations(measured, schedule, costs.hop), measured)
+
+
+def _kind(options: argparse.Namespace, config: RunConfig) -> str:
+    return config.schedule.kind if options.kind is None else options.kind
+
+
+def _choice(options: argparse.Namespace, config: RunConfig, name: str) -> int | str | None:
+    """A flag, or what the configuration says about the same kind; None: neither."""
+    if (given := getattr(options, name)) is not None:
+        return given
+    found = getattr(config.schedule, name)
+    return None if found == "auto" or _kind(options, config) != config.schedule.kind else found
+
+
+def _stages(options: argparse.Namespace, config: RunConfig) -> Stages:
+    """Where the kind's stages live. Raises ConfigError for what it does not take, before anything is computed."""
+    kind = _kind(options, config)
+    ranks = config.layout.pipeline if options.ranks is None else options.ranks
+    chunks, placement = _choice(options, config, "chunks"), _choice(options, config, "placement")
+    if kind != SEARCHED:
+        for name in ("placement", "most_activations"):
+            if getattr(options, name) is not None:
+                raise ConfigError(name, getattr(options, name), f"only --kind {SEARCHED} takes it")
+        if kind not in KINDS:
+            raise ConfigError("kind", kind, f"one of {', '.join(dict.fromkeys([*KINDS, SEARCHED]))}")
+        smallest_microbatches(kind, ranks, 1, chunks)
+        return stages_of(kind, ranks, chunks)
+    if ranks < 1:
+        raise ConfigError("positions", ranks, "at least 1")
+    if placement not in (None, *PLACEMENTS):
+        raise ConfigError("placement", placement, f"one of {', '.join(PLACEMENTS)}")
+    try:
+        return stages_of(kind, ranks, chunks, placement or (BOTH if ranks == 1 or ranks % 2 == 0 else LOOP))
+    except ValueError as error:
+        raise ConfigError("chunks", chunks, str(error).partition(": ")[2]) from None
+
+
+def _schedule(options: argparse.Namespace, config: RunConfig, stages: Stages, microbatches: int, costs: Durations) -> Schedule:
+    kind = _kind(options, config)
+    if kind == SEARCHED:
+        return searched(stages, microbatches, costs, most_activations=_choice(options, config, "most_activations"))
+    return generate(kind, stages.positions, microbatches, _choice(options, config, "chunks"))
+
+
+def _fewest(options: argparse.Namespace, config: RunConfig, stages: Stages) -> int:
+    """Enough to see the steady state: two for each rank, or more if the kind wants more."""
+    kind = _kind(options, config)
+    if kind == SEARCHED:
+        return 2 * stages.positions
+    return smallest_microbatches(kind, stages.positions, 2 * stages.positions, _choice(options, config, "chunks"))
+
+
+def _costs(options: argparse.Namespace, config: RunConfig) -> Durations:
+    """Of a whole rank. Where there is no flag: those of `schedule.costs` if they decide the order (searched), else unit costs."""
+    given = {name: getattr(options, name) for name in COSTS if getattr(options, name) is not None}
+    if options.measured is not None and (other := given.keys() - {"hop"}):
+        name = next(name for name in COSTS if name in other)
+        raise ConfigError(COSTS[name], given[name], "not with --measured, whose durations are used")
+    usual = UNIT
+    if _kind(options, config) == SEARCHED:
+        layers = max(1, config.model.num_hidden_layers // (options.ranks or config.layout.pipeline))
+        usual = Durations(**config.schedule.costs.model_dump(), layers=layers)
+    return _durations(usual, given)
+
+
+def _durations(usual: Durations, given: dict[str, float]) -> Durations:
+    """`usual`, where `given` does not say otherwise. Raises ConfigError: a cost that is none."""
+    for name, value in given.items():
+        least = "at least 0" if name in COMMON else "above 0"
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in COMMON):
+            raise ConfigError(COSTS[name], value, f"a finite number ({least})")
+    ratio = given.get("communication")
+    durations = replace(usual, **{name: value for name, value in given.items() if name != "communication"})
+    return durations if ratio is None else with_communication(durations, ratio)
+
+
+def _measured(options: argparse.Namespace, stages: Stages) -> Measured:
+    """The step that `--measured` names."""
+    name, number = options.measured, None
+    if options.format == "csv":
+        raise ConfigError("--measured", name, f"with --format {', '.join(f for f in FORMATS if f != 'csv')}; csv has no times")
+    path, mark, end = name.rpartition("#")
+    if mark and end.isdecimal():
+        name, number = path, int(end)
+    try:
+        return read_trace(Path(name).read_text(encoding="utf-8"), stages.positions, number)
+    except OSError as error:
+        raise ConfigError("--measured", options.measured, f"a readable trace ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError("--measured", options.measured, str(error)) from None
+
+
+# --- compare -------------------------------------------------------------------------------------------------------
+
+
+def show_comparison(options: argparse.Namespace) -> None:
+    for name, least in (("ranks", 1), ("microbatches", 1), ("most_activations", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), f"at least {least}")
+    given = {name: getattr(options, name) for name in COMMON if getattr(options, name) is not None}
+    durations = _durations(UNIT, given)
+    found, refused = contestants(options.ranks, options.microbatches, durations)
+    best, not_found = searched_contestants(options.ranks, options.microbatches, durations, options.most_activations)
+    results, refused = compare([*found, *best]), [*refused, *not_found]
+    settings = {"ranks": options.ranks, "microbatches": options.microbatches,
+                "communication": options.communication or 0.0, "hop": options.hop or 0.0}
+    if options.json:
+        _write(json.dumps({"settings": settings, **as_objects(results, refused)}) + "\n", options.output)
+    else:
+        head = ", ".join(f"{value} {name}" if name in ("ranks", "microbatches") else f"{name} {value:g}"
+                         for name, value in settings.items())
+        _write(f"{head}; F = a forward on all layers of a rank\n\n{table(results, refused)}", options.output)
 
 
 def _write(text: str, path: str | None) -> None:

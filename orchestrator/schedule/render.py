@@ -1,99 +1,127 @@
-"""A schedule as a picture (SVG) and as data (JSON), with the times of a simulation.
+"""A schedule as a picture (SVG) and as data (JSON), with the times of a simulation, and of a measured step beside it.
 
-The picture: a row per rank, time to the right. Hue is the direction (slot), light a forward, dark a full backward; split
-backwards have colours of their own and a line in the hue of their direction. A pair is one box: forward above, backward
-below. Boxes carry the microbatch number; hovering tells the rest. What stays grey is idle.
+The picture: a bar per rank, time to the right; `render_bars` says what boxes look like. Boxes carry the microbatch number;
+hovering tells the rest. What stays grey is idle. With a measured step, each rank has a second bar under the simulated one, on
+the same axis.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from html import escape
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Schedule, stage_at
+from orchestrator.schedule import render_legend
+from orchestrator.schedule.actions import Schedule, Split
 from orchestrator.schedule.check import peak_activations
+from orchestrator.schedule.measured import Measured
+from orchestrator.schedule.render_bars import INK, Bar, Box, draw
+from orchestrator.schedule.render_geometry import BAR, MARGIN, RIGHT, Rows, Scale, px, rectangle, text_width
 from orchestrator.schedule.simulate import Timeline
-from orchestrator.schedule.spans import Span
+from orchestrator.schedule.spans import Figures, Interval, Lane, Span, figures
 
-LIGHT = ("#a9cdf0", "#fbd08f", "#bfe3b4", "#e3c1e6")        # forward, by slot
-DARK = ("#2b6cb0", "#c9560c", "#3a8a3f", "#8a3f96")         # full backward, by slot
-SPLIT = {Kind.BACKWARD_INPUT: "#8fd3c4", Kind.BACKWARD_WEIGHT: "#d9c7ee"}
-INK, PALE_INK, IDLE, LINE = "#1d2733", "#5b6673", "#e6eaee", "#cfd5db"
-NAMES = {
-    Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.BACKWARD_INPUT: "backward, input only",
-    Kind.BACKWARD_WEIGHT: "backward, weights only",
-}
-LEFT, RIGHT, TOP, BAR, GAP = 132, 28, 92, 34, 6             # pixels
-WIDEST = 9000
+PALE_INK, LINE = "#55606c", "#c4cbd2"
+LEGEND_TOP, TITLE_SIZE, SUBTITLE_SIZE = 66, 17, 13
+WIDEST_LEGEND = 1500                                        # it is to be seen without scrolling
+_STAGES_SHOWN = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _Scale:
-    """Time to pixels: the shortest action is wide enough for its number, unless the picture would be endless."""
-
-    per_unit: float
-    makespan: float
-
-    @classmethod
-    def of(cls, timeline: Timeline) -> _Scale:
-        lengths = [span.end - span.start for row in timeline.rows for span in row if span.end > span.start]
-        makespan = timeline.makespan or 1.0
-        return cls(min(max(20 / min(lengths, default=1.0), 1000 / makespan), WIDEST / makespan), makespan)
-
-    def x(self, time: float) -> float:
-        return LEFT + time * self.per_unit
-
-    @property
-    def tick(self) -> float:
-        """Distance of marks on the axis: 1, 2 or 5 times a power of ten, at least 40 pixels."""
-        power = 10.0 ** -12
-        while True:
-            for factor in (1, 2, 5):
-                if factor * power * self.per_unit >= 40:
-                    return factor * power
-            power *= 10
-
-
-def svg(schedule: Schedule, timeline: Timeline) -> str:
-    """The picture as an SVG document. `timeline`: a simulation of `schedule`."""
-    scale = _Scale.of(timeline)
-    bottom = TOP + schedule.positions * (BAR + GAP)
-    width, height = max(round(scale.x(scale.makespan)) + RIGHT, 1180), bottom + 34
-    title = _title(schedule, timeline)
+def svg(schedule: Schedule, timeline: Timeline, measured: Measured | None = None) -> str:
+    """The picture as an SVG document. `timeline`: a simulation of `schedule`; in milliseconds, if there is a measured step."""
+    bars = [simulated_bars(schedule, timeline)] + ([measured_bars(schedule, measured)] if measured else [])
+    exchanges = any(bar.exchange for kind in bars for bar in kind)
+    left = MARGIN + 116 + (70 if measured else 0)
+    title, subtitle = _title(schedule), _subtitle(timeline, measured)
+    lengths = (span.end - span.start for row in timeline.rows for span in row)
+    scale = Scale.of(lengths, max(timeline.makespan, measured.end if measured else 0.0), left,
+                     MARGIN + text_width(subtitle, SUBTITLE_SIZE) + RIGHT)
+    width = round(scale.x(scale.makespan) + RIGHT)
+    legend = render_legend.lines(render_legend.samples(schedule, exchange=exchanges, reduced=any(bar.reduce for bar in bars[-1])),
+                                 min(width, WIDEST_LEGEND) - MARGIN - RIGHT)
+    rows = Rows(LEGEND_TOP + len(legend) * render_legend.LINE_HEIGHT + 14, schedule.positions, exchanges, len(bars))
+    height = round(rows.bottom) + 34
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"',
-        f' role="img" aria-label="{escape(title)}" font-family="Helvetica, Arial, sans-serif" font-size="12" fill="{INK}">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="16" y="30" font-size="17" font-weight="bold">{escape(title)}</text>',
-        *_legend(schedule),
-        *(part for position in range(schedule.positions) for part in _background(schedule, position, scale)),
-        *_axis(scale, bottom),
+        f' role="img" aria-label="{escape(f"{title}: {subtitle}")}" font-family="Helvetica, Arial, sans-serif" font-size="12"',
+        f' fill="{INK}">', rectangle(0, 0, width, height, "white"),
+        f'<text x="{MARGIN}" y="28" font-size="{TITLE_SIZE}" font-weight="bold">{escape(title)}</text>',
+        f'<text x="{MARGIN}" y="49" font-size="{SUBTITLE_SIZE}">{escape(subtitle)}</text>',
+        *render_legend.draw(legend, LEGEND_TOP), *_axis(scale, rows, "ms" if measured else "time"),
     ]
-    for position, (row, spans) in enumerate(zip(schedule.rows, timeline.rows, strict=True)):
-        for action, span in zip(row, spans, strict=True):
-            parts.extend(_box(action, span, scale, _y(position)))
+    for position in range(schedule.positions):
+        parts += _names(schedule, position, rows, left, measured is not None)
+        for index, kind in enumerate(bars):
+            parts += draw(kind[position], position, index, scale, rows)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def as_json(schedule: Schedule, timeline: Timeline) -> str:
-    """One JSON object: kind, ranks, microbatches, makespan, bubble and peak activations by rank, rows, and spans.
+def simulated_bars(schedule: Schedule, timeline: Timeline) -> list[Bar]:
+    """What the ranks do in a simulation of `schedule`."""
+    bars = []
+    for row, spans, lanes in zip(schedule.rows, timeline.rows, timeline.lanes, strict=True):
+        boxes = []
+        for action, span in zip(row, spans, strict=True):
+            computes = action.computes
+            stages = ", ".join(f"stage {compute.stage}" for compute in computes)
+            title = f"{action} ({stages}), {span.start:.6g} to {span.end:.6g}"
+            boxes += [Box(compute, title, ((span.start, span.end),), (index, len(computes)), isinstance(action, Split))
+                      for index, compute in enumerate(computes)]
+        bars.append(Bar(tuple(boxes), **_lanes(lanes)))
+    return bars
 
-    rows: by rank, actions as text. spans: by rank, [start, end] of each action, in the simulation's units.
-    bubble_ratio: mean over ranks, of the makespan.
+
+def measured_bars(schedule: Schedule, measured: Measured) -> list[Bar]:
+    """What the ranks did. The two of a pair are above each other, each at its own times."""
+    bars = []
+    for position, row in enumerate(schedule.rows):
+        boxes = []
+        for action in row:
+            for index, compute in enumerate(action.computes):
+                if pieces := tuple(measured.pieces(position, compute)):
+                    title = f"{compute} (stage {compute.stage}), measured {pieces[0][0]:.6g} to {pieces[-1][1]:.6g} ms"
+                    boxes.append(Box(compute, title, pieces, (index, len(action.computes)), isinstance(action, Split)))
+        bars.append(Bar(tuple(boxes), **_lanes(measured.rows[position])))
+    return bars
+
+
+def as_json(schedule: Schedule, timeline: Timeline, measured: Measured | None = None) -> str:
+    """One JSON object: kind, placement, ranks, chunks, microbatches, makespan, figures by rank, rows, and spans.
+
+    rows: by rank, actions as text. spans: by rank, [start, end] of each action, in the simulation's units; exchange: the same
+    of communication. bubble_ratio: mean over ranks, of the makespan. relative_activations: the most on any rank, in
+    microbatches on all of a rank's stages. measured: makespan, bubble and exposed communication by rank in milliseconds.
     """
-    bubbles = timeline.bubbles()
-    return json.dumps({
+    found = timeline.figures()
+    peaks = peak_activations(schedule)
+    shown = {
         "kind": schedule.kind,
+        "placement": schedule.stages.placement,
         "ranks": schedule.positions,
+        "chunks": schedule.stages.chunks,
         "microbatches": schedule.microbatches,
-        "makespan": timeline.makespan,
-        "bubble": [_rounded(bubble) for bubble in bubbles],
-        "bubble_ratio": _rounded(sum(bubbles) / len(bubbles) / timeline.makespan),
-        "peak_activations": list(peak_activations(schedule)),
+        "makespan": _rounded(timeline.makespan),
+        **_by_rank(found, timeline.makespan),
+        "bubble_ratio": _rounded(sum(one.bubble_ratio for one in found) / len(found)),
+        "peak_activations": list(peaks),
+        "relative_activations": max(peaks) / schedule.stages.chunks,
         "rows": [[str(action) for action in row] for row in schedule.rows],
         "spans": [[[_rounded(span.start), _rounded(span.end)] for span in row] for row in timeline.rows],
-    })
+        "exchange": [[[_rounded(span.start), _rounded(span.end)] for span in row if span.lane == Lane.EXCHANGE]
+                     for row in timeline.lanes],
+    }
+    if measured is not None:
+        shown["measured"] = {"step": measured.step, "makespan": _rounded(measured.makespan),
+                             **_by_rank(_measured_figures(measured), measured.makespan)}
+    return json.dumps(shown)
+
+
+def _by_rank(found: Sequence[Figures], makespan: float) -> dict[str, list[float]]:
+    return {"bubble": [_rounded(one.bubble_ratio * makespan) for one in found],
+            "exposed_communication": [_rounded(one.exposed_communication_seconds) for one in found]}
+
+
+def _measured_figures(measured: Measured) -> list[Figures]:
+    return [figures((span for span in row if span.lane != Lane.REDUCE), 0.0, measured.makespan) for row in measured.rows]
 
 
 def _rounded(value: float) -> float:
@@ -101,91 +129,59 @@ def _rounded(value: float) -> float:
     return round(value, 9)
 
 
-def _title(schedule: Schedule, timeline: Timeline) -> str:
+def _lanes(spans: Sequence[Span]) -> dict[str, tuple[Interval, ...]]:
+    return {name: tuple((span.start, span.end) for span in spans if span.lane == lane)
+            for name, lane in (("compute", Lane.COMPUTE), ("exchange", Lane.EXCHANGE), ("reduce", Lane.REDUCE))}
+
+
+def _title(schedule: Schedule) -> str:
     ranks = f"{schedule.positions} rank{'s' * (schedule.positions > 1)}"
-    microbatches = f"{schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
-    low, high = min(timeline.bubbles()), max(timeline.bubbles())
-    bubble, share = f"{high:.4g}", f"{100 * high / timeline.makespan:.1f}"
-    if f"{low:.4g}" != bubble:
-        bubble, share = f"{low:.4g}–{bubble}", f"{100 * low / timeline.makespan:.1f}–{share}"
-    return f"{schedule.kind}: {ranks}, {microbatches}, makespan {timeline.makespan:.6g}, bubble {bubble} ({share} %)"
+    chunks = f", {schedule.stages.chunks} chunks" if schedule.stages.chunks > 1 else ""
+    return f"{schedule.kind}: {ranks}{chunks}, {schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
 
 
-def _y(position: int) -> int:
-    return TOP + position * (BAR + GAP)
+def _subtitle(timeline: Timeline, measured: Measured | None) -> str:
+    found = timeline.figures()
+    if measured is None:
+        return f"makespan {timeline.makespan:.5g}, {_figures(found, timeline.makespan, '')}"
+    return (f"simulated: makespan {timeline.makespan:.4g} ms, {_figures(found, timeline.makespan, ' ms')}; "
+            f"measured (step {measured.step}): makespan {measured.makespan:.4g} ms, "
+            f"{_figures(_measured_figures(measured), measured.makespan, ' ms')}")
 
 
-def _background(schedule: Schedule, position: int, scale: _Scale) -> list[str]:
-    """A rank's name, the stages it hosts, and the grey bar of idle time."""
-    y = _y(position)
-    stages = [stage_at(schedule.kind, schedule.positions, position, slot) for slot in range(schedule.slots)]
-    hosted = ", ".join(str(stage) for stage in stages if stage is not None)
-    return [
-        f'<text x="16" y="{y + 15}" font-weight="bold">rank {position}</text>',
-        f'<text x="16" y="{y + 29}" font-size="10.5" fill="{PALE_INK}">stage{"s" * (len(stages) > 1)} {hosted}</text>',
-        f'<rect x="{LEFT}" y="{y}" width="{_px(scale.makespan * scale.per_unit)}" height="{BAR}" fill="{IDLE}"/>',
-    ]
+def _figures(found: Sequence[Figures], makespan: float, unit: str) -> str:
+    """Bubble and exposed communication, each as the range over the ranks."""
+    words = [f"bubble {_range([one.bubble_ratio * makespan for one in found], makespan, unit)}"]
+    if any(one.communication_seconds for one in found):
+        exposed = [one.exposed_communication_seconds for one in found]
+        words.append(f"exposed communication {_range(exposed, makespan, unit)}")
+    return ", ".join(words)
 
 
-def _box(action: Compute | Pair, span: Span, scale: _Scale, y: float) -> list[str]:
-    """A box with a half for each of the action's halves, one above the other."""
-    x, width = scale.x(span.start), (span.end - span.start) * scale.per_unit
-    height = BAR / len(action.halves)
-    stages = ", ".join(f"stage {half.stage}" for half in action.halves)
-    parts = [f"<g><title>{action} ({stages}), {span.start:.6g} to {span.end:.6g}</title>"]
-    for index, half in enumerate(action.halves):
-        top, lift = y + index * height, 2 if half.kind in SPLIT else 0
-        parts.append(f'<rect x="{_px(x)}" y="{_px(top)}" width="{_px(width)}" height="{_px(height)}" fill="{_fill(half)}"/>')
-        if half.kind in SPLIT:
-            parts.append(f'<rect x="{_px(x)}" y="{_px(top + height - 4)}" width="{_px(width)}" height="4" '
-                         f'fill="{DARK[half.slot % len(DARK)]}"/>')
-        if width >= 7 * len(str(half.microbatch)) + 2:
-            parts.append(f'<text x="{_px(x + width / 2)}" y="{_px(top + height / 2 + 4 - lift)}" text-anchor="middle" '
-                         f'fill="{_ink(half)}">{half.microbatch}</text>')
-    parts.append(f'<rect x="{_px(x)}" y="{y}" width="{_px(width)}" height="{BAR}" fill="none" stroke="white" '
-                 'stroke-width="1.5"/></g>')
-    return parts
+def _range(values: Sequence[float], whole: float, unit: str) -> str:
+    low, high = min(values), max(values)
+    absolute, share = f"{_rounded(high):.4g}", f"{100 * high / whole:.1f}"
+    if f"{_rounded(low):.4g}" != absolute:
+        absolute, share = f"{_rounded(low):.4g}–{absolute}", f"{100 * low / whole:.1f}–{share}"
+    return f"{absolute}{unit} ({share} %)"
 
 
-def _fill(action: Compute) -> str:
-    if action.kind in SPLIT:
-        return SPLIT[action.kind]
-    return (LIGHT if action.kind is Kind.FORWARD else DARK)[action.slot % len(DARK)]
+def _names(schedule: Schedule, position: int, rows: Rows, left: float, measured: bool) -> Iterator[str]:
+    """A rank's name, the stages it hosts, and which bar is which."""
+    stages = [str(stage) for stage in schedule.stages.hosted(position) if stage is not None]
+    if len(stages) > _STAGES_SHOWN:
+        stages[_STAGES_SHOWN - 2:-1] = ["…"]
+    y, pale = rows.y(position), f'font-size="10.5" fill="{PALE_INK}"'
+    yield f'<text x="{MARGIN}" y="{px(y + 15)}" font-weight="bold">rank {position}</text>'
+    yield f'<text x="{MARGIN}" y="{px(y + 29)}" {pale}>stage{"s" * (len(stages) > 1)} {", ".join(stages)}</text>'
+    for index, name in enumerate(("simulated", "measured") if measured else ()):
+        yield f'<text x="{px(left - 6)}" y="{px(rows.y(position, index) + BAR / 2 + 4)}" text-anchor="end" {pale}>{name}</text>'
 
 
-def _ink(action: Compute) -> str:
-    return "white" if action.kind is Kind.BACKWARD else INK
-
-
-def _axis(scale: _Scale, bottom: int) -> list[str]:
-    parts = [f'<text x="16" y="{bottom + 18}" fill="{PALE_INK}">time</text>']
+def _axis(scale: Scale, rows: Rows, unit: str) -> Iterator[str]:
+    y = px(rows.bottom + 16)
+    yield f'<text x="{px(scale.left - 14)}" y="{y}" text-anchor="end" fill="{PALE_INK}">{unit}</text>'
     for number in range(int(scale.makespan / scale.tick + 1e-9) + 1):
-        x = _px(scale.x(number * scale.tick))
-        parts.append(f'<line x1="{x}" y1="{TOP - 4}" x2="{x}" y2="{bottom + 4}" stroke="{LINE}"/>')
-        parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle" fill="{PALE_INK}">{number * scale.tick:.6g}</text>')
-    return parts
-
-
-def _legend(schedule: Schedule) -> list[str]:
-    """A sample of everything that occurs."""
-    present = {(half.kind, half.slot) for row in schedule.rows for action in row for half in action.halves}
-    samples = [
-        ([_fill(Compute(kind, 0, slot, 0))], f"{NAMES[kind]}{f', direction {slot}' if schedule.slots > 1 else ''}")
-        for kind in (Kind.FORWARD, Kind.BACKWARD) for slot in range(schedule.slots) if (kind, slot) in present
-    ]
-    if any(isinstance(action, Pair) for row in schedule.rows for action in row):
-        samples.append(([LIGHT[0], DARK[1 % schedule.slots]], "pair"))
-    samples += [([SPLIT[kind]], NAMES[kind]) for kind in SPLIT if any(k is kind for k, _ in present)]
-    samples.append(([IDLE], "idle"))
-    parts, x = [], 16
-    for colours, label in samples:
-        for index, colour in enumerate(colours):
-            height = 16 // len(colours)
-            parts.append(f'<rect x="{x}" y="{50 + index * height}" width="16" height="{height}" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 22}" y="62">{label}</text>')
-        x += 22 + round(6.3 * len(label)) + 16
-    return parts
-
-
-def _px(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+        x = px(scale.x(number * scale.tick))
+        yield f'<line x1="{x}" y1="{px(rows.top - 4)}" x2="{x}" y2="{px(rows.bottom + 2)}" stroke="{LINE}"/>'
+        yield f'<text x="{x}" y="{y}" text-anchor="middle" fill="{PALE_INK}">{number * scale.tick:.6g}</text>'

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from actors.trace import trace_json
 from jobs.cli import JobFailed, Parser, UsageError, arguments, configuration, run
 from jobs.plan import main
 from orchestrator.config import ConfigError
+from orchestrator.schedule.actions import parse_csv
+from orchestrator.schedule.compare import searched_contestants
+from orchestrator.schedule.durations import UNIT, Durations, per_chunk
+from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.spans import Span
+from orchestrator.schedule.stages import stages_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +45,7 @@ def test_refusal():
 
 
 @pytest.mark.parametrize("words, line", [
-    (["schedule", "--kind", "zigzag"], "--kind = zigzag: one of dualpipe, forward_only"),
+    (["schedule", "--kind", "zigzag"], f"--kind = zigzag: one of {', '.join(dict.fromkeys([*KINDS, 'searched']))}"),
     (["schedule", "--ranks", "0"], "--ranks = 0: dualpipe takes 1 or an even number"),
     (["schedule", "--ranks", "4", "--microbatches", "9"],
      "--microbatches = 9: dualpipe takes an even number, at least 8 (2 x positions)"),
@@ -44,9 +53,28 @@ def test_refusal():
     (["schedule", "--set", "layout.pipline=2"], "layout.pipline = 2: unknown key; allowed here: pipeline, "),
     (["schedule", "--form", "csv"], "python -m jobs.plan: unrecognized arguments: --form csv"),
     (["schedule", "--config", "/no/such.yaml"], "--config = /no/such.yaml: a readable YAML file (No such file or directory)"),
+    (["schedule", "--kind", "zbv", "--chunks", "3"], "--chunks = 3: zbv takes 2"),
+    (["schedule", "--kind", "gpipe", "--placement", "v"], "--placement = v: only --kind searched takes it"),
+    (["schedule", "--most-activations", "3"], "--most-activations = 3: only --kind searched takes it"),
+    (["schedule", "--kind", "searched", "--placement", "w"], "--placement = w: one of both, v, loop"),
+    (["schedule", "--kind", "searched", "--ranks", "0"], "--ranks = 0: at least 1"),
+    (["schedule", "--kind", "searched", "--placement", "v", "--chunks", "3"], "--chunks = 3: an even number with placement v"),
+    (["schedule", "--forward", "0"], "--forward = 0.0: a finite number (above 0)"),
+    (["schedule", "--backward-input", "nan"], "--backward-input = NaN: a finite number (above 0)"),
+    (["schedule", "--backward-weight=-1"], "--backward-weight = -1.0: a finite number (above 0)"),
+    (["schedule", "--communication", "inf"], "--communication = Infinity: a finite number (at least 0)"),
+    (["schedule", "--hop=-0.5"], "--hop = -0.5: a finite number (at least 0)"),
+    (["schedule", "--measured", "x.json"], "--measured = x.json: with --format json, svg, trace; csv has no times"),
+    (["schedule", "--measured", "/no/x.json", "--format", "svg"], "--measured = /no/x.json: a readable trace (No such file"),
+    (["schedule", "--measured", "README.md#3", "--format", "svg"], "--measured = README.md#3: the trace of a run's steps ("),
+    (["compare", "--ranks", "0"], "--ranks = 0: at least 1"),
+    (["compare", "--microbatches", "0"], "--microbatches = 0: at least 1"),
+    (["compare", "--most-activations", "0"], "--most-activations = 0: at least 1"),
+    (["compare", "--hop", "nan"], "--hop = NaN: a finite number (at least 0)"),
     ([], "python -m jobs.plan: the following arguments are required: SUBCOMMAND"),
 ])
-def test_refused_in_one_line(words, line, capsys):
+def test_refused_in_one_line(words, line, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert run(lambda: main(words)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(line) and err.count("\n") == 1
@@ -56,6 +84,112 @@ def test_defaults_are_the_configuration(capsys):
     assert run(lambda: main(["schedule", "--set", "layout.pipeline=4", "--format", "json"])) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["kind"], shown["ranks"], shown["microbatches"], shown["makespan"]) == ("dualpipe", 4, 8, 26)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_in_every_format(kind, capsys):
+    shown = {}
+    for name in ("csv", "json", "svg", "trace"):
+        assert run(partial(main, ["schedule", "--kind", kind, "--ranks", "2", "--format", name])) == 0
+        shown[name] = capsys.readouterr().out
+    schedule = parse_csv(shown["csv"], kind, stages_of(kind, 2))
+    data = json.loads(shown["json"])
+    assert ([list(map(str, row)) for row in schedule.rows], schedule.microbatches) == (data["rows"], data["microbatches"])
+    assert data["kind"] == kind and data["makespan"] == simulate(schedule, per_chunk(UNIT, schedule.stages)).makespan
+    assert ElementTree.fromstring(shown["svg"]).get("aria-label").startswith(f"{kind}: 2 ranks")
+    events = [event for event in json.loads(shown["trace"])["traceEvents"] if event["ph"] == "X"]
+    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(1e3 * data["makespan"])
+    assert len(events) == sum(map(len, schedule.rows))
+
+
+def test_costs_are_of_a_whole_rank(capsys):
+    words = ["schedule", "--kind", "interleaved_1f1b", "--ranks", "2", "--microbatches", "4", "--chunks", "4", "--format", "json",
+             "--forward", "2", "--backward-input", "3", "--backward-weight", "1", "--communication", "0.5", "--hop", "0.25"]
+    assert run(lambda: main(words)) == 0
+    data = json.loads(capsys.readouterr().out)
+    schedule = generate("interleaved_1f1b", 2, 4, 4)
+    assert data["spans"][0][0] == [0, (2 + 1.5) / 4]                # 0.5 x (2 + 3 + 1) of communication, half of it a forward's
+    chunk = Durations(0.5, 0.75, 0.25, dispatch=0.1875, combine=0.1875, hop=0.25, layers=1)
+    assert data["makespan"] == pytest.approx(simulate(schedule, chunk).makespan)
+
+
+def test_the_configuration_speaks_for_its_own_kind_only(capsys):
+    def chunks(*words):
+        settings = ("schedule.kind=interleaved_1f1b", "schedule.chunks=4", "model.num_hidden_layers=16")
+        given = [word for setting in settings for word in ("--set", setting)]
+        assert run(lambda: main(["schedule", "--ranks", "2", "--format", "json", *given, *words])) == 0
+        return json.loads(capsys.readouterr().out)["chunks"]
+
+    assert (chunks(), chunks("--chunks", "3")) == (4, 3)
+    assert (chunks("--kind", "merged_interleaved_1f1b"), chunks("--kind", "1f1b")) == (2, 1)
+
+
+def test_searched(capsys):
+    words = ["schedule", "--kind", "searched", "--ranks", "2", "--microbatches", "4", "--format", "json"]
+    assert run(lambda: main([*words, "--placement", "v", "--most-activations", "2"])) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["placement"], data["chunks"], data["microbatches"]) == ("v", 2, 4) and data["relative_activations"] <= 2
+    assert any(data["exchange"])                                    # of `schedule.costs`, where a run has it from
+
+
+def trace(path, schedule, step, scale):
+    """A run's trace in which every action took `scale` times the unit, in seconds, without communication."""
+    spans = [Span(span.rank, span.lane, name, scale * span.start, scale * span.end)
+             for row, spans in zip(schedule.rows, simulate(schedule).rows, strict=True)
+             for action, span in zip(row, spans, strict=True) for name in str(action).split("|")]
+    path.write_text(trace_json({step: spans, step + 1: spans[:1]}))
+    return f"{path}#{step}"
+
+
+@pytest.mark.parametrize("kind", ["dualpipe", "1f1b", "zb_h1"])
+def test_measured_beside_simulated(kind, tmp_path, capsys):
+    schedule = generate(kind, 4, 8)
+    step = trace(tmp_path / "trace.json", schedule, 7, 0.010)
+    words = ["schedule", "--kind", kind, "--ranks", "4", "--measured", step, "--format"]
+    makespan = 10 * simulate(schedule).makespan
+    assert run(lambda: main([*words, "json"])) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["microbatches"], data["measured"]["step"]) == (8, 7)
+    assert (data["makespan"], data["measured"]["makespan"]) == pytest.approx((makespan, makespan))
+    assert run(lambda: main([*words, "svg"])) == 0
+    picture = capsys.readouterr().out
+    assert f"simulated: makespan {makespan:.4g} ms" in picture and f"measured (step 7): makespan {makespan:.4g} ms" in picture
+    assert run(lambda: main([*words, "trace"])) == 0
+    events = json.loads(capsys.readouterr().out)["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert {"rank 0 simulated", "rank 0 measured", "rank 3 simulated", "rank 3 measured"} <= names
+
+
+def test_what_does_not_go_with_measured(tmp_path, capsys):
+    path = trace(tmp_path / "trace.json", generate("1f1b", 2, 4), 7, 1.0)
+    words = ["schedule", "--kind", "1f1b", "--ranks", "2", "--format", "svg", "--measured"]
+    for more, line in [
+        ([path, "--communication", "1"], "--communication = 1.0: not with --measured, whose durations are used"),
+        ([path, "--ranks", "4"], f"--measured = {path}: the trace of a pipeline of 4 ranks; this one has 2"),
+        ([path, "--microbatches", "5"], f"--measured = {path}: the trace of this schedule (1f1b, 5 microbatches); rank 0 "),
+        ([path.replace("#7", "#9")], f"--measured = {path.replace('#7', '#9')}: a step that the trace has: 7, 8"),
+        ([path.replace("#7", "")], f"--measured = {path.replace('#7', '')}: the trace of a pipeline of 2 ranks; this one has 1"),
+    ]:
+        assert run(partial(main, [*words, *more])) == 2
+        assert capsys.readouterr().err.startswith(line)
+
+
+def test_compare(capsys, monkeypatch):
+    monkeypatch.setattr("jobs.plan.searched_contestants", partial(searched_contestants, effort=100_000))
+    assert run(lambda: main(["compare", "--ranks", "4", "--microbatches", "8", "--most-activations", "3"])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 ranks, 8 microbatches, communication 0, hop 0; F = a forward on all layers of a rank"
+    assert lines[2].split()[:2] == ["schedule", "makespan"]
+    makespans = dict(line.split()[:2] for line in lines if line.startswith(("1f1b", "dualpipe ")))
+    assert makespans == {"dualpipe": "26.00", "1f1b": "33.00"}
+    assert sum("no schedule is below" in line for line in lines) == 2
+    assert run(lambda: main(["compare", "--ranks", "3", "--microbatches", "5", "--communication", "0.5", "--json"])) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["settings"] == {"ranks": 3, "microbatches": 5, "communication": 0.5, "hop": 0}
+    assert {"dualpipe", "dualpipev"} <= data["refused"].keys()
+    shown = {row["schedule"]: row for row in data["schedules"]}
+    assert shown["1f1b"]["exposed"] > 0 and shown["1f1b"]["lower_bound"] is None
+    assert any(name.startswith("searched within 10 activations") and row["above_bound"] >= 0 for name, row in shown.items())
 
 
 def test_output_file(tmp_path, capsys):
