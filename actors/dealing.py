@@ -11,10 +11,7 @@ from actors.messages import Apply, LossDivisors, StepRequest
 from orchestrator import order
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
-from orchestrator.schedule import dualpipe, forward_only
-from orchestrator.schedule.actions import Program
-from orchestrator.schedule.check import check
-from orchestrator.schedule.lower import lower
+from orchestrator.scheduling import smallest_microbatches
 
 
 @dataclass(frozen=True)
@@ -39,31 +36,22 @@ class Dealer:
         self._config, self._layout = config, layout
 
     def requests(self, batch: Batch, apply: Apply | None, *, training: bool, keep_spans: bool = False) -> list[StepRequest]:
-        """One per rank, in rank order. All share the number of microbatches; only the ends of a pipeline get tokens."""
-        layout = self._layout
-        smallest = (dualpipe if training else forward_only).smallest_microbatches
+        """One per rank, in rank order. All share the number of microbatches; only ranks with the first or last stage get
+        tokens."""
+        layout, folding = self._layout, self._layout.folding
         dealt = order.deal(
-            len(batch.valid), streams=layout.streams, pipeline=layout.pipeline,
+            len(batch.valid), streams=layout.streams, entrances=len(folding.paths),
             microbatch_sequences=self._config.training.microbatch_sequences,
-            smallest_microbatches=partial(smallest, layout.pipeline))
+            smallest_microbatches=partial(smallest_microbatches, self._config, folding, training=training))
         requests = []
         for place in layout.places:
             stream = place.row * layout.width + place.width
             tokens = valid = None
-            if place.position in (0, layout.pipeline - 1):
+            if place.position in layout.ends:
                 indices = dealt.of_stream(stream)
                 tokens, valid = batch.tokens[indices], batch.valid[indices]
             requests.append(StepRequest(
                 step=batch.step, apply=apply, microbatches=dealt.microbatches,
-                sizes=dealt.sizes(stream), divisors=batch.divisors, tokens=tokens, valid=valid,
+                sizes=dealt.sizes(stream, folding.slots), divisors=batch.divisors, tokens=tokens, valid=valid,
                 keep_spans=keep_spans))
         return requests
-
-
-def programs_for(pipeline: int, microbatches: int, *, training: bool) -> tuple[Program, ...]:
-    """Checked programs, one per position. Raises ScheduleError."""
-    generate = dualpipe.dualpipe if training else forward_only.forward_only
-    schedule = generate(pipeline, microbatches)
-    programs = lower(schedule)
-    check(schedule, programs)
-    return programs

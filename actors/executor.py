@@ -1,20 +1,27 @@
 """Runs one rank's program in its order. What comes when is the program's; how it is done, the handlers'.
 
 Every handler leaves spans: compute, exchange (dispatch and combine), pipeline (waiting for a neighbour's tensor), reduce.
+Pairs and split microbatches are strands that are woven (strands.py). A microbatch is in parts from its split forward on: its
+backward, whole, in a pair or split, has a strand for each part. One whose forward was not split has one part for good.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from actors.comm.links import Links
-from actors.model.chunk import Chunk, Microbatch, Segment
+from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
-from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Transfer
+from actors.strands import Closures, Strand, Weaver, merged, weights_strand
+from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Split, Transfer
 from orchestrator.schedule.spans import Lane, Span
+
+Key = tuple[int, int]
+"""(slot, microbatch)."""
 
 
 class ActionFailed(RuntimeError):
@@ -27,25 +34,36 @@ class ActionFailed(RuntimeError):
 
 @dataclass
 class StepWork:
-    """What one run of a program works on. `tapes`: by (slot, microbatch)."""
+    """What one run of a program works on. `parts`: of microbatches between a split forward and the end of their backward."""
 
-    tapes: Mapping[tuple[int, int], Microbatch]
+    tapes: Mapping[Key, Microbatch]
     links: Links
     reduce: Callable[[], None]
     spans: list[Span] = field(default_factory=list)
-    deferred: dict[tuple[int, int], list[Callable[[], None]]] = field(default_factory=dict)
+    deferred: dict[Key, list[Closures]] = field(default_factory=dict)
+    parts: dict[Key, tuple[Microbatch, ...]] = field(default_factory=dict)
 
 
 class Executor:
-    """`chunks`: this rank's stages by slot. `queue`: where their backward passes put weight gradients."""
+    """Args:
+        chunks: this rank's stages by slot.
+        queue: where their backward passes put weight gradients.
+        fed_by: slot -> the slot of this rank whose output is its input; slots that other ranks feed are left out.
+    """
 
-    def __init__(self, rank: int, generation: int, chunks: Mapping[int, Chunk], queue: WeightGradients):
-        self._rank, self._generation, self._chunks, self._queue = rank, generation, chunks, queue
+    def __init__(self, rank: int, generation: int, chunks: Mapping[int, Chunk], queue: WeightGradients,
+                 fed_by: Mapping[int, int] | None = None):
+        self._rank, self._generation, self._chunks = rank, generation, chunks
+        self._fed_by = dict(fed_by or {})
+        self._feeds = {source: slot for slot, source in self._fed_by.items()}
+        self._weaver = Weaver(rank, queue)
         self._handlers = {
-            Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.BACKWARD_INPUT: self._backward_input,
-            Kind.BACKWARD_WEIGHT: self._backward_weight, Kind.PAIR: self._pair, Kind.SEND: self._send,
+            Kind.FORWARD: self._compute, Kind.BACKWARD: self._compute, Kind.BACKWARD_INPUT: self._compute,
+            Kind.BACKWARD_WEIGHT: self._compute, Kind.PAIR: self._pair, Kind.SPLIT: self._split, Kind.SEND: self._send,
             Kind.RECEIVE: self._receive, Kind.REDUCE: self._reduce,
         }
+        self._strands_of = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.BACKWARD_INPUT: self._backward,
+                            Kind.BACKWARD_WEIGHT: self._weights}
         if missing := set(Kind) - self._handlers.keys():
             raise ValueError(f"no handler for {sorted(missing)}")
 
@@ -60,40 +78,21 @@ class Executor:
         except Exception as error:
             raise ActionFailed(self._generation, program.position, action, error) from error
 
-    def _forward(self, action: Compute, work: StepWork) -> None:
-        chunk, tape = self._chunks[action.slot], work.tapes[action.slot, action.microbatch]
-        if not chunk.first:
-            with self._span(work, Lane.PIPELINE, action):
-                tape.input = work.links.take(Payload.ACTIVATION, action.slot, action.microbatch)
-        for segment in chunk.forward(tape):
-            self._segment(segment, action, work)
+    # --- actions -------------------------------------------------------------------------------------------------
 
-    def _backward(self, action: Compute, work: StepWork) -> None:
-        for segment in self._backward_segments(action, work):
-            self._segment(segment, action, work)
-            with self._span(work, Lane.COMPUTE, action):
-                self._queue.flush()
-
-    def _backward_input(self, action: Compute, work: StepWork) -> None:
-        for segment in self._backward_segments(action, work):
-            self._segment(segment, action, work)
-        work.deferred[action.slot, action.microbatch] = self._queue.take()
-
-    def _backward_weight(self, action: Compute, work: StepWork) -> None:
-        with self._span(work, Lane.COMPUTE, action):
-            for accumulate in work.deferred.pop((action.slot, action.microbatch)):
-                accumulate()
-
-    def _backward_segments(self, action: Compute, work: StepWork) -> list[Segment]:
-        chunk, tape = self._chunks[action.slot], work.tapes[action.slot, action.microbatch]
-        if not chunk.last:
-            with self._span(work, Lane.PIPELINE, action):
-                tape.output_gradient = work.links.take(Payload.GRADIENT, action.slot, action.microbatch)
-        return chunk.backward(tape)
+    def _compute(self, action: Compute, work: StepWork) -> None:
+        self._weave(self._strands_of[action.kind](action, work), (action,), work)
 
     def _pair(self, pair: Pair, work: StepWork) -> None:
-        self._forward(pair.forward, work)
-        self._backward(pair.backward, work)
+        strands = [merged(self._strands_of[compute.kind](compute, work)) for compute in pair.computes]
+        self._weave(strands, pair.computes, work)
+
+    def _split(self, split: Split, work: StepWork) -> None:
+        action = split.whole
+        if action.kind is Kind.FORWARD:
+            key = action.slot, action.microbatch
+            work.parts[key] = work.tapes[key].halves()
+        self._compute(action, work)
 
     def _send(self, transfer: Transfer, work: StepWork) -> None:
         tape = work.tapes[transfer.slot, transfer.microbatch]
@@ -108,16 +107,68 @@ class Executor:
 
     def _reduce(self, action: object, work: StepWork) -> None:
         work.links.drain()
-        with self._span(work, Lane.REDUCE, action):
-            work.reduce()
+        started = time.perf_counter()
+        work.reduce()
+        work.spans.append(Span(self._rank, Lane.REDUCE.value, str(action), started, time.perf_counter()))
 
-    def _segment(self, segment: Segment, action: Compute, work: StepWork) -> None:
-        layer = f" {segment.layer}" if segment.layer >= 0 else ""
-        with self._span(work, segment.lane, f"{action} {segment.name}{layer}"):
-            segment.run()
+    # --- compute actions as strands ------------------------------------------------------------------------------
 
-    @contextmanager
-    def _span(self, work: StepWork, lane: Lane, label: object) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        work.spans.append(Span(self._rank, lane.value, str(label), start, time.perf_counter()))
+    def _forward(self, action: Compute, work: StepWork) -> list[Strand]:
+        key = action.slot, action.microbatch
+        chunk, tape = self._chunks[action.slot], work.tapes[key]
+        if not chunk.first:
+            tape.input = self._arrived(Payload.ACTIVATION, action, work)
+        parts = work.parts.get(key, (tape,))
+        if len(parts) > 1:
+            tape.share_input(parts)
+        label = str(action)
+        return [Strand(label, chunk.forward(part)) for part in parts]
+
+    def _backward(self, action: Compute, work: StepWork) -> list[Strand]:
+        key = action.slot, action.microbatch
+        chunk, tape = self._chunks[action.slot], work.tapes[key]
+        if not chunk.last:
+            tape.output_gradient = self._arrived(Payload.GRADIENT, action, work)
+        parts = work.parts.get(key, (tape,))
+        if len(parts) > 1:
+            tape.share_output_gradient(parts)
+        label, later = str(action), None
+        if action.kind is Kind.BACKWARD_INPUT:
+            later = work.deferred[key] = []
+        return [Strand(label, chunk.backward(part), later) for part in parts]
+
+    def _weights(self, action: Compute, work: StepWork) -> list[Strand]:
+        return [weights_strand(str(action), work.deferred.pop((action.slot, action.microbatch)))]
+
+    def _weave(self, strands: Sequence[Strand], actions: Sequence[Compute], work: StepWork) -> None:
+        """Run strands, then put together what the parts of each action's microbatch have made."""
+        self._weaver.run(strands, work.spans)
+        for action in actions if work.parts else ():
+            key = action.slot, action.microbatch
+            if action.kind is Kind.FORWARD and key in work.parts:
+                work.tapes[key].join_forward(work.parts[key])
+            elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and key in work.parts:
+                work.tapes[key].join_backward(work.parts.pop(key))
+
+    # --- what a compute action works on --------------------------------------------------------------------------
+
+    def _arrived(self, payload: Payload, action: Compute, work: StepWork) -> Tensor | None:
+        """The tensor that another stage has made of this microbatch; None where it is empty.
+
+        From another rank it is waited for. From another slot of this rank it is handed over: the same microbatch has the
+        same number there. Raises ValueError: it was not made.
+        """
+        source = (self._fed_by if payload is Payload.ACTIVATION else self._feeds).get(action.slot)
+        if source is None:
+            started = time.perf_counter()
+            tensor = work.links.take(payload, action.slot, action.microbatch)
+            work.spans.append(Span(self._rank, Lane.PIPELINE.value, str(action), started, time.perf_counter()))
+            return tensor
+        maker = work.tapes[source, action.microbatch]
+        if payload is Payload.ACTIVATION:
+            tensor, maker.output = maker.output, None
+        else:
+            tensor, maker.input_gradient = maker.input_gradient, None
+        if tensor is None and maker.sequences:
+            raise ValueError(f"{action}: slot {source} of this rank has made no {payload}")
+        return tensor

@@ -46,8 +46,8 @@ class LossDivisors:
 class StepRequest:
     """One step for one rank. `microbatches` names the program; `sizes`: sequences of each (slot, microbatch) of its stream.
 
-    `tokens` int32 [n, S+1] and `valid` int32 [n] (real tokens of a row): the stream's sequences in the order of `sizes`;
-    only the ranks at the two ends of a pipeline get them.
+    `tokens` int32 [n, S+1] and `valid` int32 [n] (real tokens of a row): the stream's sequences, entrance by entrance,
+    microbatch by microbatch; only the ranks that host the first or the last stage get them.
     """
 
     step: int

@@ -74,10 +74,11 @@ class Rank:
         store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
         generation.create(store, _groups(layout, self._buckets))
         self._world = generation.group(tuple(range(layout.size)))
-        self._stage_group = generation.group(layout.holders(self._place.position))
+        self._stage_group = generation.group(layout.peers(self._place.position))
         self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
         self._chunks = self._build_chunks()
-        self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue)
+        self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue,
+                                  layout.handovers(self._place.position))
         self._programs: dict[tuple[bool, int], Program] = {}
 
     def learn(self, program: Program, training: bool) -> None:
@@ -189,7 +190,7 @@ class Rank:
 
     def _build_chunks(self) -> dict[int, Chunk]:
         config, layout, place = self._config, self._layout, self._place
-        per_stage = stage_layers(config.model, layout.pipeline, config.layout.layers_per_stage)
+        per_stage = stage_layers(config.model, layout.folding.count, config.layout.layers_per_stage)
         placed = place_experts(config.model, layout, place.replica, place.position)
         group = self._generation.group(layout.expert_group(place.replica, place.position))
         slot_of_expert = torch.empty(config.model.n_routed_experts, dtype=torch.int64, device=self._device)
@@ -199,7 +200,7 @@ class Rank:
         exact = exact_dtype(self._dtype)
         chunks, self.biases = {}, {}
         for slot, stage in enumerate(layout.stages(place.position)):
-            layers, last = per_stage[stage], stage == layout.pipeline - 1
+            layers, last = per_stage[stage], stage == layout.folding.count - 1
             moe = moe_layers(config.model, layers, last=last)
             for layer in moe:
                 self.biases[layer] = torch.zeros(config.model.n_routed_experts, dtype=exact, device=self._device)
@@ -212,15 +213,23 @@ class Rank:
         return chunks
 
     def _tapes(self, request: StepRequest, *, keep: bool) -> dict[tuple[int, int], Microbatch]:
-        tapes, at = {}, 0
-        for key, count in request.sizes.items():
-            tokens = valid = None
-            if request.tokens is not None:
-                tokens = torch.from_numpy(request.tokens[at : at + count]).to(self._device, torch.int64)
-                valid = torch.from_numpy(request.valid[at : at + count]).to(self._device, torch.int64)
-            tapes[key] = Microbatch(sequences=count, length=self._config.data.sequence_length, tokens=tokens, valid=valid,
-                                    keep=keep)
-            at += count
+        """A tape for each (slot, microbatch). The slots that one microbatch passes share its tokens."""
+        tokens = valid = None
+        if request.tokens is not None:
+            tokens, valid = (torch.from_numpy(rows).to(self._device, torch.int64) for rows in (request.tokens, request.valid))
+        entrances, starts, at = self._layout.folding.entrances, {}, 0
+        for (slot, microbatch), count in request.sizes.items():
+            if slot in entrances:
+                starts[slot, microbatch] = at
+                at += count
+        tapes = {}
+        for (slot, microbatch), count in request.sizes.items():
+            start = starts[slot if slot in entrances else entrances[0], microbatch]
+            mine = real = None
+            if self._chunks[slot].first or self._chunks[slot].last:
+                mine, real = tokens[start : start + count], valid[start : start + count]
+            tapes[slot, microbatch] = Microbatch(sequences=count, length=self._config.data.sequence_length, tokens=mine,
+                                                 valid=real, keep=keep)
         return tapes
 
     def _links(self, sizes: Mapping[tuple[int, int], int]) -> Links:
@@ -265,7 +274,7 @@ def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...]) -> list[tuple
     """Every group of a generation, in the one order in which all ranks create them."""
     lines = [layout.line(row, w) for row in range(layout.rows) for w in range(layout.width)]
     experts = [layout.expert_group(r, p) for r in range(len(layout.replicas)) for p in range(layout.pipeline)]
-    stages = [layout.holders(position) for position in range(layout.pipeline)]
+    stages = [layout.peers(position) for position in range(layout.pipeline)]
     return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from actors import checkpoint
-from actors.dealing import Batch, Dealer, programs_for
+from actors.dealing import Batch, Dealer
 from actors.messages import Apply, Assignment, LossSums, StepReport
 from actors.ranks import Pending, RankFailed, Ranks, call
 from actors.run_folder import RunFolder
@@ -25,11 +25,12 @@ from actors.storage import StorageError
 from actors.trace import trace_json
 from orchestrator import order
 from orchestrator.config import RunConfig, dump
-from orchestrator.layout import Layout
+from orchestrator.layout import Layout, Place
 from orchestrator.ledger import LedgerLine, combine, digest_text, to_json
 from orchestrator.placement import place_experts
 from orchestrator.recipe import learning_rate
 from orchestrator.schedule.spans import Figures, Span
+from orchestrator.scheduling import programs_for
 
 FORM_TIMEOUT_SECONDS = 180.0
 
@@ -95,6 +96,7 @@ class Trainer:
         self._validation: Batch | None = None
         self._change: dict[str, Any] | None = None
         self._traced: dict[int, list[Span]] = {}
+        self._traced_places: dict[int, tuple[Place, ...]] = {}
 
     def stop(self) -> None:
         """Ask the loop to save and end after the step under way."""
@@ -123,7 +125,7 @@ class Trainer:
         self._call("form", [(Assignment(self._generation, rank, self._layout, address, prefix),)
                             for rank in range(self._layout.size)], FORM_TIMEOUT_SECONDS)
         self._known.clear()
-        self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.kind,
+        self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.model_dump(mode="json"),
                         "placement": _placement_record(self._config, self._layout)}
         self._event("generation", generation=self._generation, layout=self._layout.describe(), nodes=len(self._layout.nodes))
 
@@ -215,7 +217,8 @@ class Trainer:
         self._watch("load", {layer: load for report in reports for layer, load in report.load.items()})
         if reports[0].spans:
             self._traced[step] = [span for report in reports for span in report.spans]
-            self._folder.write("trace.json", trace_json(self._traced))
+            self._traced_places[step] = self._layout.places
+            self._folder.write("trace.json", trace_json(self._traced, self._traced_places))
 
     # --- validation and checkpoints: between a committed step and the next ----------------------------------------
 
@@ -291,7 +294,7 @@ class Trainer:
     def _teach(self, microbatches: int, *, training: bool) -> None:
         """Ship each position's program the first time a number of microbatches comes up in this generation."""
         if (training, microbatches) not in self._known:
-            programs = programs_for(self._layout.pipeline, microbatches, training=training)
+            programs = programs_for(self._config, self._layout.folding, microbatches, training=training)
             self._call("learn", [(programs[place.position], training) for place in self._layout.places])
             self._known.add((training, microbatches))
 
@@ -343,5 +346,5 @@ def _placement_record(config: RunConfig, layout: Layout) -> list[Any]:
 
 def _layout_record(layout: Layout) -> dict[str, Any]:
     record = asdict(layout)
-    record["nodes"] = list(layout.nodes)
+    record |= {"pipeline": layout.pipeline, "nodes": list(layout.nodes)}
     return record

@@ -56,7 +56,7 @@ def dry_run(config: RunConfig) -> int:
     try:
         if not config.topology.virtual_nodes:
             session.connect()
-        layout = choose(session.nodes(config), config.layout, config.model)
+        layout = choose(session.nodes(config), config.layout, config.model, config.stages)
         print("\n".join(planner.describe(config, planner.plan(config, layout))))
     finally:
         if not config.topology.virtual_nodes:
@@ -66,7 +66,7 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
     """Everything between a connected Ray and the exit code."""
-    layout = choose(session.nodes(config), config.layout, config.model)
+    layout = choose(session.nodes(config), config.layout, config.model, config.stages)
     progress = Progress(config.training.steps)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
     folder = RunFolder(config.run.directory, config.run.name)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Le
+from annotated_types import Ge, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 
 from orchestrator.refusal import ConfigError, refusal
+from orchestrator.schedule.kinds import smallest_microbatches
+from orchestrator.schedule.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
+from orchestrator.settings import apply_override, read_tree
 
-_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # the last two: `!!int x`, brackets a thousand deep
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -151,8 +152,26 @@ class LayoutSection(Section):
     layers_per_stage: list[PositiveInt] | Auto = "auto"
 
 
+class CostsSection(Section):
+    """Durations of a whole position's work on one microbatch, in any unit that they share."""
+
+    forward: Real = Field(1.0, gt=0)
+    backward_input: Real = Field(1.0, gt=0)
+    backward_weight: Real = Field(1.0, gt=0)
+    dispatch: Real = Field(0.25, gt=0, description="all dispatches of one forward")
+    combine: Real = Field(0.25, gt=0, description="all combines of one forward")
+    hop: Real = Field(0.05, gt=0, description="a tensor's way from one position to another")
+
+
 class ScheduleSection(Section):
-    kind: Literal["dualpipe"] = "dualpipe"
+    kind: Literal["dualpipe", "dualpipev", "zb_h1", "zbv", "1f1b", "interleaved_1f1b", "merged_interleaved_1f1b", "gpipe",
+                  "searched"] = "dualpipe"
+    chunks: PositiveInt | Auto = Field("auto", description="stages of a position that a microbatch passes, of the "
+                                                           "interleaved kinds and searched")
+    placement: Literal["both", "v", "loop", "auto"] = Field("auto", description="how searched folds the stages")
+    most_activations: Annotated[Real, Ge(1)] | Auto = Field(
+        "auto", description="microbatches on all layers of a position that searched may keep at once")
+    costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with")
 
 
 class TopologySection(Section):
@@ -189,6 +208,19 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     telemetry: TelemetrySection = TelemetrySection()
 
+    @property
+    def stages(self) -> Stages:
+        """Where the stages live. `auto` placement: both, or a loop where both would need an even number of positions.
+
+        Raises ValueError: chunks that the placement does not take.
+        """
+        schedule, positions = self.schedule, self.layout.pipeline
+        chunks = None if schedule.chunks == "auto" else schedule.chunks
+        placement = schedule.placement
+        if placement == "auto":
+            placement = BOTH if _even_or_one(positions) else LOOP
+        return stages_of(schedule.kind, positions, chunks, placement if schedule.kind == SEARCHED else None)
+
 
 def load(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read `path` (none: all defaults), apply `key=value` overrides, validate.
@@ -196,14 +228,14 @@ def load(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     Raises ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type or range, or
     settings contradict each other.
     """
-    return parse(_read(path) if path else {}, overrides)
+    return parse(read_tree(path) if path else {}, overrides)
 
 
 def parse(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Validate a nested dictionary after applying `dotted.key=value` overrides (values are YAML). Leaves `tree` as it is."""
     tree = copy.deepcopy(tree)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -255,10 +287,10 @@ def _check_model(model: ModelConfig) -> None:
 def _check_layout(config: RunConfig) -> None:
     layout, model = config.layout, config.model
     pipeline = layout.pipeline
-    if pipeline > 1 and pipeline % 2:
-        raise ConfigError("layout.pipeline", pipeline, f"{config.schedule.kind} takes 1 or an even number")
-    if pipeline > model.num_hidden_layers:
-        raise ConfigError("layout.pipeline", pipeline, f"at most model.num_hidden_layers = {model.num_hidden_layers}")
+    _check_schedule(config.schedule, pipeline)
+    stages = config.stages.count
+    if stages > model.num_hidden_layers:
+        raise _too_many_stages(config)
     if layout.shape != "auto":
         c, k = layout.shape
         if pipeline % c:
@@ -266,61 +298,57 @@ def _check_layout(config: RunConfig) -> None:
         if layout.expert != "auto" and layout.expert % k:
             raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with k a divisor of layout.expert = {layout.expert}")
     per_stage = layout.layers_per_stage
-    if per_stage != "auto" and (len(per_stage) != pipeline or sum(per_stage) != model.num_hidden_layers):
+    if per_stage != "auto" and (len(per_stage) != stages or sum(per_stage) != model.num_hidden_layers):
         raise ConfigError("layout.layers_per_stage", per_stage,
-                          f"{pipeline} positive numbers whose sum is model.num_hidden_layers = {model.num_hidden_layers}")
+                          f"{stages} positive numbers whose sum is model.num_hidden_layers = {model.num_hidden_layers}")
     topology = config.topology
     if topology.virtual_nodes and topology.ranks_per_node == "auto":
         raise ConfigError("topology.ranks_per_node", "auto", "a number when topology.virtual_nodes is set")
 
 
-def _read(path: str) -> dict[str, Any]:
+def _check_schedule(schedule: ScheduleSection, pipeline: int) -> None:
+    """What the kind takes."""
+    kind, searched = schedule.kind, schedule.kind == SEARCHED
+    for key in ("placement", "most_activations"):
+        if getattr(schedule, key) != "auto" and not searched:
+            raise ConfigError(f"schedule.{key}", getattr(schedule, key), f"auto: {kind} leaves no choice")
+    if schedule.chunks != "auto" and not searched and chunks_of(kind):
+        raise ConfigError("schedule.chunks", schedule.chunks, f"auto: {kind} leaves no choice")
+    if searched:
+        placement = schedule.placement
+        if placement == BOTH and not _even_or_one(pipeline):
+            raise ConfigError("layout.pipeline", pipeline, "searched takes 1 or an even number with schedule.placement = both")
+        if placement == "auto" and schedule.chunks != "auto":
+            raise ConfigError("schedule.chunks", schedule.chunks, "auto, unless schedule.placement is given too")
+        if schedule.chunks != "auto":
+            _check_chunks(placement, pipeline, schedule.chunks)
+        return
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError("--config", path, f"a readable YAML file ({reason})") from None
+        smallest_microbatches(kind, pipeline, 1)
+    except ConfigError as error:
+        raise ConfigError("layout.pipeline", pipeline, error.allowed) from None
+
+
+def _check_chunks(placement: str, pipeline: int, chunks: int) -> None:
     try:
-        tree = yaml.load(text, _StrictLoader)
-    except _NO_YAML as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1}: {error.problem})" if mark else ""
-        raise ConfigError("--config", path, f"valid YAML{where}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError("--config", path, "a YAML mapping of sections")
-    return tree
+        Stages(placement, pipeline, chunks)
+    except ValueError as error:
+        raise ConfigError("schedule.chunks", chunks, str(error).partition(": ")[2]) from None
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would silently keep the last. A date is text: `run.name: 2024-05-01`."""
+def _too_many_stages(config: RunConfig) -> ConfigError:
+    pipeline, chunks, layers = config.layout.pipeline, config.stages.chunks, config.model.num_hidden_layers
+    if config.schedule.chunks != "auto" and pipeline <= layers:
+        return ConfigError("schedule.chunks", chunks, f"at most {layers // pipeline}: layout.pipeline x schedule.chunks = "
+                                                      f"{pipeline * chunks} stages, model.num_hidden_layers = {layers}")
+    if chunks > layers:
+        return ConfigError("model.num_hidden_layers", layers, f"at least {chunks}: {config.schedule.kind} has {chunks} stages on "
+                                                              "each position")
+    if chunks == 1:
+        return ConfigError("layout.pipeline", pipeline, f"at most model.num_hidden_layers = {layers}")
+    return ConfigError("layout.pipeline", pipeline, f"at most {layers // chunks}: {config.schedule.kind} has {chunks} stages on "
+                                                    f"each position, model.num_hidden_layers = {layers}")
 
-    yaml_implicit_resolvers = {first: [entry for entry in found if entry[0] != "tag:yaml.org,2002:timestamp"]
-                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    *parents, leaf = key.split(".")
-    if not separator or not all([*parents, leaf]):
-        raise ConfigError("--set", override, "dotted.key=value")
-    try:
-        value = yaml.load(text, _StrictLoader)
-    except _NO_YAML:
-        raise ConfigError(key, text, "a YAML value") from None
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise ConfigError(key, value, f"unknown key: {parent} is not a section")
-    tree[leaf] = value
+def _even_or_one(positions: int) -> bool:
+    return positions == 1 or positions % 2 == 0

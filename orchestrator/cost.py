@@ -56,8 +56,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 
 def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], in_flight: Sequence[int]) -> tuple[Memory, ...]:
-    """Estimate for each rank. `in_flight`: by position, the most microbatches whose activations are kept at once, both
-    stages together. Buffers of communication are not counted."""
+    """Estimate for each rank. `in_flight`: by position, the most microbatches whose activations are kept at once, all
+    its stages together. Buffers of communication are not counted."""
     width = BYTES[config.training.dtype]
     exact = max(4, width)
     weights, gradients, optimizer = ([0] * layout.size for _ in range(3))
@@ -78,10 +78,10 @@ def _microbatch_bytes(config: RunConfig, layout: Layout, position: int) -> int:
     """Kept activations of one microbatch in the heavier of the position's stages."""
     model, training = config.model, config.training
     tokens = training.microbatch_sequences * config.data.sequence_length
-    per_stage = stage_layers(model, layout.pipeline, config.layout.layers_per_stage)
+    per_stage = stage_layers(model, layout.folding.count, config.layout.layers_per_stage)
     heaviest = 0
     for stage in layout.stages(position):
-        last = stage == layout.pipeline - 1
+        last = stage == layout.folding.count - 1
         moe = moe_layers(model, per_stage[stage], last=last)
         dense = [n for n in per_stage[stage] if not model.is_moe(n)]
         values = sum(len(layers) * _layer_values(model, training.recompute, moe=layers is moe) for layers in (moe, dense))

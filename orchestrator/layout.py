@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from orchestrator.config import ConfigError, LayoutSection, ModelConfig
+from orchestrator.schedule.stages import BOTH, Stages
 from orchestrator.topology import Node
 
 
@@ -35,14 +36,19 @@ class Layout:
     """Ranks are numbered row by row, position by position: rank = (row * pipeline + position) * width + w.
 
     They sit on the cell of their position: node and local index are those of `cells[row][position // positions_per_node]`,
-    plus (position % positions_per_node) * width + w.
+    plus (position % positions_per_node) * width + w. `folding`: which stages a position hosts.
     """
 
-    pipeline: int
+    folding: Stages
     positions_per_node: int
     width: int
     cells: tuple[tuple[tuple[str, int], ...], ...]  # per row: (node, first local index) of each of its cells
     replicas: tuple[tuple[int, ...], ...]  # rows of each replica
+
+    @property
+    def pipeline(self) -> int:
+        """Positions of one pipeline."""
+        return self.folding.positions
 
     @property
     def rows(self) -> int:
@@ -84,16 +90,32 @@ class Layout:
         return tuple(self.cells[row][position // self.positions_per_node][0] for row in self.replicas[replica])
 
     def mirror(self, position: int) -> int:
-        """The position that hosts the same two stages."""
-        return self.pipeline - 1 - position
-
-    def holders(self, position: int) -> tuple[int, ...]:
-        """Ranks that host a position's stages: its own and its mirror's, in every row."""
-        return tuple(place.rank for place in self.places if place.position in (position, self.mirror(position)))
+        """The position that hosts the same stages: itself, unless every stage has two positions."""
+        return self.pipeline - 1 - position if self.folding.placement == BOTH else position
 
     def stages(self, position: int) -> tuple[int, ...]:
-        """Stages of a position by slot (DualPipe placement)."""
-        return (position,) if self.pipeline == 1 else (position, self.mirror(position))
+        """Stages of a position by slot."""
+        return self.folding.hosted(position)
+
+    def holders(self, stage: int) -> tuple[int, ...]:
+        """Ranks that host a stage, in every row."""
+        positions = self.folding.holders(stage)
+        return tuple(place.rank for place in self.places if place.position in positions)
+
+    def peers(self, position: int) -> tuple[int, ...]:
+        """Ranks that host the same stages as a position: its own and its mirror's, in every row."""
+        return self.holders(self.stages(position)[0])
+
+    def handovers(self, position: int) -> dict[int, int]:
+        """Slots of a position whose input is the output of another of its slots, with that slot: where a V turns round, or a
+        loop has one position."""
+        steps = (step for path in self.folding.paths for step in pairwise(path))
+        return {after: before for (origin, before), (target, after) in steps if origin == target == position}
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Positions that host the first or the last stage: those that work with tokens."""
+        return tuple(sorted({*self.folding.holders(0), *self.folding.holders(self.folding.count - 1)}))
 
     def line(self, row: int, w: int) -> tuple[int, ...]:
         """Ranks that one data stream passes, by position."""
@@ -108,34 +130,37 @@ class Layout:
                 f"{self.rows} rows on {len(self.nodes)} nodes, cells of {self.positions_per_node} positions x {self.width} ranks")
 
 
-def choose(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> Layout:
-    """The layout of these nodes. Pure.
+def choose(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, folding: Stages) -> Layout:
+    """The layout of these nodes. Pure. `folding`: of the schedule, `RunConfig.stages`.
 
     Preference: at least two nodes if there are two; then most ranks used; then whole nodes as cells; then most rows.
     Raises ConfigError naming the setting that cannot be met.
     """
-    return _best(nodes, layout, model) or _refuse(nodes, layout, model)
+    return _best(nodes, layout, model, folding) or _refuse(nodes, layout, model, folding)
 
 
-def _best(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> Layout | None:
+def _best(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, folding: Stages) -> Layout | None:
     shapes = [layout.shape] if layout.shape != "auto" else [
         (c, k) for c in range(1, layout.pipeline + 1) if layout.pipeline % c == 0
         for k in range(1, max((n.ranks for n in nodes), default=0) + 1)]
-    candidates = [found for c, k in shapes if (found := _with_shape(nodes, layout, model, c, k))]
+    candidates = [found for c, k in shapes if (found := _with_shape(nodes, layout, model, folding, c, k))]
     enough = min(2, sum(n.ranks > 0 for n in nodes))
     return max(candidates, default=None, key=lambda found: (
         len(found.nodes) >= enough, found.size, -_cells_per_node(found), found.rows, found.positions_per_node))
 
 
-def _with_shape(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, c: int, k: int) -> Layout | None:
+def _with_shape(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, folding: Stages, c: int,
+                k: int) -> Layout | None:
     cells = _cells(nodes, c * k)
     cells_per_row = layout.pipeline // c
     replicas = _replicas(len(cells) // cells_per_row, k, layout, model)
     if replicas is None:
         return None
     rows = sum(map(len, replicas))
-    grouped = tuple(_mirrors_apart(cells[r * cells_per_row : (r + 1) * cells_per_row]) for r in range(rows))
-    return Layout(layout.pipeline, c, k, grouped, replicas)
+    grouped = (tuple(cells[r * cells_per_row : (r + 1) * cells_per_row]) for r in range(rows))
+    if folding.placement == BOTH:
+        grouped = map(_mirrors_apart, grouped)
+    return Layout(folding, c, k, tuple(grouped), replicas)
 
 
 def _cells(nodes: tuple[Node, ...], size: int) -> list[tuple[str, int]]:
@@ -144,7 +169,7 @@ def _cells(nodes: tuple[Node, ...], size: int) -> list[tuple[str, int]]:
     return [(n.name, index * size) for index in range(most) for n in nodes if (index + 1) * size <= n.ranks]
 
 
-def _mirrors_apart(row: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+def _mirrors_apart(row: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
     """A row in which no cell shares a node with its mirror, unless one node has more than half of it.
 
     A row that is so already stays as it is. Else cells of one node are put together and the later half is turned round:
@@ -152,7 +177,7 @@ def _mirrors_apart(row: list[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     """
     half = len(row) // 2
     if all(a[0] != b[0] for a, b in zip(row[:half], row[::-1])):
-        return tuple(row)
+        return row
     order = {node: index for index, (node, _) in reversed(list(enumerate(row)))}
     together = sorted(row, key=lambda cell: order[cell[0]])
     return tuple(together[: len(row) - half] + together[len(row) - half :][::-1])
@@ -184,7 +209,7 @@ def _cells_per_node(layout: Layout) -> int:
     return max(used.count(node) for node in used)
 
 
-def _refuse(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) -> NoReturn:
+def _refuse(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, folding: Stages) -> NoReturn:
     """Raise the ConfigError that names the setting to change: the first pin without which there is a layout."""
     pins = {key: getattr(layout, key) for key in ("data", "expert", "shape") if getattr(layout, key) != "auto"}
     available = sum(n.ranks for n in nodes)
@@ -197,7 +222,7 @@ def _refuse(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig) 
         raise ConfigError(f"layout.{key}", getattr(layout, key), f"needs {needed} ranks (pipeline x expert x data), {has}")
     others = f"layout.pipeline = {layout.pipeline} and model.n_group = {model.n_group}"
     for key, value in pins.items():
-        if found := _best(nodes, layout.model_copy(update={key: "auto"}), model):
+        if found := _best(nodes, layout.model_copy(update={key: "auto"}), model, folding):
             raise ConfigError(f"layout.{key}", _plain(value), f"does not fit {others}, {has}; auto gives {_value(found, key)}")
     key, value = next(iter(pins.items()))
     listed = ", ".join(f"layout.{other} = {_plain(pins[other])}" for other in pins if other != key)

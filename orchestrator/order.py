@@ -211,63 +211,69 @@ def label_counts(valid: Iterable[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Deal:
-    """`held[stream][slot][microbatch]`: indices into the step's batch. `microbatches`: M, both directions together.
+    """`held[stream][entrance][microbatch]`: indices into the step's batch. `microbatches`: M, all entrances together.
 
-    Slot is the direction; microbatches number 0..M-1 in a pipeline of one position, else 0..M/2-1 within a direction.
+    A pipeline has two entrances if microbatches enter at both of its ends, else one. Microbatches number 0..M/entrances-1
+    within an entrance.
     """
 
     microbatches: int
     held: tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
 
-    def indices(self, stream: int, slot: int, microbatch: int) -> tuple[int, ...]:
-        return self.held[stream][slot][microbatch]
+    def indices(self, stream: int, entrance: int, microbatch: int) -> tuple[int, ...]:
+        return self.held[stream][entrance][microbatch]
 
-    def sizes(self, stream: int) -> dict[tuple[int, int], int]:
-        """Sequences of each (slot, microbatch) of a stream, in the order of `of_stream`."""
-        return {(slot, number): len(microbatch) for slot, microbatches in enumerate(self.held[stream])
+    def sizes(self, stream: int, slots: int | None = None) -> dict[tuple[int, int], int]:
+        """Sequences of each (slot, microbatch) of a stream, slot by slot.
+
+        With two entrances a slot is an entrance. With one, a microbatch has the same number in each of `slots` slots that it
+        passes (None: one).
+        """
+        entrances = self.held[stream]
+        passed = entrances if len(entrances) > 1 else entrances * (slots or 1)
+        return {(slot, number): len(microbatch) for slot, microbatches in enumerate(passed)
                 for number, microbatch in enumerate(microbatches)}
 
     def of_stream(self, stream: int) -> list[int]:
-        """All indices of a stream: slot by slot, microbatch by microbatch."""
-        return [index for slot in self.held[stream] for microbatch in slot for index in microbatch]
+        """All indices of a stream: entrance by entrance, microbatch by microbatch."""
+        return [index for entrance in self.held[stream] for microbatch in entrance for index in microbatch]
 
 
-def deal(count: int, *, streams: int, pipeline: int, microbatch_sequences: int,
+def deal(count: int, *, streams: int, entrances: int, microbatch_sequences: int,
          smallest_microbatches: Callable[[int], int]) -> Deal:
-    """Deal a step of `count` sequences to (stream, slot, microbatch), as evenly as whole sequences allow.
+    """Deal a step of `count` sequences to (stream, entrance, microbatch), as evenly as whole sequences allow.
 
-    Streams differ by at most one sequence, and so do directions in total. Within a direction microbatches are filled in
+    Streams differ by at most one sequence, and so do entrances in total. Within an entrance microbatches are filled in
     order, so at most one is partly filled and empty ones come last.
     Args:
         streams: (row, width) pairs of the layout, all pipelines together.
-        pipeline: positions of a pipeline; 1 has a single direction.
+        entrances: where microbatches enter a pipeline: at one end, or at both.
         smallest_microbatches: the schedule's rule: smallest legal M that is at least its argument.
-    Raises ValueError: the rule gave fewer microbatches than wanted, or an odd number to two directions.
+    Raises ValueError: the rule gave fewer microbatches than wanted, or an odd number to two entrances.
     """
-    slots = 1 if pipeline == 1 else 2
-    largest = -(-count // (streams * slots))
-    wanted = slots * max(1, -(-largest // microbatch_sequences))
+    largest = -(-count // (streams * entrances))
+    wanted = entrances * max(1, -(-largest // microbatch_sequences))
     microbatches = smallest_microbatches(wanted)
-    if microbatches < wanted or microbatches % slots:
-        raise ValueError(f"{microbatches} microbatches where {wanted} or more, a multiple of {slots}, are wanted")
-    sizes = _near_equal(count, streams, slots)
+    if microbatches < wanted or microbatches % entrances:
+        raise ValueError(f"{microbatches} microbatches where {wanted} or more, a multiple of {entrances}, are wanted")
+    sizes = _near_equal(count, streams, entrances)
     held, at = [], 0
     for stream in range(streams):
-        directions = []
-        for slot in range(slots):
-            end = at + sizes[stream][slot]
-            bounds = [min(end, at + m * microbatch_sequences) for m in range(microbatches // slots + 1)]
-            directions.append(tuple(tuple(range(low, high)) for low, high in zip(bounds, bounds[1:])))
+        of_stream = []
+        for entrance in range(entrances):
+            end = at + sizes[stream][entrance]
+            bounds = [min(end, at + m * microbatch_sequences) for m in range(microbatches // entrances + 1)]
+            of_stream.append(tuple(tuple(range(low, high)) for low, high in zip(bounds, bounds[1:])))
             at = end
-        held.append(tuple(directions))
+        held.append(tuple(of_stream))
     return Deal(microbatches, tuple(held))
 
 
-def _near_equal(count: int, streams: int, slots: int) -> list[list[int]]:
-    """Sizes [stream][slot] with sum `count`; left-over sequences go to streams in turn, to alternating directions."""
-    each, left = divmod(count, streams * slots)
-    sizes = [[each] * slots for _ in range(streams)]
+def _near_equal(count: int, streams: int, entrances: int) -> list[list[int]]:
+    """Sizes [stream][entrance] with sum `count`; left-over sequences go to streams in turn, to alternating entrances."""
+    each, left = divmod(count, streams * entrances)
+    sizes = [[each] * entrances for _ in range(streams)]
     for extra in range(left):
         turn, stream = divmod(extra, streams)
-        sizes[stream][(stream + turn) % slots] += 1
+        sizes[stream][(stream + turn) % entrances] += 1
     return sizes

@@ -76,19 +76,17 @@ def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | s
         for rank, experts in zip(layout.expert_group(replica, position), placed):
             for expert in experts:
                 expert_holders.setdefault((position, expert), []).append(rank)
-    per_stage = stage_layers(model, layout.pipeline, layers_per_stage)
-    seen: set[str] = set()
+    per_stage = stage_layers(model, layout.folding.count, layers_per_stage)
+    stages_of: dict[ParameterSpec, list[int]] = {}  # two of the embedding, with multi-token prediction
     for stage, layers in enumerate(per_stage):
-        positions = dict.fromkeys((stage, layout.mirror(stage)))
-        everyone = layout.holders(stage)
-        for spec in stage_parameters(model, layers, first=stage == 0, last=stage == layout.pipeline - 1):
-            if spec.name in seen:
-                continue
-            seen.add(spec.name)
-            if spec.expert is None:
-                yield spec, everyone
-            else:
-                yield spec, tuple(sorted(r for p in positions for r in expert_holders[p, spec.expert]))
+        for spec in stage_parameters(model, layers, first=stage == 0, last=stage == len(per_stage) - 1):
+            stages_of.setdefault(spec, []).append(stage)
+    for spec, stages in stages_of.items():
+        if spec.expert is None:
+            yield spec, tuple(sorted({rank for stage in stages for rank in layout.holders(stage)}))
+        else:
+            positions = layout.folding.holders(stages[0])
+            yield spec, tuple(sorted(r for p in positions for r in expert_holders[p, spec.expert]))
 
 
 def _extra_owners(layout: Layout, holders: tuple[int, ...], copies: int) -> tuple[int, ...]:

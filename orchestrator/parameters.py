@@ -29,12 +29,12 @@ class ParameterSpec:
         return math.prod(self.shape)
 
 
-def stage_layers(model: ModelConfig, pipeline: int, per_stage: list[int] | str = "auto") -> tuple[range, ...]:
-    """Decoder layers of each stage, contiguous. `auto`: as even as possible, the shorter stages at the end, where the
-    head and the multi-token-prediction layer add work."""
+def stage_layers(model: ModelConfig, stages: int, per_stage: list[int] | str = "auto") -> tuple[range, ...]:
+    """Decoder layers of each of `stages` stages, contiguous. `auto`: as even as possible, the shorter stages at the end,
+    where the head and the multi-token-prediction layer add work."""
     if per_stage == "auto":
-        per_stage = [(model.num_hidden_layers + pipeline - 1 - s) // pipeline for s in range(pipeline)]
-    starts = [sum(per_stage[:s]) for s in range(pipeline + 1)]
+        per_stage = [(model.num_hidden_layers + stages - 1 - s) // stages for s in range(stages)]
+    starts = [sum(per_stage[:s]) for s in range(stages + 1)]
     return tuple(range(a, b) for a, b in pairwise(starts))
 
 

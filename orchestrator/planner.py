@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from orchestrator import cost, order, ownership
+from orchestrator import cost, order, ownership, scheduling
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.schedule.check import peak_activations
-from orchestrator.schedule.dualpipe import dualpipe, smallest_microbatches
+from orchestrator.schedule.stages import SEARCHED, Stages, V
 
 _NODES_SHOWN = 16
 
@@ -30,10 +30,10 @@ class Plan:
 
 
 def plan(config: RunConfig, layout: Layout) -> Plan:
-    """Raises ValueError where the schedule cannot run."""
+    """Raises ConfigError where the schedule cannot run."""
     (first, first_empty), (last, last_empty) = (_microbatches(config, layout, step) for step in (0, config.training.steps - 1))
     buckets = ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage)
-    peaks = peak_activations(dualpipe(layout.pipeline, max(first, last)))
+    peaks = peak_activations(scheduling.schedule_of(config, layout.folding, max(first, last), training=True))
     ranks = cost.memory(config, layout, buckets, peaks)
     at_position = ([ranks[place.rank] for place in layout.places if place.position == p] for p in range(layout.pipeline))
     fullest = tuple(max(found, key=lambda memory: memory.total) for found in at_position)
@@ -43,10 +43,10 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
 
 def _microbatches(config: RunConfig, layout: Layout, step: int) -> tuple[int, int]:
     """(M, empty microbatches over all streams) of a step."""
-    dealt = order.deal(order.batch_size(config.training, step), streams=layout.streams, pipeline=layout.pipeline,
-                       microbatch_sequences=config.training.microbatch_sequences,
-                       smallest_microbatches=partial(smallest_microbatches, layout.pipeline))
-    return dealt.microbatches, sum(not part for stream in dealt.held for slot in stream for part in slot)
+    dealt = order.deal(order.batch_size(config.training, step), streams=layout.streams,
+                       entrances=len(layout.folding.paths), microbatch_sequences=config.training.microbatch_sequences,
+                       smallest_microbatches=partial(scheduling.smallest_microbatches, config, layout.folding, training=True))
+    return dealt.microbatches, sum(not part for stream in dealt.held for entrance in stream for part in entrance)
 
 
 def describe(config: RunConfig, found: Plan) -> list[str]:
@@ -63,7 +63,8 @@ def describe(config: RunConfig, found: Plan) -> list[str]:
         (f"step         {last} sequences{growth} of {config.data.sequence_length} tokens; {microbatches} microbatches of "
          f"{training.microbatch_sequences} on each of {layout.streams} streams, "
          f"{found.empty[1]} of {microbatches * layout.streams} empty"),
-        f"schedule     {config.schedule.kind}" + (" (one position: no pipeline)" if layout.pipeline == 1 else ""),
+        f"schedule     {config.schedule.kind}{_folded(config, layout.folding)}" + (
+            " (one position: no pipeline)" if layout.pipeline == 1 else ""),
         *_node_lines(layout),
         *(_memory_line(layout, position, memory) for position, memory in enumerate(found.memory)),
         _state_line(config.elastic.copies, found.fewest_owners),
@@ -82,9 +83,17 @@ def _node_lines(layout: Layout) -> list[str]:
     return lines if more <= 0 else [*lines[:_NODES_SHOWN], f"node         and {more} more"]
 
 
+def _folded(config: RunConfig, stages: Stages) -> str:
+    """What the kind and the number of positions do not say."""
+    if stages.chunks == 1:
+        return f", placement {stages.placement}" if config.schedule.kind == SEARCHED else ""
+    form = "V" if stages.placement == V else stages.placement
+    return f", {stages.count} stages, {stages.chunks} on each position in a {form}"
+
+
 def _memory_line(layout: Layout, position: int, memory: cost.Memory) -> str:
     stages = layout.stages(position)
-    named = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]}, {stages[1]}"
+    named = f"stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
     return (f"memory       position {position} ({named}): {_bytes(memory.total)} a rank = weights {_bytes(memory.weights)} + "
             f"gradients {_bytes(memory.gradients)} + optimizer {_bytes(memory.optimizer)} + activations "
             f"{_bytes(memory.activations)}, estimated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,3 +80,54 @@ class Microbatch:
             position = torch.arange(ahead, self.length + 1, device=targets.device)
             targets = targets.masked_fill(position >= self.valid.unsqueeze(1), -100)
         return torch.nn.functional.pad(targets, (0, ahead - 1), value=-100)
+
+    # --- in two parts: what the halves work on, and what becomes of it -----------------------------------------------
+
+    def halves(self) -> tuple[Microbatch, Microbatch]:
+        """Two microbatches of this one's sequences, the larger first. Always two: where this one has a single sequence, or
+        none, others of the EP group may have more, and each half takes part in their exchanges."""
+        first = -(-self.sequences // 2)
+        return self._part(0, first), self._part(first, self.sequences)
+
+    def _part(self, start: int, stop: int) -> Microbatch:
+        tokens, valid = (None if rows is None else rows[start:stop] for rows in (self.tokens, self.valid))
+        return Microbatch(sequences=stop - start, length=self.length, tokens=tokens, valid=valid, keep=self.keep)
+
+    def share_input(self, parts: Sequence[Microbatch]) -> None:
+        """Give each part its rows of the input."""
+        for part, rows in zip(parts, _shared(self.input, parts)):
+            part.input = rows
+        self.input = None
+
+    def share_output_gradient(self, parts: Sequence[Microbatch]) -> None:
+        """Give each part its rows of the output's gradient."""
+        for part, rows in zip(parts, _shared(self.output_gradient, parts)):
+            part.output_gradient = rows
+        self.output_gradient = None
+
+    def join_forward(self, parts: Sequence[Microbatch]) -> None:
+        """Take the output and the loss sums of the parts."""
+        self.output = _joined([part.output for part in parts])
+        for part in parts:
+            self.loss_sum = self.loss_sum + part.loss_sum
+            self.mtp_loss_sum = self.mtp_loss_sum + part.mtp_loss_sum
+            self.balance_loss_sum = self.balance_loss_sum + part.balance_loss_sum
+            part.output = None
+
+    def join_backward(self, parts: Sequence[Microbatch]) -> None:
+        """Take the gradient of the input of the parts."""
+        self.input_gradient = _joined([part.input_gradient for part in parts])
+
+
+def _shared(whole: Tensor | None, parts: Sequence[Microbatch]) -> Sequence[Tensor | None]:
+    """Rows of each part; None for a part without sequences."""
+    if whole is None:
+        return (None,) * len(parts)
+    rows = whole.split([part.sequences for part in parts])
+    return [found if part.sequences else None for found, part in zip(rows, parts)]
+
+
+def _joined(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """All rows there are, in order."""
+    found = [part for part in rows if part is not None]
+    return found[0] if len(found) == 1 else torch.cat(found) if found else None

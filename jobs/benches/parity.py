@@ -1,4 +1,4 @@
-"""Every layout against one plain process: the same data, the same losses, the same final parameters."""
+"""Every layout and kind of schedule against one plain process: the same data, losses and final parameters."""
 
 from __future__ import annotations
 
@@ -23,9 +23,20 @@ from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
 
 STEPS = 10
-LAYOUTS = {  # name: (pipeline, expert, data, nodes, ranks per node)
+LAYOUTS: dict[str, tuple] = {  # name: (pipeline, expert, data, nodes, ranks per node, further settings)
     "1x1x1": (1, 1, 1, 1, 1), "PP2": (2, 1, 1, 2, 1), "PP4": (4, 1, 1, 2, 2), "EP2": (1, 2, 1, 2, 1), "EP4": (1, 4, 1, 4, 1),
     "DP2": (1, 1, 2, 2, 1), "PP2xEP2": (2, 2, 1, 2, 2), "PP2xEP2xDP2": (2, 2, 2, 4, 2), "PP4xEP2": (4, 2, 1, 2, 4),
+    "dualpipev PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=dualpipev"), "dualpipev PP1": (1, 1, 1, 1, 1, "schedule.kind=dualpipev"),
+    "zb_h1 PP3": (3, 1, 1, 3, 1, "schedule.kind=zb_h1"), "zb_h1 PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=zb_h1"),
+    "zbv PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=zbv"), "zbv PP2xDP2": (2, 1, 2, 2, 2, "schedule.kind=zbv"),
+    "1f1b PP4": (4, 1, 1, 2, 2, "schedule.kind=1f1b"), "1f1b PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=1f1b"),
+    "interleaved_1f1b PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=interleaved_1f1b"),
+    "interleaved_1f1b PP1, 4 chunks": (1, 1, 1, 1, 1, "schedule.kind=interleaved_1f1b", "schedule.chunks=4"),
+    "merged_interleaved_1f1b PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=merged_interleaved_1f1b"),
+    "gpipe PP2xEP2": (2, 2, 1, 2, 2, "schedule.kind=gpipe"), "gpipe PP3": (3, 1, 1, 3, 1, "schedule.kind=gpipe"),
+    **{f"searched PP2xEP2 {placement}": (2, 2, 1, 2, 2, "schedule.kind=searched", f"schedule.placement={placement}")
+       for placement in ("both", "v")},
+    "searched PP2xEP2 loop": (2, 2, 1, 2, 2, "schedule.kind=searched", "schedule.placement=loop", "schedule.chunks=2"),
 }
 BARS = {"float64": {"loss": 1e-10, "parameters": 1e-10}, "float32": {"loss": 1e-4}}
 _TIMEOUT_SECONDS = 600.0
@@ -46,7 +57,7 @@ def compare(config: RunConfig, layouts: list[str], dtypes: list[str], steps: int
     tree["optimizer"] |= {"warmup_steps": 2}
     base = parse(tree)
     batches = batches_of_text(base, steps)
-    most = max(nodes * ranks for *_, nodes, ranks in map(LAYOUTS.get, layouts))
+    most = max(LAYOUTS[name][3] * LAYOUTS[name][4] for name in layouts)
     results: dict[str, dict] = {}
     started = time.perf_counter()
     with ProcessRanks(base, most) as ranks:
@@ -63,9 +74,9 @@ def compare(config: RunConfig, layouts: list[str], dtypes: list[str], steps: int
 
 
 def _compare(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch], expected: dict) -> dict[str, float]:
-    pipeline, expert, data, nodes, per_node = LAYOUTS[name]
-    config = parse(base.model_dump(), [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}"])
-    layout = choose(virtual_nodes(nodes, per_node), config.layout, config.model)
+    pipeline, expert, data, nodes, per_node, *further = LAYOUTS[name]
+    config = parse(base.model_dump(), [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *further])
+    layout = choose(virtual_nodes(nodes, per_node), config.layout, config.model, config.stages)
     call(ranks, "configure", [(config,)] * layout.size, _TIMEOUT_SECONDS)
     losses, loads = [], []
 

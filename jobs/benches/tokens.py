@@ -66,7 +66,7 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
     try:
         corpus.prepare(config, data)
         config = config.model_copy(update={"run": config.run.model_copy(update={"directory": folder})})
-        layout = choose(session.nodes(config), config.layout, config.model)
+        layout = choose(session.nodes(config), config.layout, config.model, config.stages)
         from actors.coordinator import Coordinator
 
         ranks = session.create_ranks(config, layout)

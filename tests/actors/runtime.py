@@ -62,7 +62,7 @@ def configured(name: str = "PP2xEP2", *overrides: str) -> tuple[RunConfig, Layou
     pipeline, expert, data, nodes, per_node = LAYOUTS[name]
     config = parse({key: dict(section) for key, section in TINY.items()},
                    [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *overrides])
-    return config, choose(virtual_nodes(nodes, per_node), config.layout, config.model)
+    return config, choose(virtual_nodes(nodes, per_node), config.layout, config.model, config.stages)
 
 
 @cache

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from runtime import LAYOUTS, configured
 
-from actors.dealing import Batch, Dealer, programs_for
+from actors.dealing import Batch, Dealer
 from actors.messages import Apply
-from orchestrator.schedule import forward_only
-from orchestrator.schedule.actions import Kind
+from orchestrator import scheduling
+from orchestrator.config import ConfigError, CostsSection, parse
+from orchestrator.schedule.actions import Compute, Kind, Schedule, Split
+from orchestrator.schedule.durations import Durations
+from orchestrator.schedule.stages import Stages
+from orchestrator.scheduling import durations_of, programs_for, smallest_microbatches
 
 LENGTH = 8
 
@@ -53,16 +57,90 @@ def test_losses_are_divided_by_counts_of_the_batch():
     assert (empty.next_token, empty.mtp) == (1, 1)  # of no label: the sum is 0
 
 
+@pytest.mark.parametrize("kind, slots", [("zbv", 2), ("dualpipev", 2), ("interleaved_1f1b", 2), ("gpipe", 1)])
+@pytest.mark.parametrize("rows", [1, 29])
+def test_with_one_entrance_all_slots_of_a_line_have_the_same_microbatches(kind, slots, rows):
+    config, layout = configured("PP2xEP2", "training.microbatch_sequences=2", f"schedule.kind={kind}")
+    requests = Dealer(config, layout).requests(batch_of(rows), None, training=True)
+    with_tokens = {place.position for place, request in zip(layout.places, requests) if request.tokens is not None}
+    assert with_tokens == ({0} if kind.endswith("v") else {0, 1})  # where a V begins, it ends
+    rows_seen = []
+    for place, request in zip(layout.places, requests):
+        assert set(request.sizes) == {(slot, m) for slot in range(slots) for m in range(request.microbatches)}
+        assert all(request.sizes[slot, m] == request.sizes[0, m] for slot, m in request.sizes)
+        assert request.sizes == requests[layout.rank_at(place.row, 0, place.width)].sizes
+        if place.position == 0:
+            assert len(request.tokens) == sum(size for (slot, _), size in request.sizes.items() if slot == 0)
+            rows_seen += list(request.tokens[:, 0] // 100)
+    assert sorted(rows_seen) == list(range(rows))
+
+
 @pytest.mark.parametrize("positions, wanted, smallest", [(1, 0, 1), (1, 3, 3), (2, 1, 2), (2, 3, 4), (4, 6, 6)])
 def test_an_evaluation_takes_few_microbatches(positions, wanted, smallest):
-    assert forward_only.smallest_microbatches(positions, wanted) == smallest
-    programs_for(positions, smallest, training=False)
+    config, stages = parse({}), Stages("both", positions)
+    assert smallest_microbatches(config, stages, wanted, training=False) == smallest
+    programs_for(config, stages, smallest, training=False)
 
 
-@pytest.mark.parametrize("pipeline, microbatches", [(1, 3), (2, 4), (4, 10)])
-def test_programs_train_each_microbatch_once_and_reduce_at_the_end(pipeline, microbatches):
-    for position, program in enumerate(programs_for(pipeline, microbatches, training=True)):
+@pytest.mark.parametrize("kind, stages, microbatches", [
+    ("dualpipe", Stages("both", 1), 3), ("dualpipe", Stages("both", 2), 4), ("dualpipe", Stages("both", 4), 10),
+    ("zbv", Stages("v", 2, 2), 3), ("dualpipev", Stages("v", 1, 2), 2), ("interleaved_1f1b", Stages("loop", 2, 2), 5),
+    ("1f1b", Stages("loop", 3), 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_programs_run_each_microbatch_once_and_reduce_at_the_end_of_training(kind, stages, microbatches, training):
+    config = parse({}, ["layout.pipeline=1", f"schedule.kind={kind}"])
+    for position, program in enumerate(programs_for(config, stages, microbatches, training=training)):
         assert (program.position, program.microbatches) == (position, microbatches)
-        assert program.actions[-1].kind is Kind.REDUCE
-        halves = [half for action in program.actions if hasattr(action, "halves") for half in action.halves]
-        assert len([half for half in halves if half.kind is Kind.FORWARD]) == microbatches
+        assert (program.actions[-1].kind is Kind.REDUCE) is training
+        computes = [compute for action in program.actions if hasattr(action, "computes") for compute in action.computes]
+        assert len([compute for compute in computes if compute.kind is Kind.FORWARD]) == microbatches * stages.chunks
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """A search that finds a schedule at once: one microbatch, its forward in two halves."""
+    asked = []
+
+    def found(stages, microbatches, durations, most_activations=None, splits=True):
+        asked.append((stages, microbatches, durations, most_activations, splits))
+        forward, backward = Compute(Kind.FORWARD, 0, 0, 0), Compute(Kind.BACKWARD, 0, 0, 0)
+        return Schedule("searched", stages, microbatches, ((Split(forward), backward),))
+
+    monkeypatch.setattr(scheduling, "searched", found)
+    scheduling._searched.cache_clear()
+    yield asked
+    scheduling._searched.cache_clear()
+
+
+def test_what_a_search_is_asked_and_that_it_is_asked_once(searched):
+    config = parse({}, ["layout.pipeline=1", "schedule.kind=searched", "schedule.placement=v", "schedule.most_activations=7",
+                        "schedule.costs={forward: 3.0, dispatch: 2.0}"])
+    stages = Stages("both", 1)
+    assert programs_for(config, stages, 1, training=True) == programs_for(config, stages, 1, training=True)
+    (asked,) = searched
+    durations = Durations(forward=3.0, backward_input=1.0, backward_weight=1.0, dispatch=2.0, combine=0.25, hop=0.05, layers=4)
+    assert asked == (stages, 1, durations, 7, True)
+
+
+def test_costs_are_of_a_whole_position():
+    found = durations_of(CostsSection(forward=3.0, hop=0.5), Stages("v", 2, 2), 4)
+    assert (found.forward, found.backward_input, found.dispatch, found.hop, found.layers) == (1.5, 0.5, 0.125, 0.5, 2)
+
+
+def test_one_sequence_cannot_be_cut_in_two(searched):
+    config = parse({}, ["layout.pipeline=1", "schedule.kind=searched", "training.microbatch_sequences=1"])
+    with pytest.raises(ConfigError) as refused:
+        programs_for(config, Stages("both", 1), 1, training=True)
+    assert searched[0][-1] is False  # nor is it asked for; this search does not listen
+    assert str(refused.value) == ("training.microbatch_sequences = 1: at least 2: the searched schedule cuts microbatches in two")
+
+
+def test_a_bound_that_no_schedule_keeps_is_refused_by_its_name(monkeypatch):
+    def refuse(*arguments, **options):
+        raise ConfigError("most_activations", 1.0, "more: no schedule keeps so few")
+
+    monkeypatch.setattr(scheduling, "searched", refuse)
+    scheduling._searched.cache_clear()
+    config = parse({}, ["layout.pipeline=1", "schedule.kind=searched", "schedule.most_activations=1"])
+    with pytest.raises(ConfigError, match="^schedule.most_activations = 1.0: more: no schedule keeps so few$"):
+        programs_for(config, Stages("both", 1), 1, training=True)

@@ -12,7 +12,7 @@ from actors.comm.links import Links
 from actors.executor import ActionFailed, Executor, StepWork
 from actors.model.chunk import Lane, Microbatch, Segment
 from actors.model.weights import WeightGradients
-from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Reduce, Transfer
+from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Reduce, Split, Transfer
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
@@ -135,10 +135,95 @@ def test_weight_gradients_wait_for_their_own_action():
     assert not bench.work.deferred
 
 
-def test_a_pair_runs_both_halves():
+def test_a_pair_alternates():
     bench = Bench()
     bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)))
     assert bench.log == [("F", 0), ("I1", 2), ("W1", 2), ("I2", 2), ("W2", 2)]
+
+
+def test_each_of_two_backwards_keeps_its_own_weight_gradients():
+    bench = Bench()
+    receives = [transfer(Kind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
+    bench.run(*receives, compute(F), compute(F, 1), Pair(compute(B, 1), compute(I)))
+    assert bench.log[2:] == [("I1", 0), ("W1", 0), ("I1", 2), ("I2", 0), ("W2", 0), ("I2", 2)]
+    bench.log.clear()
+    bench.run(compute(W))
+    assert bench.log == [("W1", 2), ("W2", 2)]
+
+
+def test_weight_gradients_fill_the_other_half_of_a_pair():
+    bench = Bench()
+    receives = [transfer(Kind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
+    bench.run(*receives, compute(F), compute(I), compute(F, 1), Pair(compute(B, 1), compute(W)))
+    assert bench.log[4:] == [("I1", 0), ("W1", 0), ("W1", 2), ("I2", 0), ("W2", 0), ("W2", 2)]
+
+
+def arriving(bench):
+    """Microbatch 0's activation and gradient arrive; returns what is to be sent of it."""
+    bench.run(transfer(Kind.RECEIVE, Payload.ACTIVATION, tag=0), transfer(Kind.RECEIVE, Payload.GRADIENT, tag=1))
+    for tag in (0, 1):
+        bench.group.posted[tag].copy_(torch.arange(24.0).view(2, 4, 3) + tag)
+    bench.group.posted |= {10: torch.zeros(2, 4, 3), 11: torch.zeros(2, 4, 3)}
+    return bench.group.posted[10], bench.group.posted[11]
+
+
+SENDS = transfer(Kind.SEND, Payload.ACTIVATION, tag=10), transfer(Kind.SEND, Payload.GRADIENT, tag=11)
+
+
+@pytest.mark.parametrize("forward", [compute(F), Split(compute(F)), Pair(compute(F), compute(F, 1))], ids=str)
+@pytest.mark.parametrize("backward", [
+    (compute(B),), (Split(compute(B)),), (compute(I), compute(W)), (Split(compute(I)), compute(W)),
+    (Pair(compute(B), compute(B, 1)),)], ids=lambda actions: ",".join(map(str, actions)))
+def test_halves_send_what_a_whole_microbatch_sends(forward, backward):
+    bench = Bench()
+    activation, gradient = arriving(bench)
+    before = () if isinstance(forward, Pair) else (compute(F, 1),)
+    bench.run(*before, forward, SENDS[0], *backward, SENDS[1])
+    rows = torch.arange(24.0).view(2, 4, 3)
+    assert torch.equal(activation, rows + 1) and torch.equal(gradient, 2 * (rows + 1))
+    assert not bench.work.parts and not bench.work.deferred
+    mine = [name for name, sequences in bench.log if sequences]
+    each = 2 if isinstance(forward, Split) else 1  # a backward has as many parts as its forward had
+    assert {name: mine.count(name) for name in mine} == dict.fromkeys(["F", "I1", "I2", "W1", "W2"], each)
+
+
+def test_halves_alternate():
+    bench = Bench()
+    arriving(bench)
+    bench.run(Split(compute(F)), compute(B))
+    assert [name for name, _ in bench.log] == ["F", "F", "I1", "W1", "I1", "W1", "I2", "W2", "I2", "W2"]
+    assert all(sequences == 1 for _, sequences in bench.log)
+
+
+@pytest.mark.parametrize("sequences, halves", [(0, [0, 0]), (1, [1, 0]), (2, [1, 1]), (3, [2, 1]), (7, [4, 3])])
+def test_there_are_always_two_halves(sequences, halves):
+    """Whatever the sizes on other ranks of the EP group: all of them run both halves, the larger first."""
+    rows = torch.arange(sequences * 5).view(sequences, 5)
+    tape = Microbatch(sequences, 4, rows, rows[:, 0], keep=False)
+    parts = tape.halves()
+    assert [part.sequences for part in parts] == halves and not any(part.keep for part in parts)
+    assert torch.equal(torch.cat([part.tokens for part in parts]), rows)
+    assert torch.equal(torch.cat([part.valid for part in parts]), rows[:, 0])
+    assert Microbatch(sequences, 4).halves()[0].tokens is None
+
+
+def test_a_slot_is_handed_what_another_slot_of_the_rank_has_made():
+    """Slots 0 and 1 are the turn of a V: nothing is sent between them."""
+    bench = Bench()
+    arriving(bench)
+    log, queue = bench.log, WeightGradients()
+    bench.executor = Executor(1, 5, {slot: Stage(log, queue) for slot in (0, 1)}, queue, {1: 0})
+    bench.tapes[1, 0] = Microbatch(2, 4, None, None, True)
+    bench.group.posted[12] = returned = torch.zeros(2, 4, 3)
+    after = Compute(F, 2, 1, 0)
+    bench.links._posted[Payload.GRADIENT, 1, 0] = bench.links._posted.pop((Payload.GRADIENT, 0, 0))
+    onward = Transfer(Kind.SEND, Payload.ACTIVATION, 2, 3, 1, 0, 12)
+    bench.run(compute(F), after, onward, Compute(B, 2, 1, 0), compute(B), SENDS[1])
+    rows = torch.arange(24.0).view(2, 4, 3)
+    assert torch.equal(returned, rows + 2) and torch.equal(bench.group.posted[11], 4 * (rows + 1))
+    assert bench.tapes[0, 0].output is None and bench.tapes[1, 0].input_gradient is None  # handed over is let go
+    with pytest.raises(ActionFailed, match="slot 0 of this rank has made no activation"):
+        bench.run(after)
 
 
 def test_empty_microbatches_send_nothing():

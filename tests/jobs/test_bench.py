@@ -12,8 +12,10 @@ from tests.cluster import REPOSITORY
 
 
 def test_layouts_train_as_one_plain_process_does():
-    """Pipeline, experts, and both; float64, against plain PyTorch with its own AdamW, clipping and bias update."""
-    found = parity.compare(load(f"{REPOSITORY}/jobs/configs/tiny.yaml"), ["1x1x1", "PP4", "EP2", "DP2", "PP2xEP2"], ["float64"], steps=4)
+    """Pipeline, experts, both, and stages in a V and in a loop; float64, against plain PyTorch with its own AdamW, clipping
+    and bias update."""
+    names = ["1x1x1", "PP4", "EP2", "DP2", "PP2xEP2", "zbv PP2xEP2", "merged_interleaved_1f1b PP2xEP2", "zb_h1 PP3"]
+    found = parity.compare(load(f"{REPOSITORY}/jobs/configs/tiny.yaml"), names, ["float64"], steps=4)
     assert found["valid"], found["results"]
     assert all(result["flipped_choices_at_least"] == 0 for result in found["results"]["float64"].values())
 

@@ -65,6 +65,20 @@ def test_a_run_leaves_what_the_contract_says(cluster, settings):
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
 
 
+def test_other_schedules_train(cluster, settings):
+    """Their curves are one, that of their validation too."""
+    found = {}
+    for kind in ("zbv", "interleaved_1f1b", "gpipe"):
+        command = settings(kind, model__num_hidden_layers=4, training__steps=3, checkpoint__every=0)
+        done = cluster.run(*command, "--set", f"schedule.kind={kind}")
+        assert done.returncode == 0, done.stderr
+        assert f"schedule     {kind}" in done.stdout and "step 3/3" in done.stdout
+        events = lines(settings.runs / kind / "events.jsonl")
+        found[kind] = [*losses(settings.runs / kind).values(), *(e["loss"] for e in events if e["event"] == "validation")]
+        assert json.loads((settings.runs / kind / "ledger.jsonl").read_text().splitlines()[0])["schedule"]["kind"] == kind
+    assert all(len(values) == 4 and values == pytest.approx(found["gpipe"], rel=1e-9) for values in found.values()), found
+
+
 def test_twice_the_same_run_is_the_same_bit_for_bit_and_resumes_bit_for_bit(cluster, settings, undisturbed):
     """The second run is stopped by SIGTERM on its way and continued by the same command."""
     command = settings("cut", **LARGE)
@@ -192,6 +206,7 @@ def test_dry_run_starts_no_actor(cluster, settings):
 
 @pytest.mark.parametrize("change, words", [
     ("layout.pipeline=3", ("layout.pipeline = 3", "even")),
+    ("schedule.kind=zbv", ("layout.pipeline = 2", "at most 1", "zbv has 2 stages on each position")),
     ("layout.data=4", ("layout.data = 4", "ranks", "cluster has 2")),
     ("model.topk_group=5", ("model.topk_group = 5", "model.n_group = 4")),
     ("training.stepz=5", ("training.stepz = 5", "unknown key")),

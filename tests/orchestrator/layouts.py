@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config import LayoutSection, ModelConfig, load
 from orchestrator.layout import Layout, choose
+from orchestrator.schedule.stages import BOTH, Stages
 from orchestrator.topology import Node
 
 DEEPSEEK_CONFIG = load(str(Path(__file__).parents[2] / "jobs" / "configs" / "deepseek_v3.yaml"))
@@ -26,9 +27,9 @@ def nodes(*ranks: int) -> tuple[Node, ...]:
     return tuple(Node(f"n{index}", count) for index, count in enumerate(ranks))
 
 
-def layout_of(ranks: tuple[int, ...], pipeline: int, model: ModelConfig, **pins) -> Layout:
-    """Raises ConfigError."""
-    return choose(nodes(*ranks), LayoutSection(pipeline=pipeline, **pins), model)
+def layout_of(ranks: tuple[int, ...], pipeline: int, model: ModelConfig, folding: Stages | None = None, **pins) -> Layout:
+    """Stages as DualPipe has them, or as told. Raises ConfigError."""
+    return choose(nodes(*ranks), LayoutSection(pipeline=pipeline, **pins), model, folding or Stages(BOTH, pipeline))
 
 
 def clusters(pipeline: int, *, even: bool = False):

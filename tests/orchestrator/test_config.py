@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config import ConfigError, RunConfig, dump, load, parse
+from orchestrator.schedule.kinds import KINDS
+from orchestrator.schedule.stages import Stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
@@ -59,7 +61,14 @@ def refused(*overrides: str) -> str:
     (["layout.layers_per_stage=[1,a]"], 'layout.layers_per_stage = [1, "a"]: a list of integers (above 0) or auto'),
     (["telemetry.trace_steps=[1,-1]"], "telemetry.trace_steps = [1, -1]: a list of integers (at least 0)"),
     (["training.dtype=fp8"], "training.dtype = fp8: one of float32, bfloat16, float64"),
-    (["schedule.kind=gpipe"], "schedule.kind = gpipe: dualpipe"),
+    (["schedule.kind=dualpipes"], ("schedule.kind = dualpipes: one of dualpipe, dualpipev, zb_h1, zbv, 1f1b, interleaved_1f1b, "
+                                   "merged_interleaved_1f1b, gpipe, searched")),
+    (["schedule.chunks=0"], "schedule.chunks = 0: an integer (above 0) or auto"),
+    (["schedule.placement=w"], "schedule.placement = w: one of both, v, loop, auto"),
+    (["schedule.most_activations=0.5"], "schedule.most_activations = 0.5: a finite number (at least 1) or auto"),
+    (["schedule.costs.hop=0"], "schedule.costs.hop = 0: a finite number (above 0)"),
+    (["schedule.costs.hops=1"], ("schedule.costs.hops = 1: unknown key; allowed here: forward, backward_input, backward_weight, "
+                                 "dispatch, combine, hop")),
     (["model.tie_word_embeddings=true"], "model.tie_word_embeddings = true: false"),
     (["training.batch_ramp=3"], "training.batch_ramp = 3: null or a section with keys start_sequences, steps"),
     (["run=[1]"], "run = [1]: a section with keys name, directory, seed"),
@@ -82,6 +91,24 @@ def refused(*overrides: str) -> str:
     (["model.first_k_dense_replace=5"], "model.first_k_dense_replace = 5: at most model.num_hidden_layers = 4"),
     (["layout.pipeline=3"], "layout.pipeline = 3: dualpipe takes 1 or an even number"),
     (["layout.pipeline=6"], "layout.pipeline = 6: at most model.num_hidden_layers = 4"),
+    (["layout.pipeline=3", "schedule.kind=searched", "schedule.placement=both"],
+     "layout.pipeline = 3: searched takes 1 or an even number with schedule.placement = both"),
+    (["layout.pipeline=4", "schedule.kind=zbv"],
+     "layout.pipeline = 4: at most 2: zbv has 2 stages on each position, model.num_hidden_layers = 4"),
+    (["layout.pipeline=1", "schedule.kind=zbv", "model.num_hidden_layers=1"],
+     "model.num_hidden_layers = 1: at least 2: zbv has 2 stages on each position"),
+    (["schedule.kind=interleaved_1f1b", "schedule.chunks=3"],
+     ("schedule.chunks = 3: at most 2: layout.pipeline x schedule.chunks = 6 stages, model.num_hidden_layers = 4")),
+    (["schedule.chunks=1"], "schedule.chunks = 1: auto: dualpipe leaves no choice"),
+    (["schedule.kind=zbv", "schedule.chunks=2"], "schedule.chunks = 2: auto: zbv leaves no choice"),
+    (["schedule.kind=searched", "schedule.chunks=2"], "schedule.chunks = 2: auto, unless schedule.placement is given too"),
+    (["schedule.kind=searched", "schedule.placement=v", "schedule.chunks=3"],
+     "schedule.chunks = 3: an even number with placement v"),
+    (["schedule.kind=searched", "schedule.placement=both", "schedule.chunks=2"], "schedule.chunks = 2: 1 with placement both"),
+    (["schedule.placement=v"], "schedule.placement = v: auto: dualpipe leaves no choice"),
+    (["schedule.kind=zbv", "schedule.most_activations=4"], "schedule.most_activations = 4.0: auto: zbv leaves no choice"),
+    (["schedule.kind=zbv", "layout.layers_per_stage=[2,2]"],
+     "layout.layers_per_stage = [2, 2]: 4 positive numbers whose sum is model.num_hidden_layers = 4"),
     (["layout.pipeline=4", "layout.shape=[3,1]"], "layout.shape = [3, 1]: [c, k] with c a divisor of layout.pipeline = 4"),
     (["layout.expert=4", "layout.shape=[1,3]"], "layout.shape = [1, 3]: [c, k] with k a divisor of layout.expert = 4"),
     (["layout.layers_per_stage=[4]"],
@@ -96,6 +123,25 @@ def refused(*overrides: str) -> str:
 ])
 def test_refusal(overrides, line):
     assert refused(*overrides) == line
+
+
+@pytest.mark.parametrize("overrides, stages", [
+    ([], Stages("both", 2)), (["layout.pipeline=1"], Stages("both", 1)), (["schedule.kind=zbv"], Stages("v", 2, 2)),
+    (["schedule.kind=dualpipev", "layout.pipeline=1"], Stages("v", 1, 2)),
+    (["schedule.kind=1f1b", "layout.pipeline=3"], Stages("loop", 3)),
+    (["schedule.kind=interleaved_1f1b"], Stages("loop", 2, 2)),
+    (["schedule.kind=merged_interleaved_1f1b", "schedule.chunks=4", "layout.pipeline=1"], Stages("loop", 1, 4)),
+    (["schedule.kind=searched"], Stages("both", 2)), (["schedule.kind=searched", "layout.pipeline=3"], Stages("loop", 3)),
+    (["schedule.kind=searched", "schedule.placement=v"], Stages("v", 2, 2)),
+    (["schedule.kind=searched", "schedule.placement=v", "schedule.chunks=4", "layout.pipeline=1"], Stages("v", 1, 4)),
+    (["schedule.kind=searched", "schedule.placement=loop", "schedule.chunks=2"], Stages("loop", 2, 2))])
+def test_where_the_stages_of_a_kind_live(overrides, stages):
+    assert parse({}, overrides).stages == stages
+
+
+def test_all_kinds_can_be_configured():
+    for kind in (*KINDS, "searched"):
+        assert parse({}, [f"schedule.kind={kind}"]).schedule.kind == kind
 
 
 def test_a_misspelt_key_is_named_rather_than_the_missing_one():
@@ -123,7 +169,7 @@ def test_any_value_is_taken_or_refused_in_one_line_that_names_its_key(place, val
     except ConfigError as error:
         line = str(error)
         assert line.isprintable() and len(line) < 700 and "input should" not in line.lower()
-        assert error.allowed and (error.key.startswith(f"{section}.") or error.key.startswith("model."))
+        assert error.allowed and (error.key.startswith(f"{section}.") or error.key.startswith(("model.", "layout.")))
 
 
 @pytest.mark.parametrize("text, value", [
@@ -164,7 +210,8 @@ def test_there_are_three_of_them():
 @pytest.mark.parametrize("overrides", [
     [], ["layout.shape=[1, 2]", "layout.expert=4"], ["training.batch_ramp={start_sequences: 8, steps: 3}"],
     ["model.rope_scaling={factor: 40, original_max_position_embeddings: 4096}", "model.q_lora_rank=null"],
-    ["optimizer.learning_rate=1e-3", "optimizer.epsilon=1e-20", "run.name=1e5", "layout.layers_per_stage=[3,1]"]])
+    ["optimizer.learning_rate=1e-3", "optimizer.epsilon=1e-20", "run.name=1e5", "layout.layers_per_stage=[3,1]"],
+    ["schedule.kind=searched", "schedule.placement=v", "schedule.most_activations=3", "schedule.costs.hop=1e-2"]])
 def test_a_dumped_configuration_reads_back_the_same(overrides):
     config = parse({}, overrides)
     assert parse(yaml.safe_load(dump(config))) == config

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.config import ConfigError
 from orchestrator.layout import Layout
 from orchestrator.placement import place_experts
+from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, DEEPSEEK_CONFIG, clusters, layout_of, small_model
 
 MODEL = small_model(num_hidden_layers=8)
@@ -153,3 +154,44 @@ def test_rows_beyond_the_expert_groups_of_one_replica_stay_out(count):
     layout = layout_of((1,) * count, 1, MODEL, data=1)
     assert layout.rows == min(count, MODEL.n_group)
     assert all(place_experts(MODEL, layout, 0, 0))
+
+
+FOLDINGS = [Stages(BOTH, 1), Stages(BOTH, 2), Stages(BOTH, 4), Stages(V, 1, 2), Stages(V, 2, 2), Stages(V, 2, 4), Stages(V, 3, 2),
+            Stages(LOOP, 1, 3), Stages(LOOP, 2), Stages(LOOP, 3), Stages(LOOP, 2, 3)]
+
+
+@pytest.mark.parametrize("folding", FOLDINGS, ids=str)
+def test_where_stages_are(folding):
+    """Told by walking the paths of microbatches, place by place."""
+    pipeline = folding.positions
+    layout = layout_of((pipeline,) * 2, pipeline, MODEL, folding)
+    hosted = {position: set() for position in range(pipeline)}
+    for path in folding.paths:
+        for stage, (position, slot) in enumerate(path):
+            assert layout.stages(position)[slot] == stage
+            hosted[position].add(stage)
+    for position, stages in hosted.items():
+        assert set(layout.stages(position)) == stages
+        peers = {place.rank for place in layout.places if hosted[place.position] == stages}
+        assert set(layout.peers(position)) == peers and all(set(layout.holders(stage)) == peers for stage in stages)
+        assert hosted[layout.mirror(position)] == stages
+    assert set(layout.ends) == {position for position, stages in hosted.items() if stages & {0, folding.count - 1}}
+
+
+@pytest.mark.parametrize("folding, handovers", [
+    (Stages(BOTH, 2), [{}, {}]), (Stages(BOTH, 1), [{}]), (Stages(LOOP, 2, 2), [{}, {}]), (Stages(LOOP, 1, 3), [{1: 0, 2: 1}]),
+    (Stages(V, 2, 2), [{}, {1: 0}]), (Stages(V, 3, 2), [{}, {}, {1: 0}]), (Stages(V, 2, 4), [{2: 1}, {1: 0, 3: 2}]),
+    (Stages(V, 1, 2), [{1: 0}])])
+def test_where_a_slot_feeds_another_of_its_rank(folding, handovers):
+    layout = layout_of((folding.positions,) * 2, folding.positions, MODEL, folding)
+    assert [layout.handovers(position) for position in range(folding.positions)] == handovers
+
+
+@pytest.mark.parametrize("folding", [Stages(V, 4, 2), Stages(LOOP, 4)], ids=str)
+def test_without_mirrors_cells_and_experts_stay_in_order(folding):
+    """A row whose first and last cell share a node: with mirrors it is put otherwise, without it need not."""
+    rows = {placed: layout_of((2, 1, 1), 4, MODEL, placed, shape=(1, 1)).cells[0] for placed in (folding, Stages(BOTH, 4))}
+    names = {placed: [node for node, _ in row] for placed, row in rows.items()}
+    assert names[folding] == ["n0", "n1", "n2", "n0"] != names[Stages(BOTH, 4)]
+    layout = layout_of((4, 4), 4, MODEL, folding, data=1)
+    assert len({place_experts(MODEL, layout, 0, position) for position in range(4)}) == 1

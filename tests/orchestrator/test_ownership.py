@@ -14,6 +14,7 @@ from orchestrator.layout import Layout
 from orchestrator.ownership import Bucket, buckets
 from orchestrator.parameters import ParameterSpec, stage_layers, stage_parameters
 from orchestrator.placement import place_experts
+from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 
 MODEL = small_model()
@@ -21,10 +22,10 @@ MODEL = small_model()
 
 def needed_by(model: ModelConfig, layout: Layout, rank: int) -> set[str]:
     """Weights that the stages of a rank use, with its own share of the experts."""
-    place, per_stage = layout.places[rank], stage_layers(model, layout.pipeline)
+    place, per_stage = layout.places[rank], stage_layers(model, layout.folding.count)
     mine = place_experts(model, layout, place.replica, place.position)[place.expert_rank]
     return {spec.name for stage in layout.stages(place.position)
-            for spec in stage_parameters(model, per_stage[stage], first=stage == 0, last=stage == layout.pipeline - 1)
+            for spec in stage_parameters(model, per_stage[stage], first=stage == 0, last=stage == layout.folding.count - 1)
             if spec.expert is None or spec.expert in mine}
 
 
@@ -120,12 +121,39 @@ def test_ranks_that_only_own_share_the_load():
             assert bucket.owners == ((holder, (holder + 2) % 6),)
 
 
-@pytest.mark.parametrize("pipeline", [1, 2, 4])
-def test_embedding_is_one_weight_of_first_and_last_stage(pipeline):
-    layout = layout_of((pipeline,) * 2, pipeline, MODEL)
+@pytest.mark.parametrize("folding, ends", [
+    (Stages(BOTH, 1), [0]), (Stages(BOTH, 2), [0, 1]), (Stages(BOTH, 4), [0, 3]),
+    (Stages(LOOP, 2), [0, 1]), (Stages(LOOP, 3), [0, 2]), (Stages(LOOP, 2, 2), [0, 1]), (Stages(V, 2, 2), [0]),
+    (Stages(V, 1, 4), [0])])
+def test_embedding_is_one_weight_of_first_and_last_stage(folding, ends):
+    """Where these are on two ranks, both hold it; one bucket, so one reduction sums its gradients."""
+    layout = layout_of((folding.positions,) * 2, folding.positions, MODEL, folding)
     holding = [bucket for bucket in buckets(MODEL, layout, 1) if "model.embed_tokens.weight" in {s.name for s in bucket.specs}]
-    ends = tuple(place.rank for place in layout.places if place.position in (0, pipeline - 1))
-    assert [bucket.holders for bucket in holding] == [ends]
+    assert [bucket.holders for bucket in holding] == [tuple(place.rank for place in layout.places if place.position in ends)]
+    assert list(layout.ends) == ends
+
+
+@pytest.mark.parametrize("folding", [
+    Stages(V, 2, 2), Stages(LOOP, 2), Stages(LOOP, 3), Stages(LOOP, 2, 2), Stages(V, 1, 2)], ids=str)
+def test_a_stage_in_one_position_still_has_owners_on_two_nodes(folding):
+    """Nothing is mirrored: further owners come from other replicas, or only own."""
+    for count, each, copies in product(range(1, 7), range(1, 4), (0, 1, 2)):
+        if count * each >= folding.positions:
+            check(MODEL, layout_of((each,) * count, folding.positions, MODEL, folding), copies)
+
+
+@given(st.sampled_from([Stages(V, 2, 2), Stages(LOOP, 4), Stages(LOOP, 3), Stages(LOOP, 1, 4)]), st.sampled_from([1, 2]),
+       st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_cluster_without_mirrors(folding, copies, data):
+    check(MODEL, layout_of(data.draw(clusters(folding.positions)), folding.positions, MODEL, folding), copies)
+
+
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_without_multi_token_prediction_only_the_first_stage_holds_the_embedding(mtp):
+    layout = layout_of((1,) * 3, 3, MODEL, Stages(LOOP, 3))
+    holders = {s.name: b.holders for b in buckets(small_model(num_nextn_predict_layers=mtp), layout, 1) for s in b.specs}
+    assert holders["model.embed_tokens.weight"] == ((0, 2) if mtp else (0,)) and holders["lm_head.weight"] == (2,)
 
 
 def test_gate_and_up_projections_stand_side_by_side():

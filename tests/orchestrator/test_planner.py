@@ -14,10 +14,10 @@ from tests.orchestrator.layouts import DEEPSEEK_CONFIG, layout_of, small_model
 MODEL = small_model()
 
 
-def planned(ranks, pipeline, **training):
-    config = parse({"model": MODEL.model_dump(), "layout": {"pipeline": pipeline},
+def planned(ranks, pipeline, schedule=None, **training):
+    config = parse({"model": MODEL.model_dump(), "layout": {"pipeline": pipeline}, "schedule": schedule or {},
                     "training": {"batch_sequences": 32} | training})
-    return config, planner.plan(config, layout_of(ranks, pipeline, MODEL))
+    return config, planner.plan(config, layout_of(ranks, pipeline, MODEL, config.stages))
 
 
 def test_deepseeks_own():
@@ -75,6 +75,32 @@ def test_one_position():
     lines = planner.describe(config, found)
     assert "schedule     dualpipe (one position: no pipeline)" in lines
     assert any(line.startswith("memory       position 0 (stage 0): ") for line in lines)
+
+
+@pytest.mark.parametrize("pipeline, schedule, line, stages, peaks", [
+    (3, {"kind": "gpipe"}, "schedule     gpipe", ["stage 0", "stage 1", "stage 2"], [6, 6, 6]),
+    (3, {"kind": "1f1b"}, "schedule     1f1b", ["stage 0", "stage 1", "stage 2"], [3, 2, 1]),
+    (2, {"kind": "zbv"}, "schedule     zbv, 4 stages, 2 on each position in a V", ["stages 0, 3", "stages 1, 2"], [4, 4]),
+    (2, {"kind": "interleaved_1f1b"}, "schedule     interleaved_1f1b, 4 stages, 2 on each position in a loop",
+     ["stages 0, 2", "stages 1, 3"], [5, 3]),
+    (1, {"kind": "dualpipev"}, "schedule     dualpipev, 2 stages, 2 on each position in a V (one position: no pipeline)",
+     ["stages 0, 1"], [3])])
+def test_other_kinds(pipeline, schedule, line, stages, peaks):
+    """One row, 6 microbatches; peaks are those that the kinds promise."""
+    config, found = planned((1,) * pipeline, pipeline, schedule, batch_sequences=24)
+    assert found.microbatches == (6, 6) and found.empty == (0, 0)
+    lines = planner.describe(config, found)
+    assert line in lines
+    told = [text.split("(")[1].split(")")[0] for text in lines if text.startswith("memory ")]
+    assert told == stages
+    ranks = cost.memory(config, found.layout, buckets(MODEL, found.layout, 1), [1] * pipeline)
+    of_one = [ranks[position].activations for position in range(pipeline)]
+    assert [memory.activations for memory in found.memory] == [peak * one for peak, one in zip(peaks, of_one)]
+
+
+def test_a_search_tells_which_placement_it_is_for():
+    config, found = planned((1, 1), 2, {"kind": "searched"}, batch_sequences=8)
+    assert "schedule     searched, placement both" in planner.describe(config, found)
 
 
 def test_memory_is_of_the_fullest_rank():

@@ -1,0 +1,63 @@
+"""The schedule of a run: which one its configuration names, for a step of so many microbatches, and its programs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from orchestrator.config import ConfigError, CostsSection, RunConfig
+from orchestrator.schedule import forward_only, kinds
+from orchestrator.schedule.actions import Program, Schedule, Split
+from orchestrator.schedule.check import check
+from orchestrator.schedule.durations import Durations, per_chunk
+from orchestrator.schedule.lower import lower
+from orchestrator.schedule.search import searched
+from orchestrator.schedule.stages import SEARCHED, Stages
+
+
+def smallest_microbatches(config: RunConfig, stages: Stages, wanted: int, *, training: bool) -> int:
+    """The smallest number of microbatches of a step, all entrances together, that is legal and at least `wanted`."""
+    if not training or config.schedule.kind == SEARCHED:
+        return forward_only.smallest_microbatches(stages, wanted)
+    return kinds.smallest_microbatches(config.schedule.kind, stages.positions, wanted, _chunks(config))
+
+
+def schedule_of(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> Schedule:
+    """Raises ConfigError: the kind does not take these numbers, or it cuts microbatches in two and they have one sequence."""
+    if not training:
+        return forward_only.forward_only(stages, microbatches)
+    section = config.schedule
+    if section.kind != SEARCHED:
+        return kinds.generate(section.kind, stages.positions, microbatches, _chunks(config))
+    bound = None if section.most_activations == "auto" else section.most_activations
+    layers, halves = max(1, config.model.num_hidden_layers // stages.positions), config.training.microbatch_sequences > 1
+    try:
+        found = _searched(stages, microbatches, section.costs, layers, bound, halves)
+    except ConfigError as error:
+        key = f"schedule.{error.key}" if error.key in type(section).model_fields else error.key
+        raise ConfigError(key, error.value, error.allowed) from None
+    if not halves and any(isinstance(action, Split) for row in found.rows for action in row):
+        raise ConfigError("training.microbatch_sequences", 1, "at least 2: the searched schedule cuts microbatches in two")
+    return found
+
+
+def programs_for(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> tuple[Program, ...]:
+    """Checked programs, one per position. Raises ConfigError; ScheduleError."""
+    schedule = schedule_of(config, stages, microbatches, training=training)
+    programs = lower(schedule)
+    check(schedule, programs)
+    return programs
+
+
+def durations_of(costs: CostsSection, stages: Stages, layers: int) -> Durations:
+    """Durations of each stage. `layers`: of a whole position."""
+    return per_chunk(Durations(**costs.model_dump(), layers=layers), stages)
+
+
+@cache
+def _searched(stages: Stages, microbatches: int, costs: CostsSection, layers: int, bound: float | None, halves: bool) -> Schedule:
+    """A search takes seconds: once for each number of microbatches. `halves`: there are sequences enough to cut in two."""
+    return searched(stages, microbatches, durations_of(costs, stages, layers), most_activations=bound, splits=halves)
+
+
+def _chunks(config: RunConfig) -> int | None:
+    return None if config.schedule.chunks == "auto" else config.schedule.chunks
