@@ -21,6 +21,7 @@ from actors.comm.exchange import ExpertExchange
 from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation
 from actors.comm.links import Links
 from actors.executor import Executor, StepWork
+from actors.host import settle
 from actors.messages import Apply, Assignment, LossDivisors, LossSums, SavedPiece, StepReport, StepRequest
 from actors.model.chunk import Chunk, LossScales, Microbatch
 from actors.model.weights import WeightGradients, exact_dtype
@@ -48,7 +49,7 @@ class Rank:
         self._store: tuple[tuple[str, int], dist.Store] | None = None
         self._abort_lock = threading.Lock()
         if self._device.type == "cpu":
-            torch.set_num_threads(1)
+            settle()
             self._cores = sorted(os.sched_getaffinity(0))
 
     def configure(self, config: RunConfig) -> None:

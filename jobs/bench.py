@@ -1,7 +1,8 @@
 """`python -m jobs.bench NAME --json`: measure one thing against a peer or a bound in the same run.
 
 One JSON object is the last line of standard output; logs go to standard error. A bench whose bar is missed or whose
-validity check fails says so in the object (`valid`: false) and exits 1.
+validity check fails says so in the object (`valid`: false) and exits 1. A bench may have settings of its own, a pydantic
+`Settings` that `--option KEY=VALUE` fills; the run configuration (`--config`, `--set`) is every bench's.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ import json
 import os
 import platform
 import sys
+from types import ModuleType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
 
 from jobs import cli
+from orchestrator.refusal import ConfigError, refusal
 
 BENCHES = {
     "parity": "losses and parameters of every layout against one plain process",
+    "schedule": "step time of every schedule against its simulation and torch.distributed.pipelining",
     "tokens": "tokens a second of the whole system against plain PyTorch on the same cores",
 }
 DEFAULT_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "tiny.yaml")
@@ -27,17 +35,42 @@ def main() -> int:
     parser.add_argument("name", choices=sorted(BENCHES))
     cli.arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the last line)")
+    parser.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], dest="options",
+                        help="one of the bench's own settings; repeatable")
+    parser.add_argument("--trace", metavar="FILE", help="write what was measured as a trace for Perfetto, if the bench has one")
     parser.set_defaults(config=DEFAULT_CONFIG)
     options = parser.parse_args()
     config = cli.configuration(options)
     os.environ["OMP_NUM_THREADS"] = "1"
     bench = importlib.import_module(f"jobs.benches.{options.name}")
-    result = {"bench": options.name, **bench.run(config), "machine": _machine()}
+    settings = _settings(options.name, bench, options.options, options.trace)
+    result = {"bench": options.name, **bench.run(config, *settings), "machine": _machine()}
     if options.json:
         print(json.dumps(result))
     else:
         print(json.dumps(result, indent=2))
     return cli.DONE if result.get("valid", True) else cli.FAILED
+
+
+def _settings(name: str, bench: ModuleType, given: list[str], trace: str | None) -> tuple[Any, ...]:
+    """The bench's own settings, if it has any, filled with `given`. Raises ConfigError."""
+    own, tree = getattr(bench, "Settings", None), {} if trace is None else {"trace": trace}
+    if own is None and (given or trace is not None):
+        raise ConfigError("--option" if given else "--trace", given[0] if given else trace, f"nothing: {name} has no options")
+    for text in given:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise ConfigError("--option", text, "KEY=VALUE")
+        try:
+            tree[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(key, value, "a YAML value") from None
+    if own is None:
+        return ()
+    try:
+        return (own.model_validate(tree),)
+    except ValidationError as error:
+        raise refusal(error, own, tree) from None
 
 
 def _machine() -> dict[str, object]:

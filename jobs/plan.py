@@ -180,7 +180,10 @@ def _stages(options: argparse.Namespace, config: RunConfig) -> Stages:
 def _schedule(options: argparse.Namespace, config: RunConfig, stages: Stages, microbatches: int, costs: Durations) -> Schedule:
     kind = _kind(options, config)
     if kind == SEARCHED:
-        return searched(stages, microbatches, costs, most_activations=_choice(options, config, "most_activations"))
+        found = searched(stages, microbatches, costs, most_activations=_choice(options, config, "most_activations"))
+        print(f"{SEARCHED}: makespan {found.makespan:.6g}, {100 * found.distance:.1f} % above {found.lower_bound:.6g}, which no "
+              f"schedule of this placement and memory is below", file=sys.stderr)
+        return found.schedule
     return generate(kind, stages.positions, microbatches, _choice(options, config, "chunks"))
 
 

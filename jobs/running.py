@@ -52,6 +52,7 @@ class RunActors:
 
     def __init__(self, config: RunConfig, layout: Layout, ranks: list[Any], data: str):
         import ray
+
         from actors.coordinator import Coordinator
 
         self._ray, self._config, self._layout, self._ranks = ray, config, layout, ranks

@@ -115,9 +115,9 @@ def nodes(config: RunConfig) -> tuple[Node, ...]:
 
 def create_ranks(config: RunConfig, layout: Layout) -> list[Any]:
     """One StageActor per rank, in rank order, on the node that the layout says. The caller owns them."""
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    import ray
     from actors.stage_actor import StageActor
 
     kind = rank_kind(node["Resources"] for node in ray.nodes() if node["Alive"])

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy
 
-from actors import documents, packing, storage, tokenizer as tokenizers
+from actors import documents, packing, storage
+from actors import tokenizer as tokenizers
 from actors.dataset import FORMAT, MANIFEST, Dataset, DatasetError
 from actors.documents import Source
 from actors.packing import Packer, SplitProgress

@@ -56,7 +56,7 @@ def durations_of(costs: CostsSection, stages: Stages, layers: int) -> Durations:
 @cache
 def _searched(stages: Stages, microbatches: int, costs: CostsSection, layers: int, bound: float | None, halves: bool) -> Schedule:
     """A search takes seconds: once for each number of microbatches. `halves`: there are sequences enough to cut in two."""
-    return searched(stages, microbatches, durations_of(costs, stages, layers), most_activations=bound, splits=halves)
+    return searched(stages, microbatches, durations_of(costs, stages, layers), most_activations=bound, splits=halves).schedule
 
 
 def _chunks(config: RunConfig) -> int | None:

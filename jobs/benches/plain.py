@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from actors.dealing import Batch
+from actors.host import settle
 from actors.messages import LossDivisors
 from actors.model.plain import PlainModel
 from actors.rank import DTYPES
@@ -59,7 +60,7 @@ class PlainTraining:
 
 def reference(config: RunConfig, batches: list[Batch]) -> dict:
     """Train in this process: losses by step, final parameters and biases by name, loads by step and layer."""
-    torch.set_num_threads(1)
+    settle()
     training, losses, loads = PlainTraining(config), [], []
     for step, batch in enumerate(batches):
         losses.append(training.accumulate(batch, batch.divisors))
@@ -75,7 +76,7 @@ def data_parallel(config: RunConfig, batches: list[Batch], rank: int, size: int,
     Gradients are summed in one flat all-reduce, which is what DistributedDataParallel does with one bucket. Each process
     stays on a core of its own, as our ranks do.
     """
-    torch.set_num_threads(1)
+    settle()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -127,7 +128,10 @@ def test_the_configuration_speaks_for_its_own_kind_only(capsys):
 def test_searched(capsys):
     words = ["schedule", "--kind", "searched", "--ranks", "2", "--microbatches", "4", "--format", "json"]
     assert run(lambda: main([*words, "--placement", "v", "--most-activations", "2"])) == 0
-    data = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    data, bound = json.loads(shown.out), re.fullmatch(r"searched: makespan (\S+), (\S+) % above (\S+), which .*\n", shown.err)
+    assert float(bound[1]) == pytest.approx(data["makespan"], rel=1e-5)
+    assert float(bound[2]) == pytest.approx(100 * (float(bound[1]) / float(bound[3]) - 1), abs=0.06)
     assert (data["placement"], data["chunks"], data["microbatches"]) == ("v", 2, 4) and data["relative_activations"] <= 2
     assert any(data["exchange"])                                    # of `schedule.costs`, where a run has it from
 

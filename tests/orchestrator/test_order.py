@@ -3,11 +3,21 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestrator.config import BatchRamp, TrainingSection
-from orchestrator.order import (Permutation, Shape, batch_size, deal, first_position, label_counts, sequences_of,
-                                window_at, windows_of)
+from orchestrator.order import (
+    Permutation,
+    Shape,
+    batch_size,
+    deal,
+    first_position,
+    label_counts,
+    sequences_of,
+    window_at,
+    windows_of,
+)
 
 small = settings(max_examples=60, deadline=None)
 shapes = st.builds(Shape, st.integers(1, 150), st.integers(1, 9))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from orchestrator.schedule.search.problem import BEFORE, B, F, Move, Problem, Rows, W
 
-
 _NEVER, _TINY = float("inf"), 1e-9
 
 

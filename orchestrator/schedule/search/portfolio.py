@@ -16,8 +16,8 @@ from orchestrator.schedule.kinds import KINDS, generate
 from orchestrator.schedule.search.anneal import Cooling, anneal, mirrored
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
-from orchestrator.schedule.search.problem import NEVER, Move, Problem, Rows, W
-from orchestrator.schedule.stages import BOTH, LOOP, V, Stages, stages_of
+from orchestrator.schedule.search.problem import Move, Problem, Rows, W
+from orchestrator.schedule.stages import BOTH, LOOP, Stages, V, stages_of
 
 EFFORT = 36_000_000
 """Actions evaluated, about: some seconds of one core."""
@@ -86,10 +86,10 @@ def options_for(positions: int, microbatches: int, layers: int, most_activations
 
 
 def searched(stages: Stages, microbatches: int, durations: Durations, most_activations: float | None = None, *,
-             splits: bool = True, effort: int = EFFORT) -> Schedule:
-    """The schedule found for one placement; `durations` by its stages. Raises ConfigError: too few activations."""
+             splits: bool = True, effort: int = EFFORT) -> Found:
+    """The shortest schedule found for one placement; `durations` by its stages. Raises ConfigError: too few activations."""
     kept = stages.positions + 1 if most_activations is None else most_activations
-    return _search([Problem(stages, microbatches, durations, kept, splits=splits)], effort).schedule
+    return _search([Problem(stages, microbatches, durations, kept, splits=splits)], effort)
 
 
 def search(microbatches: int, durations: Durations, options: Options, *, effort: int = EFFORT) -> Found:
@@ -156,10 +156,13 @@ def _split(problem: Problem, position: int, move: Move) -> Move:
 
 
 def _built(problem: Problem) -> Iterator[_Start]:
-    for chosen in rules(problem):
-        rows = build(problem, chosen)
-        makespan = problem.makespan(rows) if rows else NEVER
-        if makespan < NEVER:
-            yield _Start(makespan, problem, rows, None)
-        if rows and problem.stages.placement == BOTH and (twin := mirrored(problem, rows)):
-            yield _Start(problem.makespan(twin), problem, twin, None)
+    """By list scheduling, with all the activations allowed and with DualPipe's: more of them do not always help its rules."""
+    usual = problem.stages.positions + 1
+    for most in dict.fromkeys((problem.limit / problem.stages.chunks, min(usual, problem.limit / problem.stages.chunks))):
+        tighter = problem.within(most)
+        for chosen in rules(tighter):
+            if (rows := build(tighter, chosen)) is None:
+                continue
+            yield _Start(problem.makespan(rows), problem, rows, None)
+            if problem.stages.placement == BOTH and (twin := mirrored(problem, rows)):
+                yield _Start(problem.makespan(twin), problem, twin, None)

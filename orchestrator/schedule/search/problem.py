@@ -6,6 +6,7 @@ in a tenth of a millisecond. Tests hold the two together.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,13 +48,18 @@ class Problem:
         self.stages, self.microbatches, self.durations, self.splits = stages, microbatches, durations, splits
         self.positions, self.slots, self.count = stages.positions, stages.slots, stages.count
         self.each = microbatches // len(stages.paths)  # microbatches of an entrance
-        self.limit = min(int(most_activations * stages.chunks + 1e-9), self.each * stages.slots)
         self.stage_at = [stages.hosted(position) for position in range(stages.positions)]
         self._entrance = {slot: entrance for entrance, path in enumerate(stages.paths) for _, slot in path}
         self.tensors = 2 * self.count * microbatches
         self.unit = self._forward_of_a_rank()
         self._moves: list[dict[tuple, Move]] = [{} for _ in range(stages.positions)]
-        self._works: dict[tuple, Work] = {}
+        self.limit = self.within(most_activations).limit
+
+    def within(self, most_activations: float) -> Problem:
+        """The same problem, with the same moves, and another bound on activations."""
+        other = copy.copy(self)
+        other.limit = min(int(most_activations * self.stages.chunks + 1e-9), self.each * self.slots)
+        return other
 
     # --- actions -------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ def test_better_where_a_rank_is_slow_and_stages_differ():
     stages = Stages("loop", 4)
     uneven = Durations((1.0, 1.0, 2.0, 1.5), (1.5, 1.0, 2.0, 2.0), (1.0, 1.0, 1.5, 2.0), hop=0.2, slowdown=(1.0, 1.4, 1.0, 1.0),
                        dispatch=0.4, combine=0.4)
-    schedule = searched(stages, 11, uneven, 6, effort=SOME_EFFORT)
+    schedule = searched(stages, 11, uneven, 6, effort=SOME_EFFORT).schedule
     check(schedule, lower(schedule), most_activations=6)
     published = min(makespan(generate(kind, 4, 11), uneven) for kind in ("1f1b", "zb_h1", "gpipe"))
     assert makespan(schedule, uneven) < 0.95 * published
@@ -90,18 +90,18 @@ def test_better_where_a_rank_is_slow_and_stages_differ():
 
 def test_better_with_fewer_microbatches_than_dualpipe_takes():
     durations = with_communication(UNIT, 0.5)
-    schedule = searched(Stages("both", 6), 4, durations, effort=SOME_EFFORT)
+    schedule = searched(Stages("both", 6), 4, durations, effort=SOME_EFFORT).schedule
     check(schedule, lower(schedule), most_activations=7)
     assert makespan(schedule, durations) < 0.9 * best_published(6, 4, durations, 7)
 
 
 def test_the_same_every_time():
-    first, second = (searched(Stages("v", 3, 2), 7, DEEPSEEK, effort=SOME_EFFORT) for _ in range(2))
+    first, second = (searched(Stages("v", 3, 2), 7, DEEPSEEK, effort=SOME_EFFORT).schedule for _ in range(2))
     assert first == second
 
 
 def test_it_is_written_and_read_like_any_other():
-    schedule = searched(Stages("both", 2), 8, DEEPSEEK, effort=SOME_EFFORT)
+    schedule = searched(Stages("both", 2), 8, DEEPSEEK, effort=SOME_EFFORT).schedule
     assert parse_csv(to_csv(schedule), "searched", schedule.stages) == schedule
     assert any(isinstance(action, Pair) for row in schedule.rows for action in row)
 
@@ -122,6 +122,6 @@ def test_too_few_activations_are_refused():
 
 
 def test_halves_that_cost_more_are_used_less():
-    cheap, dear = (searched(Stages("both", 4), 12, replace(DEEPSEEK, halves=halves), effort=SOME_EFFORT) for halves in (1.0, 2.0))
+    cheap, dear = (searched(Stages("both", 4), 12, replace(DEEPSEEK, halves=halves), effort=SOME_EFFORT).schedule for halves in (1.0, 2.0))
     count = [sum(isinstance(action, Split) for row in found.rows for action in row) for found in (cheap, dear)]
     assert count[0] > 2 * count[1]
