@@ -54,8 +54,8 @@ FORMATS = {
 FLAGS = {"kind": "--kind", "positions": "--ranks", "microbatches": "--microbatches", "chunks": "--chunks",
          "placement": "--placement", "most_activations": "--most-activations"}
 COSTS = {"forward": "--forward", "backward_input": "--backward-input", "backward_weight": "--backward-weight",
-         "communication": "--communication", "hop": "--hop"}
-COMMON = ("communication", "hop")
+         "communication": "--communication", "hop": "--hop", "layers": "--layers"}
+COMMON = ("communication", "hop", "layers")
 """Costs that `compare` takes too."""
 
 
@@ -110,6 +110,9 @@ def _add_compare(subcommands: argparse._SubParsersAction) -> None:
 def _add_common_costs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--communication", type=float, metavar="RATIO",
                         help="of dispatch and combine to compute, over forward and backward (default: 0)")
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help=f"of a rank, each with a dispatch and a combine (default: {UNIT.layers}; of `schedule` with {SEARCHED}, "
+                             "the model's)")
     parser.add_argument("--hop", type=float, metavar="TIME", help="from one rank to another (default: 0)")
 
 
@@ -198,7 +201,7 @@ def _fewest(options: argparse.Namespace, config: RunConfig, stages: Stages) -> i
 def _costs(options: argparse.Namespace, config: RunConfig) -> Durations:
     """Of a whole rank. Where there is no flag: those of `schedule.costs` if they decide the order (searched), else unit costs."""
     given = {name: getattr(options, name) for name in COSTS if getattr(options, name) is not None}
-    if options.measured is not None and (other := given.keys() - {"hop"}):
+    if options.measured is not None and (other := given.keys() - {"hop", "layers"}):
         name = next(name for name in COSTS if name in other)
         raise ConfigError(COSTS[name], given[name], "not with --measured, whose durations are used")
     usual = UNIT
@@ -211,8 +214,8 @@ def _costs(options: argparse.Namespace, config: RunConfig) -> Durations:
 def _durations(usual: Durations, given: dict[str, float]) -> Durations:
     """`usual`, where `given` does not say otherwise. Raises ConfigError: a cost that is none."""
     for name, value in given.items():
-        least = "at least 0" if name in COMMON else "above 0"
-        if not math.isfinite(value) or value < 0 or (value == 0 and name not in COMMON):
+        least = "at least 0" if name in ("communication", "hop") else "above 0"
+        if not math.isfinite(value) or value < 0 or (value == 0 and least == "above 0"):
             raise ConfigError(COSTS[name], value, f"a finite number ({least})")
     ratio = given.get("communication")
     durations = replace(usual, **{name: value for name, value in given.items() if name != "communication"})

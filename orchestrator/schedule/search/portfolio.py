@@ -21,8 +21,9 @@ from orchestrator.schedule.stages import BOTH, LOOP, Stages, V, stages_of
 
 EFFORT = 36_000_000
 """Actions evaluated, about: some seconds of one core."""
-_FINALISTS, _BEHIND = 3, 1.04
-_HOT, _COLD = (0.2, 0.02, 0.6), (0.08, 0.01, 0.7)
+_BEHIND = 1.08
+_ROUNDS = ((5, (0.2, 0.03, 0.6)), (2, (0.12, 0.02, 0.6)), (1, (0.08, 0.01, 0.7)))
+"""How many go on, and how they cool: temperatures, and the share of changes where there is no slack."""
 _MOST_EVALUATIONS = 60_000
 
 
@@ -109,15 +110,17 @@ def _search(problems: Sequence[Problem], effort: int) -> Found:
 
 
 def _improve(starts: Sequence[_Start], effort: int) -> tuple[float, Rows, Problem]:
-    """Anneal the best start of each of the best placements, and the best result once more."""
+    """Anneal the best starts, round by round: fewer of them in each, and more effort for each."""
     evaluations = min(_MOST_EVALUATIONS, effort // max(1, sum(map(len, min(starts, key=lambda s: s.makespan).rows))))
-    finalists = _finalists(starts)
-    results = []
-    for seed, start in enumerate(finalists):
-        makespan, rows = anneal(start.problem, start.rows, Cooling(evaluations // (2 * len(finalists)), *_HOT), seed)
-        results.append((makespan, rows, start.problem))
-    _, rows, problem = min(results, key=lambda result: result[0])
-    return *anneal(problem, rows, Cooling(evaluations // 2, *_COLD), len(finalists)), problem
+    left = [(start.makespan, start.rows, start.problem) for start in _finalists(starts)]
+    seed = 0
+    for entrants, cooling in _ROUNDS:
+        left = sorted(left, key=lambda found: found[0])[:entrants]
+        for index, (_, rows, problem) in enumerate(left):
+            share = Cooling(evaluations // (len(_ROUNDS) * len(left)), *cooling)
+            left[index] = (*anneal(problem, rows, share, seed), problem)
+            seed += 1
+    return min(left, key=lambda found: found[0])
 
 
 def _finalists(starts: Sequence[_Start]) -> list[_Start]:
@@ -127,8 +130,8 @@ def _finalists(starts: Sequence[_Start]) -> list[_Start]:
     first: dict[Stages, _Start] = {}
     for start in order:
         first.setdefault(start.problem.stages, start)
-    heads = list(first.values())[:_FINALISTS]
-    return (heads + [start for start in order if not any(start is head for head in heads)])[:_FINALISTS]
+    heads = list(first.values())
+    return (heads + [start for start in order if not any(start is head for head in heads)])[:_ROUNDS[0][0]]
 
 
 def _published(problem: Problem) -> Iterator[_Start]:
