@@ -1,8 +1,9 @@
 """Runs one rank's program in its order. What comes when is the program's; how it is done, the handlers'.
 
 Every handler leaves spans: compute, exchange (dispatch and combine), pipeline (waiting for a neighbour's tensor), reduce.
-Pairs and split microbatches are strands that are woven (strands.py). A microbatch is in parts from its split forward on: its
-backward, whole, in a pair or split, has a strand for each part. One whose forward was not split has one part for good.
+Pairs and split microbatches are strands that are woven (strands.py). A microbatch of which any action is split is in two parts
+from its forward on, for no backward can be cut in two after a whole forward: all its actions have a strand for each part, which
+are one after the other within a pair.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class ActionFailed(RuntimeError):
 
 @dataclass
 class StepWork:
-    """What one run of a program works on. `parts`: of microbatches between a split forward and the end of their backward."""
+    """What one run of a program works on. `halved`: microbatches that it cuts in two; `parts`: these, from their
+    forward to the end of their backward."""
 
     tapes: Mapping[Key, Microbatch]
     links: Links
     reduce: Callable[[], None]
     spans: list[Span] = field(default_factory=list)
     deferred: dict[Key, list[Closures]] = field(default_factory=dict)
+    halved: frozenset[Key] = frozenset()
     parts: dict[Key, tuple[Microbatch, ...]] = field(default_factory=dict)
 
 
@@ -70,6 +73,7 @@ class Executor:
     def run(self, program: Program, work: StepWork) -> None:
         """One step. Raises ActionFailed."""
         action: object = "start"
+        work.halved = program.halved
         try:
             for action in program.actions:
                 self._handlers[action.kind](action, work)
@@ -88,11 +92,7 @@ class Executor:
         self._weave(strands, pair.computes, work)
 
     def _split(self, split: Split, work: StepWork) -> None:
-        action = split.whole
-        if action.kind is Kind.FORWARD:
-            key = action.slot, action.microbatch
-            work.parts[key] = work.tapes[key].halves()
-        self._compute(action, work)
+        self._compute(split.whole, work)
 
     def _send(self, transfer: Transfer, work: StepWork) -> None:
         tape = work.tapes[transfer.slot, transfer.microbatch]
@@ -118,8 +118,9 @@ class Executor:
         chunk, tape = self._chunks[action.slot], work.tapes[key]
         if not chunk.first:
             tape.input = self._arrived(Payload.ACTIVATION, action, work)
-        parts = work.parts.get(key, (tape,))
-        if len(parts) > 1:
+        parts = (tape,)
+        if key in work.halved:
+            parts = work.parts[key] = tape.halves()
             tape.share_input(parts)
         label = str(action)
         return [Strand(label, chunk.forward(part)) for part in parts]

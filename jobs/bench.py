@@ -45,6 +45,8 @@ def main() -> int:
     bench = importlib.import_module(f"jobs.benches.{options.name}")
     settings = _settings(options.name, bench, options.options, options.trace)
     result = {"bench": options.name, **bench.run(config, *settings), "machine": _machine()}
+    for missed in (name for name, holds in result.get("checks", {}).items() if not holds):
+        print(f"missed: {missed}", file=sys.stderr)
     if options.json:
         print(json.dumps(result))
     else:

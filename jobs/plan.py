@@ -57,6 +57,7 @@ COSTS = {"forward": "--forward", "backward_input": "--backward-input", "backward
          "communication": "--communication", "hop": "--hop", "layers": "--layers"}
 COMMON = ("communication", "hop", "layers")
 """Costs that `compare` takes too."""
+_LARGEST = 1e12
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,7 +83,7 @@ def _add_schedule(subcommands: argparse._SubParsersAction) -> None:
                         help="per step, all directions (default: the fewest from twice the ranks on, or those of --measured)")
     parser.add_argument("--chunks", type=int, metavar="V", help="stages of a rank that a microbatch passes, of interleaved kinds")
     parser.add_argument("--placement", help=f"{', '.join(PLACEMENTS)}: how {SEARCHED} folds the stages")
-    parser.add_argument("--most-activations", type=int, metavar="N",
+    parser.add_argument("--most-activations", type=_number, metavar="N",
                         help=f"bound of {SEARCHED}: microbatches that a rank keeps, on all its layers")
     parser.add_argument("--forward", type=float, metavar="TIME",
                         help=f"duration on all layers of a rank (default: 1; with {SEARCHED}, as of the others, schedule.costs)")
@@ -100,19 +101,26 @@ def _add_compare(subcommands: argparse._SubParsersAction) -> None:
     parser.add_argument("--ranks", type=int, metavar="N", default=8)
     parser.add_argument("--microbatches", type=int, metavar="M", default=32, help="per step, all directions")
     _add_common_costs(parser)
-    parser.add_argument("--most-activations", type=int, metavar="N", default=10,
-                        help=f"bound of the freest {SEARCHED} schedule: microbatches that a rank keeps, on all its layers")
+    parser.add_argument("--most-activations", type=_number, metavar="N",
+                        help=f"bound of the freest {SEARCHED} schedule: microbatches that a rank keeps, on all its layers "
+                             "(default: ranks + 2)")
     parser.add_argument("--json", action="store_true", help="for a program")
     parser.add_argument("--output", metavar="FILE", help="default: standard output")
     parser.set_defaults(job=show_comparison)
+
+
+def _number(text: str) -> float:
+    """A whole number stays one. Raises ValueError: it is none."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _add_common_costs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--communication", type=float, metavar="RATIO",
                         help="of dispatch and combine to compute, over forward and backward (default: 0)")
     parser.add_argument("--layers", type=int, metavar="N",
-                        help=f"of a rank, each with a dispatch and a combine (default: {UNIT.layers}; of `schedule` with {SEARCHED}, "
-                             "the model's)")
+                        help=f"of a rank, each with a dispatch and a combine (default: {UNIT.layers}; "
+                             f"of `schedule` with {SEARCHED}, the model's)")
     parser.add_argument("--hop", type=float, metavar="TIME", help="from one rank to another (default: 0)")
 
 
@@ -167,13 +175,15 @@ def _stages(options: argparse.Namespace, config: RunConfig) -> Stages:
             if getattr(options, name) is not None:
                 raise ConfigError(name, getattr(options, name), f"only --kind {SEARCHED} takes it")
         if kind not in KINDS:
-            raise ConfigError("kind", kind, f"one of {', '.join(dict.fromkeys([*KINDS, SEARCHED]))}")
+            raise ConfigError("kind", kind, f"one of {', '.join([*KINDS, SEARCHED])}")
         smallest_microbatches(kind, ranks, 1, chunks)
         return stages_of(kind, ranks, chunks)
     if ranks < 1:
         raise ConfigError("positions", ranks, "at least 1")
     if placement not in (None, *PLACEMENTS):
         raise ConfigError("placement", placement, f"one of {', '.join(PLACEMENTS)}")
+    if placement == BOTH and ranks > 1 and ranks % 2:
+        raise ConfigError("positions", ranks, f"1 or an even number with placement {BOTH}")
     try:
         return stages_of(kind, ranks, chunks, placement or (BOTH if ranks == 1 or ranks % 2 == 0 else LOOP))
     except ValueError as error:
@@ -183,11 +193,19 @@ def _stages(options: argparse.Namespace, config: RunConfig) -> Stages:
 def _schedule(options: argparse.Namespace, config: RunConfig, stages: Stages, microbatches: int, costs: Durations) -> Schedule:
     kind = _kind(options, config)
     if kind == SEARCHED:
-        found = searched(stages, microbatches, costs, most_activations=_choice(options, config, "most_activations"))
+        found = searched(stages, microbatches, costs, most_activations=_choice(options, config, "most_activations"),
+                         splits=config.training.microbatch_sequences > 1)
         print(f"{SEARCHED}: makespan {found.makespan:.6g}, {100 * found.distance:.1f} % above {found.lower_bound:.6g}, which no "
-              f"schedule of this placement and memory is below", file=sys.stderr)
+              f"schedule of this placement ({stages.placement}) and memory is below; {_described(costs)}", file=sys.stderr)
         return found.schedule
     return generate(kind, stages.positions, microbatches, _choice(options, config, "chunks"))
+
+
+def _described(costs: Durations) -> str:
+    """What a stage takes, as the search was told."""
+    values = {"F": costs.forward, "I": costs.backward_input, "W": costs.backward_weight, "dispatch": costs.dispatch,
+              "combine": costs.combine, "hop": costs.hop}
+    return "costs of a stage: " + ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 def _fewest(options: argparse.Namespace, config: RunConfig, stages: Stages) -> int:
@@ -215,6 +233,8 @@ def _durations(usual: Durations, given: dict[str, float]) -> Durations:
     """`usual`, where `given` does not say otherwise. Raises ConfigError: a cost that is none."""
     for name, value in given.items():
         least = "at least 0" if name in ("communication", "hop") else "above 0"
+        if math.isfinite(value) and value > _LARGEST:
+            raise ConfigError(COSTS[name], value, f"at most {_LARGEST:g}")
         if not math.isfinite(value) or value < 0 or (value == 0 and least == "above 0"):
             raise ConfigError(COSTS[name], value, f"a finite number ({least})")
     ratio = given.get("communication")
@@ -242,12 +262,15 @@ def _measured(options: argparse.Namespace, stages: Stages) -> Measured:
 
 
 def show_comparison(options: argparse.Namespace) -> None:
-    for name, least in (("ranks", 1), ("microbatches", 1), ("most_activations", 1)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), f"at least {least}")
+    if options.most_activations is None:
+        options.most_activations = options.ranks + 2
+    for name in ("ranks", "microbatches", "most_activations"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "at least 1")
     given = {name: getattr(options, name) for name in COMMON if getattr(options, name) is not None}
     durations = _durations(UNIT, given)
     found, refused = contestants(options.ranks, options.microbatches, durations)
+    print("searching twice, some seconds each ...", file=sys.stderr, flush=True)
     best, not_found = searched_contestants(options.ranks, options.microbatches, durations, options.most_activations)
     results, refused = compare([*found, *best]), [*refused, *not_found]
     settings = {"ranks": options.ranks, "microbatches": options.microbatches,

@@ -158,9 +158,9 @@ class CostsSection(Section):
     forward: Real = Field(1.0, gt=0)
     backward_input: Real = Field(1.0, gt=0)
     backward_weight: Real = Field(1.0, gt=0)
-    dispatch: Real = Field(0.25, gt=0, description="all dispatches of one forward")
-    combine: Real = Field(0.25, gt=0, description="all combines of one forward")
-    hop: Real = Field(0.05, gt=0, description="a tensor's way from one position to another")
+    dispatch: Real = Field(0.25, ge=0, description="all dispatches of one forward")
+    combine: Real = Field(0.25, ge=0, description="all combines of one forward")
+    hop: Real = Field(0.05, ge=0, description="a tensor's way from one position to another")
 
 
 class ScheduleSection(Section):
@@ -192,7 +192,7 @@ class CheckpointSection(Section):
 class TelemetrySection(Section):
     host: str = Field("127.0.0.1", description="address that exporters bind to")
     port: int = Field(0, ge=0, le=65535, description="of the coordinator's target list and metrics; 0: any free port")
-    trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps whose spans go to trace.json")
+    trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps, counted from 0, whose spans go to trace.json")
 
 
 class RunConfig(Section):
@@ -260,6 +260,8 @@ def check(config: RunConfig) -> None:
     if optimizer.final_learning_rate > optimizer.learning_rate:
         raise ConfigError("optimizer.final_learning_rate", optimizer.final_learning_rate,
                           f"at most optimizer.learning_rate = {optimizer.learning_rate}")
+    if late := [step for step in config.telemetry.trace_steps if step >= training.steps]:
+        raise ConfigError("telemetry.trace_steps", late[0], f"below training.steps = {training.steps}: steps count from 0")
     if data.sequence_length > config.model.max_position_embeddings:
         raise ConfigError("data.sequence_length", data.sequence_length,
                           f"at most model.max_position_embeddings = {config.model.max_position_embeddings}")

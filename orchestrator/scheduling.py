@@ -6,7 +6,7 @@ from functools import cache
 
 from orchestrator.config import ConfigError, CostsSection, RunConfig
 from orchestrator.schedule import forward_only, kinds
-from orchestrator.schedule.actions import Program, Schedule, Split
+from orchestrator.schedule.actions import Program, Schedule
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.lower import lower
@@ -22,29 +22,30 @@ def smallest_microbatches(config: RunConfig, stages: Stages, wanted: int, *, tra
 
 
 def schedule_of(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> Schedule:
-    """Raises ConfigError: the kind does not take these numbers, or it cuts microbatches in two and they have one sequence."""
+    """Raises ConfigError: the kind does not take these numbers."""
     if not training:
         return forward_only.forward_only(stages, microbatches)
+    if config.schedule.kind != SEARCHED:
+        return kinds.generate(config.schedule.kind, stages.positions, microbatches, _chunks(config))
+    return _found(config, stages, microbatches)
+
+
+def _found(config: RunConfig, stages: Stages, microbatches: int) -> Schedule:
+    """By a search with the configured costs; refusals name the configuration's keys."""
     section = config.schedule
-    if section.kind != SEARCHED:
-        return kinds.generate(section.kind, stages.positions, microbatches, _chunks(config))
-    bound = None if section.most_activations == "auto" else section.most_activations
     layers, halves = max(1, config.model.num_hidden_layers // stages.positions), config.training.microbatch_sequences > 1
     try:
-        found = _searched(stages, microbatches, section.costs, layers, bound, halves)
+        return _searched(stages, microbatches, section.costs, layers, _most_activations(config), halves)
     except ConfigError as error:
         key = f"schedule.{error.key}" if error.key in type(section).model_fields else error.key
         raise ConfigError(key, error.value, error.allowed) from None
-    if not halves and any(isinstance(action, Split) for row in found.rows for action in row):
-        raise ConfigError("training.microbatch_sequences", 1, "at least 2: the searched schedule cuts microbatches in two")
-    return found
 
 
 def programs_for(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> tuple[Program, ...]:
     """Checked programs, one per position. Raises ConfigError; ScheduleError."""
     schedule = schedule_of(config, stages, microbatches, training=training)
-    programs = lower(schedule)
-    check(schedule, programs)
+    programs, most = lower(schedule), _most_activations(config) if training else None
+    check(schedule, programs, most_activations=None if most is None else int(most * stages.chunks))
     return programs
 
 
@@ -57,6 +58,10 @@ def durations_of(costs: CostsSection, stages: Stages, layers: int) -> Durations:
 def _searched(stages: Stages, microbatches: int, costs: CostsSection, layers: int, bound: float | None, halves: bool) -> Schedule:
     """A search takes seconds: once for each number of microbatches. `halves`: there are sequences enough to cut in two."""
     return searched(stages, microbatches, durations_of(costs, stages, layers), most_activations=bound, splits=halves).schedule
+
+
+def _most_activations(config: RunConfig) -> float | None:
+    return None if config.schedule.most_activations == "auto" else config.schedule.most_activations
 
 
 def _chunks(config: RunConfig) -> int | None:

@@ -59,10 +59,11 @@ class Settings(Section):
     milliseconds: Real = Field(20.0, gt=0, description="of each of F, I and W on a whole rank")
     repeats: int = Field(5, ge=1)
     kinds: list[Literal[KINDS]] = Field([*KINDS], description="ours")
-    searched: list[str] = Field(["both", "v"], description="ours, found for the bench's durations: placement, or v/4 with chunks, "
-                                "or both<=12 with the most activations")
+    searched: list[str] = Field(["both", "v"], description="ours, found for the bench's durations: placement, or v/4 with "
+                                "chunks, or both<=12 with the most activations")
     effort: int = Field(EFFORT, ge=1, description="of each search")
-    torch: list[Literal[tuple(CHUNKS)]] = Field([name for name in CHUNKS if name != "ScheduleGPipe"], description="classes of torch.distributed.pipelining")
+    torch: list[Literal[tuple(CHUNKS)]] = Field([name for name in CHUNKS if name != "ScheduleGPipe"],
+                                                description="classes of torch.distributed.pipelining")
     trace: str | None = Field(None, description="file for the spans of a repeat of each of ours")
 
 

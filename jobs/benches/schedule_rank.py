@@ -7,7 +7,6 @@ import gc
 import os
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -170,9 +169,7 @@ class _OurProgram:
         self._stages, self._program, self._group, self._elements = stages, task.program, group, elements
         chunks = {slot: HeldChunk(lane, queue, stage, stages.count, seconds / stages.chunks)
                   for slot, stage in enumerate(stages.hosted(position))}
-        steps = (step for path in stages.paths for step in pairwise(path))
-        fed_by = {after: before for (origin, before), (target, after) in steps if origin == target == position}
-        self._executor = Executor(position, 0, chunks, queue, fed_by)
+        self._executor = Executor(position, 0, chunks, queue, stages.handovers(position))
         self._names = [(slot, n) for slot in range(stages.slots) for n in range(task.microbatches // len(stages.paths))]
         self._entering = {n: entering(n, elements) for _, n in self._names}
 

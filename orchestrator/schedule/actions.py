@@ -221,6 +221,11 @@ class Program:
     microbatches: int
     actions: tuple[Action, ...]
 
+    @property
+    def halved(self) -> frozenset[tuple[int, int]]:
+        """(slot, microbatch) of those that are worked on in two halves here: any of their actions is split."""
+        return frozenset((action.whole.slot, action.whole.microbatch) for action in self.actions if isinstance(action, Split))
+
 
 def dependencies(action: Work, schedule: Schedule) -> tuple[Compute, ...]:
     """The compute actions, on whichever position, that must be done before `action` starts.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Schedule
-from orchestrator.schedule.check import peak_activations
+from orchestrator.schedule.check import relative_activations
 from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.kinds import KINDS, generate
 from orchestrator.schedule.lower import lower
@@ -71,7 +71,7 @@ def contestants(positions: int, microbatches: int, durations: Durations) -> tupl
     """All kinds. `durations`: of a whole rank, single numbers; its `layers` are those of a rank."""
     found: list[Contestant] = []
     refused: list[Refused] = []
-    for kind in (kind for kind in KINDS if kind != SEARCHED):
+    for kind in KINDS:
         own = chunks_of(kind)
         for chunks in [own] if own else [number for number in CHUNKS if durations.layers % number == 0] or [1]:
             name = kind if own else f"{kind}, {chunks} chunks"
@@ -136,7 +136,7 @@ def _result(contestant: Contestant) -> Result:
         efficiency=sum(rank.compute_seconds for rank in ranks) / len(ranks) / timeline.makespan,
         bubble=sum(rank.bubble_ratio for rank in ranks) / len(ranks),
         exposed=sum(rank.exposed_communication_seconds for rank in ranks) / len(ranks) / timeline.makespan,
-        activations=max(peak_activations(schedule)) / stages.chunks,
+        activations=max(relative_activations(schedule)),
         copies=max(len(stages.holders(stage)) for stage in range(stages.count)),
         messages=sum(action.kind is Kind.SEND for program in lower(schedule) for action in program.actions),
         lower_bound=None if bound is None else bound / unit)
@@ -153,8 +153,8 @@ def table(results: Sequence[Result], refused: Iterable[Refused] = ()) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
              for line in cells]
-    lines += [f"{row.name}: no schedule is below {row.lower_bound:.2f} F; this one is {100 * row.above_bound:.1f} % above"
-              for row in results if row.lower_bound is not None]
+    lines += [f"{row.name}: no schedule with the same choices is below {row.lower_bound:.2f} F; "
+              f"this one is {100 * row.above_bound:.1f} % above" for row in results if row.lower_bound is not None]
     lines += [f"{one.name}: not with {one.reason}" for one in refused]
     return "".join(f"{line.rstrip()}\n" for line in lines)
 

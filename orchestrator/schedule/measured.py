@@ -96,7 +96,7 @@ def read_trace(text: str, positions: int, step: int | None = None) -> Measured:
                 span = Span(position, Lane(event["cat"]), event["name"], start, start + event["dur"] / 1e3)
                 found[event["args"]["step"]][position].append(span)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the trace of a run's steps ({type(error).__name__}: {error})") from None
+        raise ValueError("the trace of a run's steps, which this file is not") from error
     if not found or step not in (None, *found):
         raise ValueError(f"a step that the trace has: {', '.join(map(str, sorted(found))) or 'it has none'}")
     step = max(found) if step is None else step
@@ -128,7 +128,7 @@ def measured_durations(measured: Measured, schedule: Schedule, hop: float = 0.0)
     """Means by kind and stage, in milliseconds: with them a simulation of `schedule` is comparable with what was measured.
 
     A lone action lasts as long as it did, from its first span to its last, without waits for other positions; likewise F|B,
-    by the forward's stage. What was never measured alone follows from its parts, and so do other pairs and split actions.
+    by the forward's stage; 0 at stages that never run one. Other pairs and split actions follow from their parts.
     """
     samples, layers = _samples(measured, schedule)
     stages = range(schedule.stages.count)

@@ -19,6 +19,7 @@ from orchestrator.schedule.render_bars import INK, Bar, Box, draw
 from orchestrator.schedule.render_geometry import BAR, MARGIN, RIGHT, Rows, Scale, px, rectangle, text_width
 from orchestrator.schedule.simulate import Timeline
 from orchestrator.schedule.spans import Figures, Interval, Lane, Span, figures
+from orchestrator.schedule.stages import SEARCHED
 
 PALE_INK, LINE = "#55606c", "#c4cbd2"
 LEGEND_TOP, TITLE_SIZE, SUBTITLE_SIZE = 66, 17, 13
@@ -137,7 +138,8 @@ def _lanes(spans: Sequence[Span]) -> dict[str, tuple[Interval, ...]]:
 def _title(schedule: Schedule) -> str:
     ranks = f"{schedule.positions} rank{'s' * (schedule.positions > 1)}"
     chunks = f", {schedule.stages.chunks} chunks" if schedule.stages.chunks > 1 else ""
-    return f"{schedule.kind}: {ranks}{chunks}, {schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
+    placed = f", placement {schedule.stages.placement}" if schedule.kind == SEARCHED else ""
+    return f"{schedule.kind}: {ranks}{chunks}{placed}, {schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
 
 
 def _subtitle(timeline: Timeline, measured: Measured | None) -> str:

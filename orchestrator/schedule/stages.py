@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 
 Place = tuple[int, int]
 """(position, slot)."""
@@ -89,6 +90,12 @@ class Stages:
     def hosted(self, position: int) -> tuple[int, ...]:
         """Stages of a position, by slot."""
         return tuple(self.stage_at(position, slot) for slot in range(self.slots))
+
+    def handovers(self, position: int) -> dict[int, int]:
+        """Slots of a position whose input is the output of another of its slots, with that slot: where a V turns round, or a
+        loop has one position."""
+        steps = (step for path in self.paths for step in pairwise(path))
+        return {after: before for (origin, before), (target, after) in steps if origin == target == position}
 
     def holders(self, stage: int) -> tuple[int, ...]:
         """Positions that host `stage`: two with `both` (a position and its mirror), else one."""

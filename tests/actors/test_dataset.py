@@ -10,7 +10,8 @@ import pyarrow
 import pytest
 from corpus import make, rows_by_hand, texts
 
-from actors import dataset as dataset_module, packing, storage
+from actors import dataset as dataset_module
+from actors import packing, storage
 from actors.dataset import Dataset, DatasetError
 from actors.packing import Packer, SplitProgress
 from actors.tokenizer import ByteTokenizer

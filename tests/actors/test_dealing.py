@@ -11,7 +11,9 @@ from actors.messages import Apply
 from orchestrator import scheduling
 from orchestrator.config import ConfigError, CostsSection, parse
 from orchestrator.schedule.actions import Compute, Kind, Schedule, Split
+from orchestrator.schedule.check import ScheduleError
 from orchestrator.schedule.durations import Durations
+from orchestrator.schedule.search import Found
 from orchestrator.schedule.stages import Stages
 from orchestrator.scheduling import durations_of, programs_for, smallest_microbatches
 
@@ -104,7 +106,7 @@ def searched(monkeypatch):
     def found(stages, microbatches, durations, most_activations=None, splits=True):
         asked.append((stages, microbatches, durations, most_activations, splits))
         forward, backward = Compute(Kind.FORWARD, 0, 0, 0), Compute(Kind.BACKWARD, 0, 0, 0)
-        return Schedule("searched", stages, microbatches, ((Split(forward), backward),))
+        return Found(Schedule("searched", stages, microbatches, ((Split(forward), backward),)), 3.0, 3.0, None)
 
     monkeypatch.setattr(scheduling, "searched", found)
     scheduling._searched.cache_clear()
@@ -127,12 +129,18 @@ def test_costs_are_of_a_whole_position():
     assert (found.forward, found.backward_input, found.dispatch, found.hop, found.layers) == (1.5, 0.5, 0.125, 0.5, 2)
 
 
-def test_one_sequence_cannot_be_cut_in_two(searched):
-    config = parse({}, ["layout.pipeline=1", "schedule.kind=searched", "training.microbatch_sequences=1"])
-    with pytest.raises(ConfigError) as refused:
-        programs_for(config, Stages("both", 1), 1, training=True)
-    assert searched[0][-1] is False  # nor is it asked for; this search does not listen
-    assert str(refused.value) == ("training.microbatch_sequences = 1: at least 2: the searched schedule cuts microbatches in two")
+def test_one_sequence_cannot_be_cut_in_two():
+    config = parse({}, ["layout.pipeline=1", "schedule.kind=searched", "schedule.costs={dispatch: 3.0, combine: 3.0}"])
+    whole = parse(config.model_dump(), ["training.microbatch_sequences=1"])
+    cut, uncut = (programs_for(c, Stages("v", 1, 2), 2, training=True)[0].halved for c in (config, whole))
+    assert cut and not uncut
+
+
+def test_activations_are_bounded_whatever_the_kind():
+    config = parse({}, ["layout.pipeline=1", "schedule.kind=searched", "schedule.most_activations=2"])
+    object.__setattr__(config.schedule, "kind", "gpipe")
+    with pytest.raises(ScheduleError, match="4 microbatches in flight at once, at most 2 allowed"):
+        programs_for(config, Stages("loop", 1), 4, training=True)
 
 
 def test_a_bound_that_no_schedule_keeps_is_refused_by_its_name(monkeypatch):

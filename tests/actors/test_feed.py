@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from corpus import make, texts
 
-from actors import feed as feed_module, packing
+from actors import feed as feed_module
+from actors import packing
 from actors.dataset import Dataset, DatasetError
 from actors.feed import VALIDATION, Feed, read_validation
 from orchestrator import order

@@ -66,7 +66,7 @@ def refused(*overrides: str) -> str:
     (["schedule.chunks=0"], "schedule.chunks = 0: an integer (above 0) or auto"),
     (["schedule.placement=w"], "schedule.placement = w: one of both, v, loop, auto"),
     (["schedule.most_activations=0.5"], "schedule.most_activations = 0.5: a finite number (at least 1) or auto"),
-    (["schedule.costs.hop=0"], "schedule.costs.hop = 0: a finite number (above 0)"),
+    (["schedule.costs.hop=-1"], "schedule.costs.hop = -1: a finite number (at least 0)"),
     (["schedule.costs.hops=1"], ("schedule.costs.hops = 1: unknown key; allowed here: forward, backward_input, backward_weight, "
                                  "dispatch, combine, hop")),
     (["model.tie_word_embeddings=true"], "model.tie_word_embeddings = true: false"),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.schedule.search.board import Board, differing
-from orchestrator.schedule.search.problem import NEVER, B, F, I, Move, Part, Problem, Rows, W
+from orchestrator.schedule.search.problem import NEVER, B, I, Move, Part, Problem, Rows, W
 from orchestrator.schedule.stages import BOTH
 
 _STEPS = (-1, -1, -1, -2, -2, -3, -4, 1, 1, 2, 3, 5, 8)
@@ -153,6 +153,7 @@ def _pair_up(problem: Problem, position: int, row: list[Move], index: int, chanc
 
 
 def _paired(one: Part, other: Part) -> tuple[Part, Part] | None:
+    """Sorted, for F < B < I < W is the order that a Pair wants; None: they are no pair."""
     first, second = sorted((one, other))
     return (first, second) if first[0] != W and first[1:] != second[1:] else None
 
@@ -208,4 +209,3 @@ def _rejoin(problem: Problem, position: int, row: list[Move], index: int, chance
 _Change = Callable[[Problem, int, list[Move], int, random.Random], list[Move] | None]
 OF_PAIRS: tuple[_Change, ...] = (_unpair, _unpair, _repair, _defer, _rejoin)
 OF_SINGLES: tuple[_Change, ...] = (_toggle_split, _pair_up, _pair_up, _pair_up, _defer, _rejoin)
-assert F < B < I < W  # sorted parts of a pair are in the order that a Pair wants

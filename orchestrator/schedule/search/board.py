@@ -46,7 +46,7 @@ class Board:
 
     def attempt(self, changes: Mapping[int, list[Move]], bound: float) -> Trial | None:
         """The board with other rows at some positions; None: it would end after `bound`, or never."""
-        bound += _TINY  # a tail is a sum in another order
+        bound *= 1 + _TINY  # a tail is a sum in another order
         begin, end = _NEVER, 0.0
         suffix = {}
         for position, row in changes.items():
@@ -173,7 +173,7 @@ class Board:
                 break
             at[position], following[position] = index, tail
         self._tails = [tails[::-1] for tails in found]
-        limit = self.makespan - 1e-9
+        limit = self.makespan * (1 - _TINY)
         self.critical = [(p, i) for p in positions for i, (start, tail) in enumerate(zip(self._starts[p], self._tails[p]))
                          if start + tail > limit]
 

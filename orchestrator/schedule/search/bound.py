@@ -3,13 +3,14 @@
 Let a position have n microbatches in each slot, and keep at most k activations (all counted for its slots together).
 - head: no backward can start here before some microbatch went forward through all stages and back to one of this position's.
   Until then there are forwards only, at most k of them, since nothing is released.
-- tail: after the last forward here, its microbatch still goes to the last stage, all the way back, and has a weight gradient
-  at the first stage. Meanwhile this position has backwards and weight gradients only, of at most k microbatches.
+- tail: after the last forward here, its microbatch still goes to the last stage, all the way back, and has its weight gradient
+  at the first stage, whether with its backward or after it. Meanwhile this position has backwards and weight gradients only,
+  of at most k microbatches.
 - body: between head and tail the position runs at least all but k of its forwards, backwards and weight gradients. Whatever the
   actions, that takes at least what the cheapest mix of them does: a linear program, solved at its dual's corners.
 The bound of a position is head + body + tail. A position that may keep all its microbatches at once has no such head and
 tail; then the bound is when its first forward can arrive, plus the body of everything. No makespan is below the way of one
-microbatch, either. All hops count; durations are the shortest that any action gives.
+microbatch, either. All hops count; durations are the shortest of any action that does the work.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ def _of_position(problem: Problem, position: int) -> float:
     last = problem.count - 1
     head = min(_forward(problem, path, 0, last + 1) + _back(problem, path, last, stage)
                for path, stage in _hosted(problem, position))
-    tail = min(_forward(problem, path, stage + 1, last + 1) + _hop_after(problem, path, stage) + _back(problem, path, last, -1)
-               + _shortest(problem, path, 0, W) for path, stage in _hosted(problem, position))
+    tail = min(_forward(problem, path, stage + 1, last + 1) + _hop_after(problem, path, stage) + _back(problem, path, last, 0)
+               + _last(problem, path) for path, stage in _hosted(problem, position))
     return max(whole, head + (total - kept) * _body(problem, position) + tail)
 
 
 def _way(problem: Problem) -> float:
     """Of one microbatch, there and back."""
     last = problem.count - 1
-    return min(_forward(problem, path, 0, last + 1) + _back(problem, path, last, -1) + _shortest(problem, path, 0, W)
+    return min(_forward(problem, path, 0, last + 1) + _back(problem, path, last, 0) + _last(problem, path)
                for path in range(len(problem.stages.paths)))
 
 
@@ -62,9 +63,15 @@ def _forward(problem: Problem, path: int, first: int, end: int) -> float:
 
 
 def _back(problem: Problem, path: int, first: int, end: int) -> float:
-    """From the start of I at stage `first` to when the gradient is at stage `end` (-1: to the end of I at stage 0)."""
-    return sum(_shortest(problem, path, stage, I) + (_hop_after(problem, path, stage - 1) if stage else 0.0)
-               for stage in range(first, end, -1))
+    """From the start of the backward at stage `first` to when the gradient is at stage `end`."""
+    return sum(_shortest(problem, path, stage, I) + _hop_after(problem, path, stage - 1) for stage in range(first, end, -1))
+
+
+def _last(problem: Problem, path: int) -> float:
+    """What a microbatch ends with at stage 0: I and then W, or B, in which W hides under communication."""
+    position, slot = problem.stages.paths[path][0]
+    whole = min(problem.move(position, ((B, slot, 0),), split).duration for split in _splits(problem, B))
+    return min(whole, _shortest(problem, path, 0, I) + _shortest(problem, path, 0, W))
 
 
 def _hop_after(problem: Problem, path: int, stage: int) -> float:
@@ -77,8 +84,15 @@ def _hop_after(problem: Problem, path: int, stage: int) -> float:
 
 
 def _shortest(problem: Problem, path: int, stage: int, kind: int) -> float:
+    """Of all actions that do this. Known durations of B and F|B may be any, so these are looked at too."""
     position, slot = problem.stages.paths[path][stage]
-    return min(problem.move(position, ((kind, slot, 0),), split).duration for split in _splits(problem, kind))
+    found = [problem.move(position, ((kind, slot, 0),), split).duration for split in _splits(problem, kind)]
+    if kind == I:
+        found += [problem.move(position, ((B, slot, 0),), split).duration for split in _splits(problem, B)]
+        found += [problem.move(position, ((F, other, 1), (B, slot, 0))).duration for other in range(problem.slots)]
+    if kind == F:
+        found += [problem.move(position, ((F, slot, 0), (B, other, 1))).duration for other in range(problem.slots)]
+    return min(found)
 
 
 def _splits(problem: Problem, kind: int) -> tuple[bool, ...]:

@@ -88,13 +88,19 @@ def options_for(positions: int, microbatches: int, layers: int, most_activations
 
 def searched(stages: Stages, microbatches: int, durations: Durations, most_activations: float | None = None, *,
              splits: bool = True, effort: int = EFFORT) -> Found:
-    """The shortest schedule found for one placement; `durations` by its stages. Raises ConfigError: too few activations."""
+    """The shortest schedule found for one placement; `durations` by its stages.
+
+    Raises ConfigError: too few activations; microbatches that the placement's entrances cannot share evenly.
+    """
+    _refuse_microbatches(microbatches, stages)
     kept = stages.positions + 1 if most_activations is None else most_activations
     return _search([Problem(stages, microbatches, durations, kept, splits=splits)], effort)
 
 
 def search(microbatches: int, durations: Durations, options: Options, *, effort: int = EFFORT) -> Found:
-    """The shortest schedule found; `durations` are of a whole rank, single numbers. Raises ConfigError: too few activations."""
+    """The shortest schedule found; `durations` are of a whole rank, single numbers. Raises ConfigError as `searched` does."""
+    for stages in options.stages:
+        _refuse_microbatches(microbatches, stages)
     return _search([Problem(stages, microbatches, per_chunk(durations, stages), options.most_activations, splits=options.splits)
                     for stages in options.stages], effort)
 
@@ -102,11 +108,17 @@ def search(microbatches: int, durations: Durations, options: Options, *, effort:
 def _search(problems: Sequence[Problem], effort: int) -> Found:
     starts = [start for problem in problems for start in (*_published(problem), *_built(problem))]
     if not starts:
-        limits = [problem.limit / problem.stages.chunks for problem in problems]
-        raise ConfigError("most_activations", min(limits), "more: no schedule keeps so few")
+        raise ConfigError("most_activations", problems[0].most_activations, "more: no schedule keeps so few")
     known = min((start for start in starts if start.kind), key=lambda start: start.makespan, default=None)
     makespan, rows, problem = _improve(starts, effort)
     return Found(problem.schedule(rows), makespan, min(map(lower_bound, problems)), known and (known.kind, known.makespan))
+
+
+def _refuse_microbatches(microbatches: int, stages: Stages) -> None:
+    entrances = len(stages.paths)
+    if microbatches < 1 or microbatches % entrances:
+        raise ConfigError("microbatches", microbatches, "at least 1" if entrances == 1 else
+                          f"an even number, at least 2, with placement {stages.placement}")
 
 
 def _improve(starts: Sequence[_Start], effort: int) -> tuple[float, Rows, Problem]:

@@ -53,7 +53,7 @@ class Problem:
         self.tensors = 2 * self.count * microbatches
         self.unit = self._forward_of_a_rank()
         self._moves: list[dict[tuple, Move]] = [{} for _ in range(stages.positions)]
-        self.limit = self.within(most_activations).limit
+        self.most_activations, self.limit = most_activations, self.within(most_activations).limit
 
     def within(self, most_activations: float) -> Problem:
         """The same problem, with the same moves, and another bound on activations."""

@@ -14,7 +14,16 @@ from torch.utils._pytree import tree_leaves
 from actors.model.chunk import Microbatch
 from actors.model.plain import PlainModel
 from tests.actors.model.helpers import (
-    SCALES, SEED, Pipeline, biases_of, losses, random_tokens, small_model, weights_of, worst_difference)
+    SCALES,
+    SEED,
+    Pipeline,
+    biases_of,
+    losses,
+    random_tokens,
+    small_model,
+    weights_of,
+    worst_difference,
+)
 from tests.reference.exchange import on_ranks
 
 

@@ -101,7 +101,7 @@ def test_table_and_objects_hold_the_same():
         "schedule  makespan F  efficiency  bubble  exposed  activations  parameters  messages",
         "1f1b           33.00      72.7 %  27.3 %    0.0 %            4         1 x        48",
         "mine           28.50      84.2 %  15.8 %    0.0 %          5.5         1 x       112",
-        "mine: no schedule is below 25.00 F; this one is 14.0 % above",
+        "mine: no schedule with the same choices is below 25.00 F; this one is 14.0 % above",
     ]
 
 
@@ -117,6 +117,6 @@ def test_searched_rows():
     assert found[0].schedule.stages.placement == "both" and "/2" not in to_csv(found[0].schedule)
     assert like.activations <= dualpipe.activations and free.activations <= 3
     assert like.lower_bound <= like.makespan <= dualpipe.makespan and free.lower_bound <= free.makespan
-    assert "searched like dualpipe, both: no schedule is below " in table(rows.values())
+    assert "searched like dualpipe, both: no schedule with the same choices is below " in table(rows.values())
     _, refused = searched_contestants(2, 3, durations, 3, effort=20_000)
     assert refused == [Refused("searched like dualpipe", "microbatches = 3: an even number with placement both")]

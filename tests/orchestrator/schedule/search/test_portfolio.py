@@ -115,10 +115,22 @@ def test_impossible_options_are_refused(wanted, key):
     assert refused.value.key == key
 
 
+@pytest.mark.parametrize("placement, chunks, microbatches", [("both", 1, 7), ("both", 1, 1), ("both", 1, 0), ("v", 2, 0), ("loop", 1, -2)])
+def test_microbatches_that_the_entrances_cannot_share_are_refused(placement, chunks, microbatches):
+    with pytest.raises(ConfigError) as refused:
+        searched(Stages(placement, 4, chunks), microbatches, UNIT, effort=SOME_EFFORT)
+    assert (refused.value.key, refused.value.value) == ("microbatches", microbatches)
+
+
+def test_costs_of_any_size_are_searched_with():
+    schedule = searched(Stages("v", 2, 2), 3, replace(DEEPSEEK, forward=1e9), effort=SOME_EFFORT).schedule
+    check(schedule, lower(schedule))
+
+
 def test_too_few_activations_are_refused():
     with pytest.raises(ConfigError) as refused:
         search(8, UNIT, options_for(4, 8, LAYERS, 1, placement="both"), effort=SOME_EFFORT)
-    assert refused.value.key == "most_activations"
+    assert (refused.value.key, refused.value.value) == ("most_activations", 1)
 
 
 def test_halves_that_cost_more_are_used_less():
