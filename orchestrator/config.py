@@ -192,7 +192,8 @@ class CheckpointSection(Section):
 class TelemetrySection(Section):
     host: str = Field("127.0.0.1", description="address that exporters bind to")
     port: int = Field(0, ge=0, le=65535, description="of the coordinator's target list and metrics; 0: any free port")
-    trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps, counted from 0, whose spans go to trace.json")
+    trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps, counted from 0, whose spans go to "
+                                                                                "trace.json")
 
 
 class RunConfig(Section):

@@ -18,8 +18,8 @@ from orchestrator.schedule.stages import Stages
 
 
 def shortest_of_all(problem, microbatches):
-    """Every order of F, I and W, or F and B, on every position, with every lone action alone or split and all neighbours that can
-    be a pair apart or paired."""
+    """Every order of F, I and W, or F and B, on every position, with every lone action whole or split, and neighbours that can be
+    a pair apart or paired."""
     orders = []
     for position in range(problem.positions):
         rows = []
@@ -37,7 +37,8 @@ def forms(problem, position, order):
     if not order:
         return [[]]
     first, *rest = order
-    alone = [problem.move(position, (first,), split) for split in ((False, True) if problem.splits and first[0] != W else (False,))]
+    forms_of_one = (False, True) if problem.splits and first[0] != W else (False,)
+    alone = [problem.move(position, (first,), split) for split in forms_of_one]
     found = [[move, *others] for others in forms(problem, position, rest) for move in alone]
     pair = sorted(order[:2])
     if len(pair) == 2 and pair[0][0] != W and pair[0][1:] != pair[1][1:]:
@@ -47,14 +48,15 @@ def forms(problem, position, order):
 
 @pytest.mark.parametrize("durations", [
     UNIT, Durations(1.0, 2.0, 1.0, hop=0.25), Durations((1.0, 3.0), (2.0, 1.0), (1.0, 0.5)),
-    Durations(1.0, 1.0, 1.0, slowdown=(1.0, 2.0)), Durations(1.0, 1.0, 1.0, backward=1.5), Durations(1.0, 1.0, 1.0, pair=0.5),
+    Durations(1.0, 1.0, 1.0, slowdown=(1.0, 2.0)), Durations(1.0, 1.0, 1.0, backward=1.5),
+    Durations(1.0, 1.0, 1.0, pair=0.5),
     Durations(0.1, 0.1, 1.0, dispatch=1.0, combine=1.0, layers=2)])
 @pytest.mark.parametrize("kept", [1, 2])
 @pytest.mark.parametrize("positions", [1, 2])
 def test_against_all_schedules_of_two_positions(durations, kept, positions):
     if positions == 1:  # of every stage's duration, the first
-        durations = replace(durations, **{n: v[0] for n, v in vars(durations).items() if n != "slowdown" and isinstance(v, tuple)},
-                            slowdown=durations.slowdown[:1])
+        of_stages = {n: v[0] for n, v in vars(durations).items() if n != "slowdown" and isinstance(v, tuple)}
+        durations = replace(durations, **of_stages, slowdown=durations.slowdown[:1])
     problem = Problem(Stages("loop", positions), 2, durations, kept, splits=positions == 1)
     best = shortest_of_all(problem, 2)
     assert lower_bound(problem) <= best + 1e-9
@@ -71,8 +73,8 @@ def test_it_is_met_where_a_microbatch_is_alone():
 def test_the_middle_positions_of_dualpipe_wait_and_drain():
     """8 ranks, 32 microbatches, 9 kept, F = I = W = 1, communication 0.913 of compute, so F and I take 2.3695 alone.
 
-    The middle: 8 F and 3 I before the first I; 3 F, 7 I and a B of 2.4945 after the last F; between them 32 - 9 microbatches, each at
-    least one F|B, which takes 3.04625 with four layers.
+    The middle: 8 F and 3 I before the first I; 3 F, 7 I and a B of 2.4945 after the last F; between them 32 - 9 microbatches, each
+    at least one F|B, which takes 3.04625 with four layers.
     """
     problem = Problem(Stages("both", 8), 32, with_communication(UNIT, 0.913), 9, splits=False)
     assert lower_bound(problem) == pytest.approx(11 * 2.3695 + 10 * 2.3695 + 2.4945 + 23 * 3.0461875, rel=1e-4)
@@ -82,7 +84,8 @@ sizes = st.integers(1, 12).map(lambda n: n / 4)
 
 
 @settings(max_examples=40, deadline=None)
-@given(stages=st.sampled_from([Stages("both", 4), Stages("v", 3, 2), Stages("loop", 3), Stages("loop", 2, 2), Stages("v", 1, 2), Stages("both", 1)]),
+@given(stages=st.sampled_from([Stages("both", 4), Stages("v", 3, 2), Stages("loop", 3), Stages("loop", 2, 2), Stages("v", 1, 2),
+                               Stages("both", 1)]),
        microbatches=st.integers(1, 6), kept=st.integers(1, 6), splits=st.booleans(),
        forward=sizes, backward=sizes, weight=sizes, known=st.none() | sizes, dispatch=sizes, hop=sizes, slow=sizes)
 def test_no_schedule_is_below_it(stages, microbatches, kept, splits, forward, backward, weight, known, dispatch, hop, slow):

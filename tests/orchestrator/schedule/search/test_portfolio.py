@@ -115,7 +115,8 @@ def test_impossible_options_are_refused(wanted, key):
     assert refused.value.key == key
 
 
-@pytest.mark.parametrize("placement, chunks, microbatches", [("both", 1, 7), ("both", 1, 1), ("both", 1, 0), ("v", 2, 0), ("loop", 1, -2)])
+@pytest.mark.parametrize("placement, chunks, microbatches", [
+    ("both", 1, 7), ("both", 1, 1), ("both", 1, 0), ("v", 2, 0), ("loop", 1, -2)])
 def test_microbatches_that_the_entrances_cannot_share_are_refused(placement, chunks, microbatches):
     with pytest.raises(ConfigError) as refused:
         searched(Stages(placement, 4, chunks), microbatches, UNIT, effort=SOME_EFFORT)
@@ -134,6 +135,7 @@ def test_too_few_activations_are_refused():
 
 
 def test_halves_that_cost_more_are_used_less():
-    cheap, dear = (searched(Stages("both", 4), 12, replace(DEEPSEEK, halves=halves), effort=SOME_EFFORT).schedule for halves in (1.0, 2.0))
+    cheap, dear = (searched(Stages("both", 4), 12, replace(DEEPSEEK, halves=halves), effort=SOME_EFFORT).schedule
+                   for halves in (1.0, 2.0))
     count = [sum(isinstance(action, Split) for row in found.rows for action in row) for found in (cheap, dear)]
     assert count[0] > 2 * count[1]
