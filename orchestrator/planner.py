@@ -1,4 +1,4 @@
-"""What a run would look like, before anything starts: layout, microbatches, memory."""
+"""What a run would look like, before anything starts: layout, microbatches, expert placement, memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,38 @@ from functools import partial
 from itertools import groupby
 
 from orchestrator import cost, order, ownership, scheduling
-from orchestrator.config import RunConfig
+from orchestrator.balance import Ranks, balanced, in_order, most_nodes, unevenness
+from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
+from orchestrator.placement import place_experts
 from orchestrator.schedule.check import peak_activations
 from orchestrator.schedule.stages import SEARCHED, Stages, V
 
 _NODES_SHOWN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A way to place the experts of an EP group. unevenness: experts of its fullest rank, divided by the mean; nodes: the most
+    that a token can reach."""
+
+    unevenness: float
+    nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How the experts of replicas of one size are placed, and what would be evener.
+
+    rows: expert groups of each row. cut: with the groups that are left over in so many parts. data: number of replicas, and
+    the unevenness that the worst of them has.
+    """
+
+    replicas: tuple[int, ...]
+    rows: tuple[int, ...]
+    placed: Spread
+    cut: dict[int, Spread]
+    data: tuple[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,7 @@ class Plan:
     empty: tuple[int, int]
     memory: tuple[cost.Memory, ...]
     fewest_owners: int
+    experts: tuple[Experts, ...]
 
 
 def plan(config: RunConfig, layout: Layout) -> Plan:
@@ -38,7 +65,54 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
     at_position = ([ranks[place.rank] for place in layout.places if place.position == p] for p in range(layout.pipeline))
     fullest = tuple(max(found, key=lambda memory: memory.total) for found in at_position)
     return Plan(layout, cost.parameters(config.model), (first, last), (first_empty, last_empty), fullest,
-                min(len(owners) for bucket in buckets for owners in bucket.owners))
+                min(len(owners) for bucket in buckets for owners in bucket.owners), _experts(config, layout))
+
+
+def _experts(config: RunConfig, layout: Layout) -> tuple[Experts, ...]:
+    """By number of rows, at the first position; under the same load on all experts."""
+    model = config.model
+    of_size: dict[int, list[int]] = {}
+    for replica, rows in enumerate(layout.replicas):
+        of_size.setdefault(len(rows), []).append(replica)
+    found = []
+    for rows, replicas in of_size.items():
+        nodes = [layout.places[rank].node for rank in layout.expert_group(replicas[0], 0)]
+        placed = place_experts(model, layout, replicas[0], 0)
+        experts = [sum(map(len, placed[row * layout.width : (row + 1) * layout.width])) for row in range(rows)]
+        cut = _cut(model, rows, nodes, layout.width) if model.n_group % rows else {}
+        data = _evener_replicas(model, layout) if config.layout.expert == "auto" and cut else None
+        found.append(Experts(tuple(replicas), tuple(count // model.experts_per_group for count in experts),
+                             _spread(model, placed, nodes), cut, data))
+    return tuple(found)
+
+
+def _spread(model: ModelConfig, experts: Ranks, nodes: list[str]) -> Spread:
+    return Spread(unevenness([1.0] * model.n_routed_experts, experts),
+                  most_nodes(experts, nodes, model.n_group, model.topk_group, model.num_experts_per_tok))
+
+
+def _cut(model: ModelConfig, rows: int, nodes: list[str], width: int) -> dict[int, Spread]:
+    """In two parts, and in the fewest that leave the ranks as even as any number does."""
+    even = [1.0] * model.n_routed_experts
+    tried = {parts: _spread(model, balanced(even, model.n_group, rows, width, parts), nodes)
+             for parts in range(2, min(rows, model.experts_per_group) + 1)}
+    best = min(tried, key=lambda parts: (tried[parts].unevenness, parts))
+    return {parts: tried[parts] for parts in sorted({2, best})}
+
+
+def _evener_replicas(model: ModelConfig, layout: Layout) -> tuple[int, float] | None:
+    """The fewest further replicas among which the same rows can be dealt so that the worst is evener than the worst is now."""
+    even = [1.0] * model.n_routed_experts
+
+    def worst(sizes: set[int]) -> float:
+        return max(unevenness(even, in_order(len(even), model.n_group, size, layout.width)) for size in sizes)
+
+    now = worst(set(map(len, layout.replicas)))
+    for count in range(len(layout.replicas) + 1, layout.rows + 1):
+        found = worst({layout.rows // count, -(-layout.rows // count)})
+        if found < now:
+            return count, found
+    return None
 
 
 def _microbatches(config: RunConfig, layout: Layout, step: int) -> tuple[int, int]:
@@ -66,6 +140,7 @@ def describe(config: RunConfig, found: Plan) -> list[str]:
         f"schedule     {config.schedule.kind}{_folded(config, layout.folding)}" + (
             " (one position: no pipeline)" if layout.pipeline == 1 else ""),
         *_node_lines(layout),
+        *(line for experts in found.experts if experts.cut for line in _experts_lines(experts, len(layout.replicas))),
         *(_memory_line(layout, position, memory) for position, memory in enumerate(found.memory)),
         _state_line(config.elastic.copies, found.fewest_owners),
     ]
@@ -81,6 +156,22 @@ def _node_lines(layout: Layout) -> list[str]:
     lines = [f"node         {node}: {', '.join(runs)}" for node, runs in of_node.items()]
     more = len(lines) - _NODES_SHOWN
     return lines if more <= 0 else [*lines[:_NODES_SHOWN], f"node         and {more} more"]
+
+
+def _experts_lines(experts: Experts, replicas: int) -> list[str]:
+    """Of replicas whose rows hold unequal numbers of expert groups."""
+    where = "" if replicas == len(experts.replicas) else f"replica {', '.join(map(str, experts.replicas))}: "
+    placed = experts.placed
+    line = (f"{where}{sum(experts.rows)} groups on {len(experts.rows)} rows ({', '.join(map(str, experts.rows))}), the fullest "
+            f"rank {placed.unevenness:.2f} x the mean; a token reaches at most {_nodes(placed.nodes)}")
+    evener = [f"{experts.data[1]:.2f} x with layout.data = {experts.data[0]}, at the price of memory"] if experts.data else []
+    evener += [f"{spread.unevenness:.2f} x, but up to {_nodes(spread.nodes)}, with the left-over groups cut in {parts}"
+               for parts, spread in experts.cut.items() if spread.unevenness < placed.unevenness]
+    return [f"experts      {text}" for text in [line, *(["evener: " + "; ".join(evener)] if evener else [])]]
+
+
+def _nodes(count: int) -> str:
+    return f"{count} {'node' if count == 1 else 'nodes'}"
 
 
 def _folded(config: RunConfig, stages: Stages) -> str:
@@ -100,7 +191,7 @@ def _memory_line(layout: Layout, position: int, memory: cost.Memory) -> str:
 
 
 def _state_line(copies: int, fewest_owners: int) -> str:
-    kept = f"state        every optimizer shard on {fewest_owners} {'node' if fewest_owners == 1 else 'nodes'}"
+    kept = f"state        every optimizer shard on {_nodes(fewest_owners)}"
     if fewest_owners > copies:
         return kept
     lost = "any node" if fewest_owners == 1 else f"{fewest_owners} nodes"

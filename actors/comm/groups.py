@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,21 @@ _UNUSED_TAG = 999_999
 
 class Aborted(RuntimeError):
     """A communication ended because its group was aborted, timed out, or lost a member."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """An all-to-all under way; `sent` is kept until it is done."""
+
+    work: dist.Work | None
+    sent: torch.Tensor
+    received: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """Block until the rows received are there. Raises Aborted."""
+        if self.work is not None:
+            wait(self.work)
+        return self.received
 
 
 class Group:
@@ -46,13 +62,16 @@ class Group:
 
         Returns the rows received, in member order: [sum(receive_counts), ...], same dtype.
         """
+        return self.start_all_to_all(rows, send_counts, receive_counts).wait()
+
+    def start_all_to_all(self, rows: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> Exchanged:
+        """The same, without waiting for it; `rows` must stay unchanged until then. Raises Aborted."""
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
         if self.size == 1:
-            return received.copy_(rows)
+            return Exchanged(None, rows, received.copy_(rows))
         sent, landed = (t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (rows, received))
-        wait(self._start(lambda backend: backend.alltoall_base(
-            landed, sent, receive_counts, send_counts, dist.AllToAllOptions())))
-        return received
+        return Exchanged(self._start(lambda backend: backend.alltoall_base(
+            landed, sent, receive_counts, send_counts, dist.AllToAllOptions())), rows, received)
 
     def send(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
         """Start a send; the tensor must stay unchanged until the work is done. Raises Aborted."""
@@ -101,6 +120,8 @@ def wait(work: dist.Work) -> None:
 class Generation:
     """All process groups of one rank in one generation, by their set of ranks (equal sets share a group).
 
+    A set may have a second group, on which small messages pass what the first one transfers.
+
     `timeout_seconds`: of every operation. `create_timeout_seconds`: of making one group, which no abort can end.
     """
 
@@ -110,24 +131,26 @@ class Generation:
         self._device, self._host = device, host
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._create_timeout = datetime.timedelta(seconds=min(timeout_seconds, create_timeout_seconds))
-        self._groups: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[tuple[tuple[int, ...], bool], Group] = {}
 
-    def create(self, store: dist.Store, wanted: Iterable[tuple[int, ...]]) -> None:
-        """Make the groups that contain this rank. Every rank must pass the same sequence, or creation would deadlock.
+    def create(self, store: dist.Store, wanted: Iterable[tuple[int, ...]], seconds: Iterable[tuple[int, ...]] = ()) -> None:
+        """Make the groups that contain this rank; of `seconds`, second ones. Every rank must pass the same sequences, or
+        creation would deadlock.
 
         Raises Aborted when a member does not come in time.
         """
-        for index, ranks in enumerate(dict.fromkeys(wanted)):
+        keys = [*((ranks, False) for ranks in wanted), *((ranks, True) for ranks in seconds)]
+        for index, (ranks, second) in enumerate(dict.fromkeys(keys)):
             if self.rank not in ranks:
                 continue
             backend = None
             if len(ranks) > 1:
                 prefix = dist.PrefixStore(f"generation-{self.number}/group-{index}", store)
                 backend = self._backend(prefix, ranks.index(self.rank), len(ranks))
-            self._groups[ranks] = Group(ranks, self.rank, backend)
+            self._groups[ranks, second] = Group(ranks, self.rank, backend)
 
-    def group(self, ranks: tuple[int, ...]) -> Group:
-        return self._groups[ranks]
+    def group(self, ranks: tuple[int, ...], second: bool = False) -> Group:
+        return self._groups[ranks, second]
 
     def abort(self) -> None:
         for group in list(self._groups.values()):

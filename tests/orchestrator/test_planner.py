@@ -118,3 +118,37 @@ def test_empty_microbatches():
                        batch_ramp={"start_sequences": 1, "steps": 10})
     assert found.microbatches == (4, 4)  # the fewest of two positions
     assert found.empty == (7, 4)
+
+
+def lines_about_experts(nodes: int, **layout) -> list[str]:
+    """DeepSeek-V3's experts on nodes of 2 positions x 4 ranks."""
+    config = parse({"model": DEEPSEEK_CONFIG.model.model_dump(), "layout": {"pipeline": 2, "shape": [2, 4]} | layout,
+                    "training": {"batch_sequences": 256}})
+    placed = layout_of((8,) * nodes, 2, config.model, config.stages, shape=(2, 4), **layout)
+    return [line for line in planner.describe(config, planner.plan(config, placed)) if line.startswith("experts ")]
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 8, 16])
+def test_nothing_is_said_where_groups_divide_by_rows(nodes):
+    assert lines_about_experts(nodes) == []
+
+
+@pytest.mark.parametrize("nodes, lines", [
+    (6, ["experts      8 groups on 6 rows (2, 1, 1, 2, 1, 1), the fullest rank 1.50 x the mean; a token reaches at most 4 nodes",
+         ("experts      evener: 1.12 x with layout.data = 2, at the price of memory; 1.12 x, but up to 6 nodes, with the "
+          "left-over groups cut in 2; 1.03 x, but up to 6 nodes, with the left-over groups cut in 3")]),
+    (7, [("experts      8 groups on 7 rows (2, 1, 1, 1, 1, 1, 1), the fullest rank 1.75 x the mean; a token reaches at most "
+          "4 nodes"),
+         ("experts      evener: 1.12 x with layout.data = 2, at the price of memory; 1.31 x, but up to 5 nodes, with the "
+          "left-over groups cut in 2; 1.09 x, but up to 7 nodes, with the left-over groups cut in 4")])])
+def test_uneven_nodes_are_told(nodes, lines):
+    """6 and 7 nodes of 8 groups: 1.5 and 1.75 x the mean. Whole groups on 3 + 3 and on 4 + 3 rows are 3 on a row of 8 / 3."""
+    assert lines_about_experts(nodes) == lines
+
+
+def test_uneven_replicas_are_told_apart():
+    """4 + 3 rows: nothing to say of the first; where `layout.expert` is pinned, the number of replicas is not advised."""
+    first, *more = lines_about_experts(7, data=2)
+    assert first.startswith("experts      replica 0: 8 groups on 3 rows (3, 3, 2), the fullest rank 1.12 x the mean; ")
+    assert len(more) == 1 and "layout.data = 4" in more[0] and "up to 3 nodes, with the left-over groups cut in 3" in more[0]
+    assert "layout.data" not in "".join(lines_about_experts(6, expert=24))

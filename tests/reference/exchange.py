@@ -1,4 +1,4 @@
-"""Dispatch and combine with plain loops, and a process group that lives in one process."""
+"""Dispatch and combine with plain loops, and process groups that live in one process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from actors.comm.exchange import TwoHops
 
 
 class Fabric:
@@ -42,17 +44,54 @@ class ThreadGroup:
         assert [len(part) for part in parts] == receive_counts
         return torch.cat(parts)
 
+    def start_all_to_all(self, rows: torch.Tensor, send_counts: list[int], receive_counts: list[int]) -> Later:
+        return Later(self, rows, send_counts, receive_counts)
 
-def on_ranks(size: int, work: Callable[[ThreadGroup], Any]) -> list[Any]:
-    """Run `work(group)` for every rank at once; the results by rank. Raises what the first failing rank raised."""
-    fabric, results, errors = Fabric(size), [None] * size, []
+
+@dataclass(frozen=True)
+class Later:
+    """An exchange that takes place when it is waited for."""
+
+    group: ThreadGroup
+    rows: torch.Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+
+    def wait(self) -> torch.Tensor:
+        return self.group.all_to_all(self.rows, self.send_counts, self.receive_counts)
+
+
+class Grid:
+    """The fabrics of an EP group of `rows` x `width` ranks: of all, of every rail, of every row."""
+
+    def __init__(self, rows: int, width: int):
+        self.rows, self.width = rows, width
+        self.all = Fabric(rows * width)
+        self.rails, self.insides = [Fabric(rows) for _ in range(width)], [Fabric(width) for _ in range(rows)]
+
+    @property
+    def fabrics(self) -> list[Fabric]:
+        return [self.all, *self.rails, *self.insides]
+
+    def two_hops(self, rank: int) -> TwoHops:
+        row, index = divmod(rank, self.width)
+        return TwoHops(self.rails[index].group(row), self.insides[row].group(index))
+
+
+def on_ranks(size: int, work: Callable[[ThreadGroup], Any], grid: Grid | None = None) -> list[Any]:
+    """Run `work(group)` for every rank at once; the results by rank. Raises what the first failing rank raised.
+
+    grid: what else `work` communicates on.
+    """
+    fabrics, results, errors = grid.fabrics if grid else [Fabric(size)], [None] * size, []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(fabric.group(rank))
+            results[rank] = work(fabrics[0].group(rank))
         except Exception as error:
             errors.append(error)
-            fabric.barrier.abort()
+            for fabric in fabrics:
+                fabric.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:

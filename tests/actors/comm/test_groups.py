@@ -26,13 +26,13 @@ def place():
     return ("127.0.0.1", store.port), f"test-{store.add('tests', 1)}"
 
 
-def generation_of(host, rank, place, wanted, **options):
+def generation_of(host, rank, place, wanted, seconds=(), **options):
     """A generation that the host's control thread can abort."""
     address, prefix = place
     made = Generation(1, rank, torch.device("cpu"), "127.0.0.1", 30, **options)
     host.close()
     host._generation = made
-    made.create(dist.PrefixStore(prefix, host._meeting_place(address)), wanted)
+    made.create(dist.PrefixStore(prefix, host._meeting_place(address)), wanted, seconds)
     return made
 
 
@@ -98,6 +98,28 @@ def test_operations(ranks, place):
             assert nothing.shape == (0, 2)
     for rank in ALL:
         assert all(torch.equal(part.flatten(), torch.full((3,), float(rank))) for part in found[rank]["alone"])
+
+
+def pass_by(host, rank, place):
+    """A small exchange on the second group of two ranks while the first group's is still waiting for rank 1."""
+    members, store = (0, 1), host._meeting_place(place[0])
+    made = generation_of(host, rank, place, [members], seconds=[members])
+    large = torch.full((2, 1000), float(rank))
+    if rank == 0:
+        first = made.group(members).start_all_to_all(large, [1, 1], [1, 1])
+    small = made.group(members, second=True).start_all_to_all(torch.tensor([10 + rank, 20 + rank]), [1, 1], [1, 1]).wait()
+    if rank == 0:
+        finished = first.work.is_completed()
+        store.set(f"{place[1]}/small is here", "")
+        return small, finished, first.wait()
+    store.wait([f"{place[1]}/small is here"], datetime.timedelta(seconds=30))
+    return small, False, made.group(members).all_to_all(large, [1, 1], [1, 1])
+
+
+def test_a_second_group_does_not_wait_for_the_first(ranks, place):
+    for rank, (small, finished, large) in enumerate(by_rank(ranks, pass_by, 2, place)):
+        assert small.tolist() == [10 * (rank + 1), 10 * (rank + 1) + 1] and not finished
+        assert torch.equal(large, torch.tensor([[0.0], [1.0]]).expand(2, 1000))
 
 
 OPERATIONS = {
