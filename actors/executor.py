@@ -1,24 +1,26 @@
 """Runs one rank's program in its order. What comes when is the program's; how it is done, the handlers'.
 
 Every handler leaves spans: compute, exchange (dispatch and combine), pipeline (waiting for a neighbour's tensor), reduce.
-Pairs and split microbatches are strands that are woven (strands.py). A microbatch of which any action is split is in two parts
-from its forward on, for no backward can be cut in two after a whole forward: all its actions have a strand for each part, which
-are one after the other within a pair.
+A compute action is strands whose segments are issued in the program's order (strands.py): compute on the thread that runs the
+program, exchanges on a lane of their own. A microbatch of which any action is split is in two parts from its forward on, for no
+backward can be cut in two after a whole forward: all its actions have a strand for each part.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from actors.comm.links import Links
+from actors.lane import Exchanges, InTurn
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
-from actors.strands import Closures, Strand, Weaver, merged, weights_strand
-from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Split, Transfer
+from actors.strands import Closures, Strand, Weaver
+from orchestrator.schedule.actions import Compute, Form, Kind, Payload, Program, Split, Transfer, Work
+from orchestrator.schedule.pieces import Order
 from orchestrator.schedule.spans import Lane, Span
 
 Key = tuple[int, int]
@@ -35,8 +37,11 @@ class ActionFailed(RuntimeError):
 
 @dataclass
 class StepWork:
-    """What one run of a program works on. `halved`: microbatches that it cuts in two; `parts`: these, from their
-    forward to the end of their backward."""
+    """What one run of a program works on.
+
+    halved: microbatches that it cuts in two; parts: these, from their forward to the end of their backward. orders: of the
+    program.
+    """
 
     tapes: Mapping[Key, Microbatch]
     links: Links
@@ -45,6 +50,7 @@ class StepWork:
     deferred: dict[Key, list[Closures]] = field(default_factory=dict)
     halved: frozenset[Key] = frozenset()
     parts: dict[Key, tuple[Microbatch, ...]] = field(default_factory=dict)
+    orders: dict[Form, Order] = field(default_factory=dict)
 
 
 class Executor:
@@ -52,17 +58,18 @@ class Executor:
         chunks: this rank's stages by slot.
         queue: where their backward passes put weight gradients.
         fed_by: slot -> the slot of this rank whose output is its input; slots that other ranks feed are left out.
+        exchanges: where exchange segments run, beside the thread that calls `run`; None: in turn with the others, on that thread.
     """
 
     def __init__(self, rank: int, generation: int, chunks: Mapping[int, Chunk], queue: WeightGradients,
-                 fed_by: Mapping[int, int] | None = None):
+                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None):
         self._rank, self._generation, self._chunks = rank, generation, chunks
         self._fed_by = dict(fed_by or {})
         self._feeds = {source: slot for slot, source in self._fed_by.items()}
-        self._weaver = Weaver(rank, queue)
+        self._weaver = Weaver(rank, queue, InTurn() if exchanges is None else exchanges)
         self._handlers = {
             Kind.FORWARD: self._compute, Kind.BACKWARD: self._compute, Kind.BACKWARD_INPUT: self._compute,
-            Kind.BACKWARD_WEIGHT: self._compute, Kind.PAIR: self._pair, Kind.SPLIT: self._split, Kind.SEND: self._send,
+            Kind.BACKWARD_WEIGHT: self._compute, Kind.PAIR: self._compute, Kind.SPLIT: self._split, Kind.SEND: self._send,
             Kind.RECEIVE: self._receive, Kind.REDUCE: self._reduce,
         }
         self._strands_of = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.BACKWARD_INPUT: self._backward,
@@ -73,7 +80,7 @@ class Executor:
     def run(self, program: Program, work: StepWork) -> None:
         """One step. Raises ActionFailed."""
         action: object = "start"
-        work.halved = program.halved
+        work.orders, work.halved = dict(program.orders), program.halved
         try:
             for action in program.actions:
                 self._handlers[action.kind](action, work)
@@ -84,12 +91,19 @@ class Executor:
 
     # --- actions -------------------------------------------------------------------------------------------------
 
-    def _compute(self, action: Compute, work: StepWork) -> None:
-        self._weave(self._strands_of[action.kind](action, work), (action,), work)
-
-    def _pair(self, pair: Pair, work: StepWork) -> None:
-        strands = [merged(self._strands_of[compute.kind](compute, work)) for compute in pair.computes]
-        self._weave(strands, pair.computes, work)
+    def _compute(self, action: Work, work: StepWork) -> None:
+        """Run the strands of its computes, then put together what the parts of each one's microbatch have made."""
+        strands, form = [], []
+        for compute in action.computes:
+            strands += self._strands_of[compute.kind](compute, work)
+            form.append((compute.kind, compute.slot, 1 + ((compute.slot, compute.microbatch) in work.halved)))
+        self._weaver.run(strands, work.orders.get(tuple(form)), work.spans)
+        for compute in action.computes if work.parts else ():
+            key = compute.slot, compute.microbatch
+            if compute.kind is Kind.FORWARD and key in work.parts:
+                work.tapes[key].join_forward(work.parts[key])
+            elif compute.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and key in work.parts:
+                work.tapes[key].join_backward(work.parts.pop(key))
 
     def _split(self, split: Split, work: StepWork) -> None:
         self._compute(split.whole, work)
@@ -136,20 +150,10 @@ class Executor:
         label, later = str(action), None
         if action.kind is Kind.BACKWARD_INPUT:
             later = work.deferred[key] = []
-        return [Strand(label, chunk.backward(part), later) for part in parts]
+        return [Strand(label, chunk.backward(part), True, later) for part in parts]
 
     def _weights(self, action: Compute, work: StepWork) -> list[Strand]:
-        return [weights_strand(str(action), work.deferred.pop((action.slot, action.microbatch)))]
-
-    def _weave(self, strands: Sequence[Strand], actions: Sequence[Compute], work: StepWork) -> None:
-        """Run strands, then put together what the parts of each action's microbatch have made."""
-        self._weaver.run(strands, work.spans)
-        for action in actions if work.parts else ():
-            key = action.slot, action.microbatch
-            if action.kind is Kind.FORWARD and key in work.parts:
-                work.tapes[key].join_forward(work.parts[key])
-            elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and key in work.parts:
-                work.tapes[key].join_backward(work.parts.pop(key))
+        return [Strand(str(action), released=work.deferred.pop((action.slot, action.microbatch)))]
 
     # --- what a compute action works on --------------------------------------------------------------------------
 

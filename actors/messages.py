@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy
 
+from actors.comm.traffic import Sent
 from orchestrator.layout import Layout
 from orchestrator.schedule.spans import Figures, Span
 
@@ -84,6 +85,7 @@ class StepReport:
     bytes_sent: int
     load: dict[int, list[int]]  # tokens of the global batch that chose each expert, by layer; from one rank of each stage
     spans: tuple[Span, ...] = field(default=())
+    exchanged: Sent = Sent()  # by dispatch and combine, while bytes_sent are those of activations and their gradients
 
 
 @dataclass(frozen=True)

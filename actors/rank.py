@@ -11,17 +11,20 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from itertools import product
 
 import numpy
 import torch
 import torch.distributed as dist
 
 from actors.checkpoint import PieceWriter, restore_shards
-from actors.comm.exchange import ExpertExchange
+from actors.comm.exchange import ExpertExchange, TwoHops
 from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation
 from actors.comm.links import Links
+from actors.comm.traffic import Traffic
 from actors.executor import Executor, StepWork
 from actors.host import settle
+from actors.lane import ExchangeLane, lane_for
 from actors.messages import Apply, Assignment, LossDivisors, LossSums, SavedPiece, StepReport, StepRequest
 from actors.model.chunk import Chunk, LossScales, Microbatch
 from actors.model.weights import WeightGradients, exact_dtype
@@ -46,6 +49,7 @@ class Rank:
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.configure(config)
         self._generation: Generation | None = None
+        self._lane: ExchangeLane | None = None
         self._store: tuple[tuple[str, int], dist.Store] | None = None
         self._abort_lock = threading.Lock()
         if self._device.type == "cpu":
@@ -73,13 +77,15 @@ class Rank:
                                 config.training.step_timeout_seconds)
         self._generation = generation
         store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
-        generation.create(store, _groups(layout, self._buckets))
+        generation.create(store, *_groups(layout, self._buckets, config.layout.hops))
         self._world = generation.group(tuple(range(layout.size)))
         self._stage_group = generation.group(layout.peers(self._place.position))
         self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
+        self._traffic = Traffic()
         self._chunks = self._build_chunks()
+        self._lane = lane_for(self._device) if config.schedule.overlap else None
         self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue,
-                                  layout.handovers(self._place.position))
+                                  layout.handovers(self._place.position), self._lane)
         self._programs: dict[tuple[bool, int], Program] = {}
 
     def learn(self, program: Program, training: bool) -> None:
@@ -106,6 +112,9 @@ class Rank:
         """Leave the generation, with all its sockets and threads."""
         with self._abort_lock:
             generation, self._generation = self._generation, None
+            lane, self._lane = self._lane, None
+        if lane is not None:
+            lane.close(generation.abort)
         if generation is not None:
             generation.close()
 
@@ -117,6 +126,7 @@ class Rank:
         if request.apply is not None:
             self.apply(request.apply)
         self.optimizer.zero_gradients()
+        sent_before = self._traffic.sent
         tapes = self._tapes(request, keep=True)
         for chunk in self._chunks.values():
             chunk.scales = self._scales(request.divisors)
@@ -129,7 +139,7 @@ class Rank:
         return StepReport(
             rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
             digest=self._digest(tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
-            bytes_sent=work.links.bytes_sent, load=self._reported_load(),
+            bytes_sent=work.links.bytes_sent, exchanged=self._traffic.sent - sent_before, load=self._reported_load(),
             spans=tuple(work.spans) if request.keep_spans else ())
 
     def apply(self, apply: Apply) -> None:
@@ -193,11 +203,10 @@ class Rank:
         config, layout, place = self._config, self._layout, self._place
         per_stage = stage_layers(config.model, layout.folding.count, config.layout.layers_per_stage)
         placed = place_experts(config.model, layout, place.replica, place.position)
-        group = self._generation.group(layout.expert_group(place.replica, place.position))
         slot_of_expert = torch.empty(config.model.n_routed_experts, dtype=torch.int64, device=self._device)
         for slot, expert in enumerate(e for experts in placed for e in experts):
             slot_of_expert[expert] = slot
-        exchange = ExpertExchange(group if group.size > 1 else None, slot_of_expert, [len(e) for e in placed])
+        exchange = self._exchange_of(slot_of_expert, [len(experts) for experts in placed])
         exact = exact_dtype(self._dtype)
         chunks, self.biases = {}, {}
         for slot, stage in enumerate(layout.stages(place.position)):
@@ -212,6 +221,18 @@ class Rank:
                 recompute=config.training.recompute)
         self._load: dict[int, torch.Tensor] = {}
         return chunks
+
+    def _exchange_of(self, slot_of_expert: torch.Tensor, experts_per_rank: list[int]) -> ExpertExchange:
+        layout, place, generation, config = self._layout, self._place, self._generation, self._config
+        ranks, precision = layout.expert_group(place.replica, place.position), config.training.dispatch_precision
+        counts, two_hops = generation.group(ranks, second=True), None
+        if layout.two_hops(place.replica, config.layout.hops):
+            two_hops = TwoHops(rail=generation.group(layout.rail(place.replica, place.position, place.width)),
+                               inside=generation.group(layout.inside(place.row, place.position)))
+        group = counts if two_hops else generation.group(ranks)
+        return ExpertExchange(group if group.size > 1 else None, slot_of_expert, experts_per_rank, two_hops=two_hops,
+                              counts=counts, nodes=tuple(layout.places[rank].node for rank in ranks),
+                              float8_rows=precision == "float8", traffic=self._traffic)
 
     def _tapes(self, request: StepRequest, *, keep: bool) -> dict[tuple[int, int], Microbatch]:
         """A tape for each (slot, microbatch). The slots that one microbatch passes share its tokens."""
@@ -271,12 +292,21 @@ def _sums(tapes: Mapping[tuple[int, int], Microbatch]) -> LossSums:
                LossSums())
 
 
-def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...]) -> list[tuple[int, ...]]:
-    """Every group of a generation, in the one order in which all ranks create them."""
+def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...],
+            hops: int | str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Every group of a generation, in the one order in which all ranks create them; and the second ones, for the counts of
+    dispatches."""
     lines = [layout.line(row, w) for row in range(layout.rows) for w in range(layout.width)]
-    experts = [layout.expert_group(r, p) for r in range(len(layout.replicas)) for p in range(layout.pipeline)]
     stages = [layout.peers(position) for position in range(layout.pipeline)]
-    return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)]
+    experts, counts = [], []
+    for replica, position in product(range(len(layout.replicas)), range(layout.pipeline)):
+        counts.append(layout.expert_group(replica, position))
+        if layout.two_hops(replica, hops):
+            experts += [layout.rail(replica, position, w) for w in range(layout.width)]
+            experts += [layout.inside(row, position) for row in layout.replicas[replica]]
+        else:
+            experts.append(counts[-1])
+    return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)], counts
 
 
 def _answers(store: dist.Store) -> bool:

@@ -22,7 +22,9 @@ from jobs import cli
 from orchestrator.refusal import ConfigError, refusal
 
 BENCHES = {
+    "overlap": "dispatch and combine under compute on slow links, against none of it and torch.distributed.pipelining",
     "parity": "losses and parameters of every layout against one plain process",
+    "routing": "bytes across nodes, cost of choosing and permuting, load of ranks, against closed forms, transformers and EPLB",
     "schedule": "step time of every schedule against its simulation and torch.distributed.pipelining",
     "tokens": "tokens a second of the whole system against plain PyTorch on the same cores",
 }

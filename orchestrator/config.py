@@ -124,6 +124,8 @@ class TrainingSection(Section):
     microbatch_sequences: int = Field(4, gt=0)
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Literal["none", "selective", "full"] = "none"
+    dispatch_precision: Literal["same", "float8"] = Field("same", description="of tokens on their way to experts, and of gradients on "
+                                                                             "theirs: that of training.dtype, or FP8 with scales")
     mtp_loss_weight: Real = Field(0.3, ge=0)
     balance_loss_weight: Real = Field(0.0001, ge=0, description="sequence-wise balance loss (report, eq. 17)")
     bias_update_speed: Real = Field(0.001, ge=0, description="gate bias step per optimizer step (report, section 2.1.2)")
@@ -150,6 +152,8 @@ class LayoutSection(Section):
     data: PositiveInt | Auto = Field("auto", description="replicas: sets of rows that together hold every expert")
     shape: Pair | Auto = Field("auto", description="[positions on a node, ranks of a position on a node]")
     layers_per_stage: list[PositiveInt] | Auto = "auto"
+    hops: Literal["auto", 1, 2] = Field("auto", description="of a token to its experts: straight to each rank, or once to a node "
+                                                           "and on from there; auto: 2 where an EP group has several ranks on a node")
 
 
 class CostsSection(Section):
@@ -171,7 +175,9 @@ class ScheduleSection(Section):
     placement: Literal["both", "v", "loop", "auto"] = Field("auto", description="how searched folds the stages")
     most_activations: Annotated[Real, Ge(1)] | Auto = Field(
         "auto", description="microbatches on all layers of a position that searched may keep at once")
-    costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with")
+    costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with, and the order of pieces "
+                                                            "inside an action follows from")
+    overlap: bool = Field(True, description="false: dispatch and combine run in turn with compute, in the same order")
 
 
 class TopologySection(Section):
@@ -261,6 +267,9 @@ def check(config: RunConfig) -> None:
     if optimizer.final_learning_rate > optimizer.learning_rate:
         raise ConfigError("optimizer.final_learning_rate", optimizer.final_learning_rate,
                           f"at most optimizer.learning_rate = {optimizer.learning_rate}")
+    if training.dispatch_precision == "float8" and config.model.hidden_size % 128:
+        raise ConfigError("training.dispatch_precision", "float8",
+                          f"same: model.hidden_size = {config.model.hidden_size} is not a multiple of 128, the channels of a scale")
     if late := [step for step in config.telemetry.trace_steps if step >= training.steps]:
         raise ConfigError("telemetry.trace_steps", late[0], f"below training.steps = {training.steps}: steps count from 0")
     if data.sequence_length > config.model.max_position_embeddings:

@@ -124,6 +124,19 @@ class Layout:
     def expert_group(self, replica: int, position: int) -> tuple[int, ...]:
         return tuple(self.rank_at(row, position, w) for row in self.replicas[replica] for w in range(self.width))
 
+    def rail(self, replica: int, position: int, w: int) -> tuple[int, ...]:
+        """Ranks of an EP group with the same width index, by row: tokens cross nodes between them."""
+        return tuple(self.rank_at(row, position, w) for row in self.replicas[replica])
+
+    def inside(self, row: int, position: int) -> tuple[int, ...]:
+        """Ranks of an EP group on one node, by width index."""
+        return tuple(self.rank_at(row, position, w) for w in range(self.width))
+
+    def two_hops(self, replica: int, hops: int | str) -> bool:
+        """Whether tokens of a replica reach their experts in two hops. `hops`: the setting; where all are in one row, or a row
+        has one rank, there is nothing to do in a second."""
+        return hops != 1 and self.width > 1 and len(self.replicas[replica]) > 1
+
     def describe(self) -> str:
         sizes = {len(rows) * self.width for rows in self.replicas}
         return (f"PP{self.pipeline} x EP{'/'.join(map(str, sorted(sizes)))} x DP{len(self.replicas)}: {self.size} ranks in "

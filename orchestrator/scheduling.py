@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
+from orchestrator import segments
 from orchestrator.config import ConfigError, CostsSection, RunConfig
+from orchestrator.parameters import stage_layers
 from orchestrator.schedule import forward_only, kinds
 from orchestrator.schedule.actions import Program, Schedule
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.lower import lower
+from orchestrator.schedule.orders import StageStrands, check_orders, with_orders
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.stages import SEARCHED, Stages
 
@@ -44,14 +48,36 @@ def _found(config: RunConfig, stages: Stages, microbatches: int) -> Schedule:
 def programs_for(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> tuple[Program, ...]:
     """Checked programs, one per position. Raises ConfigError; ScheduleError."""
     schedule = schedule_of(config, stages, microbatches, training=training)
-    programs, most = lower(schedule), _most_activations(config) if training else None
+    hosted, strands = tuple(map(stages.hosted, range(stages.positions))), strands_of_stages(config, stages)
+    programs = with_orders(lower(schedule), strands, hosted)
+    most = _most_activations(config) if training else None
     check(schedule, programs, most_activations=None if most is None else int(most * stages.chunks))
+    check_orders(programs, strands, hosted)
     return programs
+
+
+def strands_of_stages(config: RunConfig, stages: Stages) -> tuple[StageStrands, ...]:
+    """What each stage does with one microbatch: `schedule.costs`, which are of a whole position, dealt evenly to its layers."""
+    model, costs = config.model, config.schedule.costs
+    layers = max(1, model.num_hidden_layers // stages.positions)
+    names = ("forward", "backward_input", "backward_weight", "dispatch", "combine")
+    of_layer = segments.LayerCosts(**{name: getattr(costs, name) / layers for name in names})
+    per_stage = stage_layers(model, stages.count, config.layout.layers_per_stage)
+    return tuple(
+        segments.stage_strands(model, of_stage, first=stage == 0, last=stage == stages.count - 1,
+                               length=config.data.sequence_length, costs=of_layer)
+        for stage, of_stage in enumerate(per_stage))
 
 
 def durations_of(costs: CostsSection, stages: Stages, layers: int) -> Durations:
     """Durations of each stage. `layers`: of a whole position."""
     return per_chunk(Durations(**costs.model_dump(), layers=layers), stages)
+
+
+def durations_of_run(config: RunConfig, stages: Stages) -> Durations:
+    """Durations with the pieces of the run's own stages, from which its programs have their orders."""
+    layers = max(1, config.model.num_hidden_layers // stages.positions)
+    return replace(durations_of(config.schedule.costs, stages, layers), stages=strands_of_stages(config, stages))
 
 
 @cache

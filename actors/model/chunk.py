@@ -17,7 +17,7 @@ from actors.model.island import Island
 from actors.model.layer import DenseLayer, ExpertLayer, Parts
 from actors.model.linear import Scope, embed, embed_backward, linear, rms_norm
 from actors.model.rope import Rotary
-from actors.model.segment import Lane, Segment
+from actors.model.segment import Lane, Segment, crossed
 from actors.model.tape import LossScales, Microbatch
 from actors.model.weights import Weight, WeightGradients, exact_dtype
 from orchestrator.config import ModelConfig
@@ -88,6 +88,7 @@ class Chunk:
         tape.hidden = embed(tape.tokens[:, :-1], self._weights["model.embed_tokens.weight"]) if self.first else tape.input
 
     def _leave(self, tape: Microbatch) -> None:
+        crossed(tape.hidden)
         tape.output, tape.hidden = tape.hidden, None
 
     def _enter_backward(self, tape: Microbatch) -> None:
@@ -103,6 +104,7 @@ class Chunk:
     # --- losses --------------------------------------------------------------------------------------------------
 
     def _head_forward(self, tape: Microbatch) -> None:
+        crossed(tape.hidden)
         if tape.sequences:
             loss, tape.hidden = self._island(tape, "head", self._head("model.norm.weight", tape.labels(1))).forward(tape.hidden)
             tape.loss_sum = tape.loss_sum + loss
@@ -114,6 +116,7 @@ class Chunk:
             (tape.gradient,) = tape.islands.pop("head").backward(_seed(self.scales.next_token, tape), tape.gradient)
 
     def _mtp_head_forward(self, tape: Microbatch) -> None:
+        crossed(tape.hidden)
         if tape.sequences:
             norm = f"model.layers.{self._mtp}.shared_head.norm.weight"
             loss, _ = self._island(tape, "mtp_head", self._head(norm, tape.labels(2))).forward(tape.hidden)

@@ -1,10 +1,11 @@
 """Decoder layers, cut into segments.
 
-    forward   attention+gate | dispatch | experts and shared expert | combine     (a dense layer: attention | mlp)
-    backward  combine | experts | dispatch | attention+gate                       (names say which part is undone)
+    forward   attention+gate | dispatch | shared expert | experts | combine       (a dense layer: attention | mlp)
+    backward  combine | shared expert | experts | dispatch | attention+gate       (names say which part is undone)
 
 A segment reads the residual stream from `tape.hidden` (forward) or its gradient from `tape.gradient` (backward) and leaves
-the next one there, so the segments of two microbatches may alternate in any way.
+the next one there, so the segments of two microbatches may alternate in any way. The shared expert does not need the exchange
+before it and may run meanwhile, on another thread: both read the same tensors, and each leaves its result in a field of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from actors.model.island import Island, Keep
 from actors.model.linear import Scope, expert_mlp, linear, mlp, rms_norm
 from actors.model.recompute import Recipes
 from actors.model.rope import Rotary
-from actors.model.segment import Lane, Segment
+from actors.model.segment import Lane, Segment, crossed
 from actors.model.tape import LossScales, Microbatch, Record
 from actors.model.weights import Weight, WeightGradients, fused
 from orchestrator.config import ModelConfig
@@ -69,8 +70,8 @@ class _Layer:
     def _normed(self, x: Tensor, scope: Scope) -> Tensor:
         return rms_norm(x, self._mlp_norm, self.parts.model.rms_norm_eps, scope)
 
-    def _segment(self, lane: Lane, name: str, run: Callable[[Microbatch], None], tape: Microbatch) -> Segment:
-        return Segment(lane, name, self.n, lambda: run(tape))
+    def _segment(self, lane: Lane, name: str, run: Callable[[Microbatch], None], tape: Microbatch, after: int = 1) -> Segment:
+        return Segment(lane, name, self.n, lambda: run(tape), after)
 
 
 class DenseLayer(_Layer):
@@ -89,6 +90,7 @@ class DenseLayer(_Layer):
     def _attention_forward(self, tape: Microbatch) -> None:
         scope = self.parts.scope(tape)
         record = tape.records[self.n] = Record(recipes=scope.recipes)
+        crossed(tape.hidden)
         if tape.sequences:
             record.attention = Island(lambda x: (self._attend(x, scope),), self.parts.keep(tape), scope.recipes)
             (tape.hidden,) = record.attention.forward(tape.hidden)
@@ -132,14 +134,16 @@ class ExpertLayer(_Layer):
         self.load = torch.zeros(model.n_routed_experts, dtype=torch.int64, device=bias.device)
 
     def forward(self, tape: Microbatch) -> list[Segment]:
+        shared = [self._segment(Lane.COMPUTE, "shared", self._shared_forward, tape, after=2)] if self._shared else []
         return [self._segment(Lane.COMPUTE, "attention", self._attention_forward, tape),
-                self._segment(Lane.EXCHANGE, "dispatch", self._dispatch_forward, tape),
-                self._segment(Lane.COMPUTE, "experts", self._experts_forward, tape),
+                self._segment(Lane.EXCHANGE, "dispatch", self._dispatch_forward, tape), *shared,
+                self._segment(Lane.COMPUTE, "experts", self._experts_forward, tape, after=1 + len(shared)),
                 self._segment(Lane.EXCHANGE, "combine", self._combine_forward, tape)]
 
     def backward(self, tape: Microbatch, scales: LossScales) -> list[Segment]:
-        return [self._segment(Lane.EXCHANGE, "combine", self._combine_backward, tape),
-                self._segment(Lane.COMPUTE, "experts", self._experts_backward, tape),
+        shared = [self._segment(Lane.COMPUTE, "shared", self._shared_backward, tape, after=2)] if self._shared else []
+        return [self._segment(Lane.EXCHANGE, "combine", self._combine_backward, tape), *shared,
+                self._segment(Lane.COMPUTE, "experts", self._experts_backward, tape, after=1 + len(shared)),
                 self._segment(Lane.EXCHANGE, "dispatch", self._dispatch_backward, tape),
                 self._segment(Lane.COMPUTE, "attention", partial(self._attention_backward, scales=scales), tape)]
 
@@ -148,8 +152,10 @@ class ExpertLayer(_Layer):
     def _attention_forward(self, tape: Microbatch) -> None:
         scope = self.parts.scope(tape)
         record = tape.records[self.n] = Record(recipes=scope.recipes)
+        crossed(tape.hidden)
         if not tape.sequences:
             self._no_tokens(record)
+            record.announced = self._exchange.announce(record.choice_tk)
             return
         # the island may run again in backward: it must not choose again, but find the choice of the first run
         record.attention = Island(lambda x: self._attend_and_route(x, record, scope), self.parts.keep(tape), scope.recipes)
@@ -157,6 +163,7 @@ class ExpertLayer(_Layer):
         tape.balance_loss_sum = tape.balance_loss_sum + balance.double()
         if tape.keep:
             self.load += torch.bincount(record.choice_tk.flatten(), minlength=self.load.numel())
+        record.announced = self._exchange.announce(record.choice_tk)
 
     def _attend_and_route(self, x: Tensor, record: Record, scope: Scope) -> tuple[Tensor, ...]:
         model = self.parts.model
@@ -177,26 +184,30 @@ class ExpertLayer(_Layer):
 
     def _dispatch_forward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
-        record.dispatched = self._exchange.dispatch(record.normed, record.weight_tk, record.choice_tk)
-        record.handle, record.weight_tk = record.dispatched.handle, None
+        crossed(record.normed, record.weight_tk, record.choice_tk)
+        record.dispatched = self._exchange.dispatch(record.normed, record.weight_tk, record.choice_tk, record.announced)
+        record.handle, record.weight_tk, record.announced = record.dispatched.handle, None, None
+
+    def _shared_forward(self, tape: Microbatch) -> None:
+        if not tape.sequences:
+            return
+        record = tape.records[self.n]
+        scope = Scope(self.parts.queue, record.recipes)
+        record.shared_mlp = Island(lambda normed: (mlp(normed, *self._shared, scope),), self.parts.keep(tape), scope.recipes)
+        (record.shared,) = record.shared_mlp.forward(record.normed)
 
     def _experts_forward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
         scope, sent = Scope(self.parts.queue, record.recipes), record.dispatched
-        counts, tokens = sent.counts, record.normed.shape[0]
-
-        def run(rows: Tensor, row_weights: Tensor, normed: Tensor) -> tuple[Tensor, ...]:
-            out = rows  # no rows come where no expert is, or none was chosen
-            if rows.shape[0]:
-                out = expert_mlp(rows, row_weights, self._expert_gate_up, self._expert_down, counts, scope)
-            return (out, mlp(normed, *self._shared, scope)) if tokens and self._shared else (out,)
-
-        if not tokens and not sent.rows.shape[0]:
+        counts = sent.counts
+        crossed(sent.rows, sent.weights)
+        if not sent.rows.shape[0]:  # no rows come where no expert is, or none was chosen
             record.rows = sent.rows
         else:
-            record.mlp = Island(run, self.parts.keep(tape), scope.recipes)
-            record.rows, *shared = record.mlp.forward(sent.rows, sent.weights, record.normed)
-            record.shared = shared[0] if shared else None
+            record.mlp = Island(
+                lambda rows, weights: (expert_mlp(rows, weights, self._expert_gate_up, self._expert_down, counts, scope),),
+                self.parts.keep(tape), scope.recipes)
+            (record.rows,) = record.mlp.forward(sent.rows, sent.weights)
         if record.recipes is not None:
             record.recipes.close()
         record.normed = None
@@ -204,6 +215,7 @@ class ExpertLayer(_Layer):
 
     def _combine_forward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
+        crossed(record.rows, record.shared, tape.hidden)
         out = self._exchange.combine(record.rows, record.handle)
         if tape.sequences:
             if record.shared is not None:
@@ -217,26 +229,31 @@ class ExpertLayer(_Layer):
 
     def _combine_backward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
+        crossed(tape.gradient)
         if tape.sequences:
             gradient_th = tape.gradient.flatten(0, 1)
         else:
             gradient_th = self._bias.new_empty(0, self.parts.model.hidden_size, dtype=self._dtype)
         record.rows = self._exchange.combine_backward(gradient_th, record.handle)
 
+    def _shared_backward(self, tape: Microbatch) -> None:
+        if tape.sequences:
+            record = tape.records[self.n]
+            (record.normed,) = record.shared_mlp.backward(tape.gradient.flatten(0, 1))
+            record.shared_mlp = None
+
     def _experts_backward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
+        crossed(record.rows)
         if record.mlp is None:
             record.row_weights = self._bias.new_empty(0)
             return
-        shared = (tape.gradient.flatten(0, 1),) if tape.sequences and self._shared else ()
-        no_rows = record.rows
-        record.rows, record.row_weights, record.normed = record.mlp.backward(record.rows, *shared)
-        if record.row_weights is None:
-            record.rows, record.row_weights = no_rows, self._bias.new_empty(0)
+        record.rows, record.row_weights = record.mlp.backward(record.rows)
         record.mlp = None
 
     def _dispatch_backward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
+        crossed(record.rows, record.row_weights, record.normed)
         gradient_th, record.weight_tk = self._exchange.dispatch_backward(
             record.rows, record.row_weights, record.handle)
         record.normed = gradient_th if record.normed is None else record.normed + gradient_th
@@ -246,5 +263,6 @@ class ExpertLayer(_Layer):
         record = tape.records.pop(self.n)
         if not tape.sequences:
             return
+        crossed(record.normed, record.weight_tk)
         balance = self._bias.new_tensor(scales.balance)
         (tape.gradient,) = record.attention.backward(tape.gradient, record.normed, record.weight_tk, balance)

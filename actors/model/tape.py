@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from actors.comm.exchange import Dispatched, Handle
+from actors.comm.exchange import Announced, Dispatched, Handle
 from actors.model.island import Island
 from actors.model.recompute import Recipes
 
@@ -24,14 +24,19 @@ class LossScales:
 
 @dataclass(slots=True)
 class Record:
-    """One layer's share of a tape: islands waiting for their backward, and tensors on their way to the next segment."""
+    """One layer's share of a tape: islands waiting for their backward, and tensors on their way to the next segment.
+
+    `mlp` is of the routed experts, `shared_mlp` of the shared one.
+    """
 
     attention: Island | None = None
     mlp: Island | None = None
+    shared_mlp: Island | None = None
     recipes: Recipes | None = None
     choice_tk: Tensor | None = None
     weight_tk: Tensor | None = None
     normed: Tensor | None = None
+    announced: Announced | None = None
     dispatched: Dispatched | None = None
     handle: Handle | None = None
     rows: Tensor | None = None
@@ -43,6 +48,8 @@ class Record:
 class Microbatch:
     """The tape of one microbatch on one stage. Everything but data and results is gone after its backward.
 
+    Its segments run one after the other, on two threads: exchanges on a lane of their own. Only the shared expert may run while
+    its layer's exchange does; the fields of the `Record` that either writes, the other leaves alone.
     Args:
         sequences, length: b (0: empty; takes part in the exchanges only) and positions s of the microbatch.
         tokens: int64 [b, s+1]; needed on the first and the last stage. Position i predicts token i+1.

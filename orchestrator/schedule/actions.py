@@ -11,10 +11,11 @@ Text and values round-trip: `parse_csv(to_csv(s), s.kind, s.stages) == s`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from orchestrator.schedule.pieces import Order
 from orchestrator.schedule.stages import FORWARD_ONLY, Place, Stages, stages_of
 
 
@@ -158,6 +159,10 @@ Action = Work | Transfer | Reduce
 Row = tuple[Work, ...]
 
 
+Form = tuple[tuple[Kind, int, int], ...]
+"""What the order of pieces in an action depends on: of each compute in it kind, slot, and how many parts its microbatch is in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """The compute actions of every position in order. `microbatches`: per step, all directions together."""
@@ -215,16 +220,25 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What the ranks of one position run in a step, in order. A function of the schedule and the position alone."""
+    """What the ranks of one position run in a step, in order. A function of the schedule and the position alone.
+
+    orders: in which order each form of action issues the pieces of its strands (pieces.py); forms that are left out alternate.
+    """
 
     position: int
     microbatches: int
     actions: tuple[Action, ...]
+    orders: tuple[tuple[Form, Order], ...] = ()
 
     @property
     def halved(self) -> frozenset[tuple[int, int]]:
         """(slot, microbatch) of those that are worked on in two halves here: any of their actions is split."""
-        return frozenset((action.whole.slot, action.whole.microbatch) for action in self.actions if isinstance(action, Split))
+        return halved_of(self.actions)
+
+
+def halved_of(actions: Iterable[Action]) -> frozenset[tuple[int, int]]:
+    """(slot, microbatch) of those of which any action is split."""
+    return frozenset((action.whole.slot, action.whole.microbatch) for action in actions if isinstance(action, Split))
 
 
 def dependencies(action: Work, schedule: Schedule) -> tuple[Compute, ...]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from orchestrator.schedule.actions import Compute, Kind, Split, Work
-from orchestrator.schedule.pieces import Cost, Template, overlapped
+from orchestrator.schedule.orders import StageStrands
+from orchestrator.schedule.pieces import Cost, Template, overlapped, planned, strand, timed
+from orchestrator.schedule.spans import Lane
 from orchestrator.schedule.stages import Stages
 
 PerStage = float | Sequence[float]
@@ -27,6 +29,8 @@ class Durations:
     hop: from one position to another, for every tensor; `links` has those (from, to) that differ.
     slowdown: factor on the compute of each position; empty: all alike.
     jitter: relative standard deviation of an action's duration, drawn for each from `seed`.
+    stages: by stage, the pieces that it really has: what happens inside actions is planned from them, as in the programs; none:
+        from the durations above, in uniform layers. These stay what a search weighs actions by.
     Raises ValueError: a duration is negative, layers or a slowdown not positive.
     """
 
@@ -44,6 +48,7 @@ class Durations:
     links: Mapping[tuple[int, int], float] = field(default_factory=dict)
     jitter: float = 0.0
     seed: int = 0
+    stages: tuple[StageStrands, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward_input", "backward_weight", "backward", "pair", "hop", "dispatch", "combine", "jitter"):
@@ -71,6 +76,15 @@ class Durations:
             return 0.0
         return self.links.get((origin, target), self.hop) if self.links else self.hop
 
+    def strands(self, stage: int) -> StageStrands:
+        """What the stage does with one microbatch."""
+        if self.stages:
+            return self.stages[stage]
+        forward, backward = (self._cost(Compute(kind, stage, 0, 0), 1.0) for kind in (Kind.FORWARD, Kind.BACKWARD))
+        return StageStrands(strand(forward).pieces, tuple(
+            replace(piece, weights=piece.weights or 0.0) if piece.lane is Lane.COMPUTE else piece
+            for piece in strand(backward).pieces))
+
     @cached_property
     def _templates(self) -> dict[tuple, Template]:
         return {}
@@ -79,12 +93,22 @@ class Durations:
         return self.slowdown[position] if self.slowdown else 1.0
 
     def _template(self, action: Work, kinds: tuple[Kind, ...], slow: float) -> Template:
+        if self.stages:
+            return self._planned(action, slow)
         costs = [self._cost(compute, slow) for compute in action.computes]
         if isinstance(action, Split):
             return overlapped([costs[0].halved(self.halves)] * 2)
         known = {(Kind.FORWARD, Kind.BACKWARD): self.pair, (Kind.BACKWARD,): self.backward}.get(kinds)
         template = overlapped(costs)
         return template if known is None else template.stretched(slow * at(known, action.computes[0].stage))
+
+    def _planned(self, action: Work, slow: float) -> Template:
+        """In the order that a program has at a position that is not slow."""
+        parts = 2 if isinstance(action, Split) else 1
+        strands = tuple(strand for compute in action.computes
+                        for strand in self.stages[compute.stage].strands(compute.kind, parts))
+        order = planned(strands).order
+        return timed([strand.scaled(slow * (self.halves if parts > 1 else 1.0), 1.0) for strand in strands], order)
 
     def _cost(self, compute: Compute, slow: float) -> Cost:
         stage = compute.stage

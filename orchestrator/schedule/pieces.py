@@ -1,9 +1,13 @@
-"""What happens inside one action: its layers' pieces on a compute lane and a communication lane.
+"""What happens inside one action: its pieces on a compute lane and a communication lane, and the order they are issued in.
 
-A forward walks its layers as attention, dispatch, experts, combine; a backward for the input walks them back. Each piece
-waits for the one before in its strand and for its lane. Weight gradients wait for their own input gradients only, so they
-fill what is left of the compute lane. One strand alone leaves one of the lanes idle; two strands hide each other's
-communication: a pair, or the halves of a split microbatch (DeepSeek-V3 report, section 3.2.1 and figure 4).
+A forward walks its layers as attention, dispatch, experts, combine; a backward for the input walks them back. A piece of
+compute waits for its own strand's communication only; weight gradients wait for their own input gradients only, so they fill
+what is left of the compute lane. One strand alone leaves one of the lanes idle; two strands hide each other's communication:
+a pair, or the halves of a split microbatch (DeepSeek-V3 report, section 3.2.1 and figure 4).
+
+One thread issues in a fixed order: it runs compute itself, and hands communication to a lane that works through it in that
+order. So an order is a list of strand numbers. `k`: the next piece of strand k; `~k` (that is -1-k): the oldest weight
+gradient that strand k has released and not yet run. All ranks with the same order enter the same collectives in the same order.
 """
 
 from __future__ import annotations
@@ -11,11 +15,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import permutations, product
 
 from orchestrator.schedule.spans import Lane
 
 _TINY = 1e-12
+Order = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One piece of a strand. `name`, `layer`: those of the stage's segment that it stands for, if any.
+
+    weights: duration of the weight gradients that it releases; None: it releases none.
+    after: compute only; it waits for the communication up to so many places before it in its strand. With 1 that is all of it;
+        a shared expert, which stands behind a dispatch that it does not need, has 2. Communication waits for all before it.
+    """
+
+    lane: Lane
+    duration: float
+    weights: float | None = None
+    after: int = 1
+    name: str = ""
+    layer: int = -1
+
+    def scaled(self, compute: float, exchange: float) -> Piece:
+        """With factors on durations, by lane."""
+        if self.lane is Lane.EXCHANGE:
+            return replace(self, duration=exchange * self.duration)
+        return replace(self, duration=compute * self.duration, weights=None if self.weights is None else compute * self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Strand:
+    """One (half) microbatch's way through an action. released: weight gradients that wait from the start, as durations."""
+
+    pieces: tuple[Piece, ...] = ()
+    released: tuple[float, ...] = ()
+
+    def scaled(self, compute: float, exchange: float) -> Strand:
+        """With factors on durations, by lane."""
+        if compute == exchange == 1:
+            return self
+        return Strand(tuple(piece.scaled(compute, exchange) for piece in self.pieces),
+                      tuple(compute * length for length in self.released))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,34 +101,43 @@ class Template:
         return Template(duration, tuple((lane, factor * start, factor * end) for lane, start, end in self.spans))
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An order, and what it takes."""
+
+    order: Order
+    template: Template
+
+
 @cache
 def _overlapped(costs: tuple[Cost, ...]) -> Template:
     if not any(cost.dispatch or cost.combine for cost in costs):
         return Template.block(sum(cost.compute + cost.weights for cost in costs))
-    plans = (_plan(costs, order, patient) for order, patient in product(_orders(len(costs)), (False, True)))
-    return min(plans, key=lambda template: template.duration)
+    return planned(tuple(strand(cost) for cost in costs)).template
 
 
 def overlapped(costs: Sequence[Cost]) -> Template:
-    """The shortest found among list schedules that differ in who goes first and whether weight gradients may delay others.
-
-    One cost: a lone action. Two: a pair, or two halves.
-    """
+    """What `planned` finds for uniform layers. One cost: a lone action. Two: a pair, or two halves."""
     return _overlapped(tuple(costs))
 
 
-def _orders(strands: int) -> Sequence[tuple[int, ...]]:
-    return ((0,),) if strands == 1 else ((0, 1), (1, 0))
+@cache
+def planned(strands: tuple[Strand, ...]) -> Plan:
+    """The shortest found among list schedules that differ in who goes first and whether weight gradients may delay others."""
+    free = any(piece.after > 1 for strand in strands for piece in strand.pieces)
+    choices = product(permutations(range(len(strands))), (False, True), (False, True) if free else (False,))
+    orders = dict.fromkeys(_Listing(strands).order(*choice) for choice in choices)
+    return min((Plan(order, timed(strands, order)) for order in orders), key=lambda plan: plan.template.duration)
 
 
-def _plan(costs: Sequence[Cost], order: tuple[int, ...], patient: bool) -> Template:
-    """List scheduling: what can start first goes first, the earlier strand of `order` on ties; weight gradients when the
-    compute lane has nothing else to start, and, if `patient`, only those that end before something else could start."""
-    strands = [_strand(cost) for cost in costs]
-    at, ready = [0] * len(strands), [0.0] * len(strands)
+def timed(strands: Sequence[Strand], order: Order) -> Template:
+    """What one thread that issues in this order takes.
+
+    Raises ValueError: a strand has no such piece, or no weight gradient waiting, or something is left out.
+    """
+    at, reached = [0] * len(strands), [[0.0] for _ in strands]  # reached[s][i]: the end of the first i pieces of strand s
+    waiting = [list(strand.released) for strand in strands]
     free = {Lane.COMPUTE: 0.0, Lane.EXCHANGE: 0.0}
-    released: list[tuple[float, float]] = [(0.0, cost.weights / (2 * cost.layers)) for cost in costs
-                                           if cost.weights and not cost.compute for _ in range(2 * cost.layers)]
     spans: list[tuple[Lane, float, float]] = []
 
     def run(lane: Lane, start: float, duration: float) -> float:
@@ -93,37 +145,124 @@ def _plan(costs: Sequence[Cost], order: tuple[int, ...], patient: bool) -> Templ
         spans.append((lane, start, start + duration))
         return start + duration
 
-    while True:
-        waiting = [s for s in order if at[s] < len(strands[s])]
-        starts = {s: max(ready[s], free[strands[s][at[s]][0]]) for s in waiting}
-        first = min(waiting, key=starts.__getitem__, default=None)
-        horizon = min((starts[s] for s in waiting if strands[s][at[s]][0] is Lane.COMPUTE), default=float("inf"))
-        if released:
-            index = min(range(len(released)), key=lambda i: released[i][0])
-            begin = max(free[Lane.COMPUTE], released[index][0])
-            duration = released[index][1]
-            if begin < horizon - _TINY and (first is None or begin <= starts[first] or not waiting) and (
-                    not patient or begin + duration <= horizon + _TINY):
-                released.pop(index)
-                run(Lane.COMPUTE, begin, duration)
-                continue
-        if first is None:
-            break
-        lane, duration, weight = strands[first][at[first]]
-        ready[first] = run(lane, starts[first], duration)
-        at[first] += 1
-        if weight:
-            released.append((ready[first], weight))
+    for place, mark in enumerate(order):
+        s = mark if mark >= 0 else ~mark
+        if s >= len(strands) or (mark < 0 and not waiting[s]) or (mark >= 0 and at[s] == len(strands[s].pieces)):
+            raise ValueError(f"place {place} of order {order}: strand {s} has nothing more{' to release' * (mark < 0)}")
+        if mark < 0:
+            run(Lane.COMPUTE, free[Lane.COMPUTE], waiting[s].pop(0))
+            continue
+        piece = strands[s].pieces[at[s]]
+        ready = free[Lane.COMPUTE] if piece.lane is Lane.EXCHANGE else reached[s][max(0, at[s] + 1 - piece.after)]
+        end = run(piece.lane, max(ready, free[piece.lane]), piece.duration)
+        at[s] += 1
+        reached[s].append(max(end, reached[s][-1]))
+        if piece.weights is not None:
+            waiting[s].append(piece.weights)
+    for s, strand in enumerate(strands):
+        if at[s] < len(strand.pieces) or waiting[s]:
+            raise ValueError(f"order {order} leaves out {len(strand.pieces) - at[s]} pieces and {len(waiting[s])} weight "
+                             f"gradients of strand {s}")
     spans.sort(key=lambda span: span[1])
-    return Template(max(end for _, _, end in spans), tuple(spans))
+    return Template(max((end for _, _, end in spans), default=0.0), tuple(spans))
 
 
-def _strand(cost: Cost) -> list[tuple[Lane, float, float]]:
-    """(lane, duration, weight gradient it releases) in order. A backward is a forward read backwards, whose gradient of
-    combine costs a dispatch: the two read alike but for which communication comes first."""
+class _Listing:
+    """List scheduling of strands: what can start first goes first."""
+
+    def __init__(self, strands: Sequence[Strand]):
+        self._strands = strands
+
+    def order(self, first: Sequence[int], patient: bool, early: bool) -> Order:
+        """The order in which pieces are issued.
+
+        first: which strand goes first on ties. patient: weight gradients, which run when the compute lane has nothing else to
+        start, run only if they end before something else could. early: communication is queued when it is ready, not when
+        its lane is; so what stands behind it, but does not need it, can begin.
+        """
+        self._at, self._reached = [0] * len(self._strands), [[0.0] for _ in self._strands]
+        self._free = {Lane.COMPUTE: 0.0, Lane.EXCHANGE: 0.0}
+        self._released = [(0.0, s, length) for s, strand in enumerate(self._strands) for length in strand.released]
+        self._computes: list[tuple[int, int]] = []   # (mark, pieces of the strand before it), as are the exchanges
+        self._exchanges: list[tuple[int, int]] = []
+        while True:
+            starts = {s: self._start(s) for s in first if self._at[s] < len(self._strands[s].pieces)}
+            keys = {s: self._ready(s) if early and self._next(s).lane is Lane.EXCHANGE else start for s, start in starts.items()}
+            chosen = min(keys, key=keys.__getitem__, default=None)
+            horizon = min((start for s, start in starts.items() if self._next(s).lane is Lane.COMPUTE), default=float("inf"))
+            if self._fill(horizon, float("inf") if chosen is None else keys[chosen], patient):
+                continue
+            if chosen is None:
+                return self._merged()
+            self._place(chosen, starts[chosen])
+
+    def _next(self, s: int) -> Piece:
+        return self._strands[s].pieces[self._at[s]]
+
+    def _ready(self, s: int) -> float:
+        piece = self._next(s)
+        return self._reached[s][-1 if piece.lane is Lane.EXCHANGE else max(0, self._at[s] + 1 - piece.after)]
+
+    def _start(self, s: int) -> float:
+        return max(self._ready(s), self._free[self._next(s).lane])
+
+    def _place(self, s: int, start: float) -> None:
+        piece, end = self._next(s), start + self._next(s).duration
+        (self._computes if piece.lane is Lane.COMPUTE else self._exchanges).append((s, self._at[s]))
+        self._free[piece.lane] = end
+        self._at[s] += 1
+        self._reached[s].append(max(end, self._reached[s][-1]))
+        if piece.weights is not None:
+            self._released.append((end, s, piece.weights))
+
+    def _fill(self, horizon: float, otherwise: float, patient: bool) -> bool:
+        """Place a weight gradient, if one can run before what could start next on the compute lane."""
+        if not self._released:
+            return False
+        released, s, length = found = min(self._released, key=lambda entry: entry[0])
+        begin = max(self._free[Lane.COMPUTE], released)
+        if begin >= horizon - _TINY or begin > otherwise or (patient and begin + length > horizon + _TINY):
+            return False
+        self._released.remove(found)
+        self._computes.append((~s, 0))
+        self._free[Lane.COMPUTE] = begin + length
+        return True
+
+    def _merged(self) -> Order:
+        """Both lanes as one list: communication as soon as what its strand has before it is issued, in its lane's order, but
+        never behind what its strand has after it."""
+        order: list[int] = []
+        issued = [0] * len(self._strands)
+        queue = list(self._exchanges)
+
+        def issue(s: int) -> None:
+            order.append(s)
+            issued[s] += 1
+
+        def issue_ready() -> None:
+            while queue and issued[queue[0][0]] == queue[0][1]:
+                issue(queue.pop(0)[0])
+
+        issue_ready()
+        for mark, before in self._computes:
+            if mark < 0:
+                order.append(mark)
+                continue
+            for exchange in [entry for entry in queue if entry[0] == mark and entry[1] < before]:
+                queue.remove(exchange)
+                issue(mark)
+            issue(mark)
+            issue_ready()
+        return tuple(order)
+
+
+def strand(cost: Cost) -> Strand:
+    """Of uniform layers. A backward is a forward read backwards, whose gradient of combine costs a dispatch: the two read alike
+    but for which communication comes first."""
+    weights = cost.weights / (2 * cost.layers) if cost.weights else None
     if not cost.compute:
-        return []
-    half = (Lane.COMPUTE, cost.compute / (2 * cost.layers), cost.weights / (2 * cost.layers))
-    dispatch, combine = (Lane.EXCHANGE, cost.dispatch / cost.layers, 0.0), (Lane.EXCHANGE, cost.combine / cost.layers, 0.0)
-    layer = [dispatch, half, combine, half] if cost.backward else [half, dispatch, half, combine]
-    return layer * cost.layers
+        return Strand(released=() if weights is None else (weights,) * (2 * cost.layers))
+    half = Piece(Lane.COMPUTE, cost.compute / (2 * cost.layers), weights)
+    dispatch, combine = (Piece(Lane.EXCHANGE, sent / cost.layers) for sent in (cost.dispatch, cost.combine))
+    layer = (dispatch, half, combine, half) if cost.backward else (half, dispatch, half, combine)
+    return Strand(layer * cost.layers)

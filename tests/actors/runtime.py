@@ -41,7 +41,7 @@ TINY = {
 }
 LAYOUTS = {  # name: (pipeline, expert, data, nodes, ranks per node)
     "PP2xEP2": (2, 2, 1, 2, 2), "PP4": (4, 1, 1, 2, 2), "EP4": (1, 4, 1, 4, 1), "PP2xDP2": (2, 1, 2, 2, 2),
-    "EP2xDP2": (1, 2, 2, 4, 1),
+    "EP2xDP2": (1, 2, 2, 4, 1), "two hops": (1, 4, 1, 2, 2),
     "PP2": (2, 1, 1, 2, 1), "one node": (1, 2, 1, 1, 2), "one rank": (1, 1, 1, 1, 1),
 }
 

@@ -10,6 +10,7 @@ import torch
 from actors import executor as executor_module
 from actors.comm.links import Links
 from actors.executor import ActionFailed, Executor, StepWork
+from actors.lane import ExchangeLane
 from actors.model.chunk import Lane, Microbatch, Segment
 from actors.model.weights import WeightGradients
 from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Reduce, Split, Transfer
@@ -64,16 +65,16 @@ class Stage:
 class Bench:
     """An executor at position 3 of generation 5, its links in a loop; the step has microbatches of 2 and of 0 sequences."""
 
-    def __init__(self, reduce=lambda: None):
+    def __init__(self, reduce=lambda: None, exchanges=None):
         self.log, self.group = [], Loop()
         queue = WeightGradients()
-        self.executor = Executor(1, 5, {0: Stage(self.log, queue)}, queue)
+        self.executor = Executor(1, 5, {0: Stage(self.log, queue)}, queue, exchanges=exchanges)
         self.tapes = {(0, n): Microbatch(count, 4, None, None, True) for n, count in enumerate((2, 0))}
         self.links = Links(self.group, torch.float32, torch.device("cpu"), lambda slot, n: (2, 4, 3) if n == 0 else None)
         self.work = StepWork(self.tapes, self.links, reduce)
 
-    def run(self, *actions):
-        self.executor.run(Program(3, 2, actions), self.work)
+    def run(self, *actions, orders=()):
+        self.executor.run(Program(3, 2, actions, orders), self.work)
 
 
 def compute(kind, microbatch=0):
@@ -90,12 +91,20 @@ def test_a_kind_without_a_handler_is_refused_when_the_rank_starts(monkeypatch):
         Executor(0, 1, {}, WeightGradients())
 
 
+@pytest.fixture
+def lane():
+    lane = ExchangeLane()
+    yield lane
+    lane.close()
+
+
 @pytest.mark.parametrize("broken, position_in_program", [("F", 1), ("reduce", 2)])
-def test_a_failure_names_where_it_happened(broken, position_in_program):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failure_names_where_it_happened(broken, position_in_program, overlap, lane):
     def fail():
         raise RuntimeError("connection closed by peer")
 
-    bench = Bench(reduce=fail)
+    bench = Bench(reduce=fail, exchanges=lane if overlap else None)
     actions = [transfer(Kind.RECEIVE, Payload.ACTIVATION), compute(F), Reduce()]
     if broken == "F":
         bench.executor._chunks[0].forward = lambda tape: [Segment(Lane.EXCHANGE, "dispatch", 0, fail)]
@@ -139,6 +148,29 @@ def test_a_pair_alternates():
     bench = Bench()
     bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)))
     assert bench.log == [("F", 0), ("I1", 2), ("W1", 2), ("I2", 2), ("W2", 2)]
+
+
+@pytest.mark.parametrize("order, names", [
+    ((1, ~1, 1, ~1, 0), ["I1", "W1", "I2", "W2", "F"]), ((1, 0, 1, ~1, ~1), ["I1", "F", "I2", "W1", "W2"])])
+def test_a_pair_runs_in_the_programs_order(order, names):
+    bench = Bench()
+    form = (F, 0, 1), (B, 0, 1)
+    bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)), orders=((form, order),))
+    assert [name for name, _ in bench.log] == names
+
+
+def test_the_order_of_halves_is_their_own_also_for_weight_gradients_that_come_later():
+    bench = Bench()
+    arriving(bench)
+    orders = ((((F, 0, 2),), (1, 0)), (((I, 0, 2),), (1, 1, 0, 0)), (((W, 0, 2),), (~0,) * 4))
+    bench.run(Split(compute(F)), compute(I), compute(W), orders=orders)
+    assert [name for name, _ in bench.log] == ["F", "F", "I1", "I2", "I1", "I2", "W1", "W2", "W1", "W2"]
+
+
+def test_an_order_that_leaves_something_out_fails_in_its_action():
+    bench = Bench()
+    with pytest.raises(ActionFailed, match="action B0.0: ValueError: the program's order .* is not one of B0.0 with 2 segments"):
+        bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), compute(B), orders=((((B, 0, 1),), (0, 0, ~0)),))
 
 
 def test_each_of_two_backwards_keeps_its_own_weight_gradients():

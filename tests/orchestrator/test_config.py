@@ -61,6 +61,8 @@ def refused(*overrides: str) -> str:
     (["layout.layers_per_stage=[1,a]"], 'layout.layers_per_stage = [1, "a"]: a list of integers (above 0) or auto'),
     (["telemetry.trace_steps=[1,-1]"], "telemetry.trace_steps = [1, -1]: a list of integers (at least 0)"),
     (["training.dtype=fp8"], "training.dtype = fp8: one of float32, bfloat16, float64"),
+    (["training.dispatch_precision=e5m2"], "training.dispatch_precision = e5m2: one of same, float8"),
+    (["layout.hops=3"], "layout.hops = 3: one of auto, 1, 2"),
     (["schedule.kind=dualpipes"], ("schedule.kind = dualpipes: one of dualpipe, dualpipev, zb_h1, zbv, 1f1b, interleaved_1f1b, "
                                    "merged_interleaved_1f1b, gpipe, searched")),
     (["schedule.chunks=0"], "schedule.chunks = 0: an integer (above 0) or auto"),
@@ -115,6 +117,8 @@ def refused(*overrides: str) -> str:
      "layout.layers_per_stage = [4]: 2 positive numbers whose sum is model.num_hidden_layers = 4"),
     (["layout.layers_per_stage=[1,4]"],
      "layout.layers_per_stage = [1, 4]: 2 positive numbers whose sum is model.num_hidden_layers = 4"),
+    (["training.dispatch_precision=float8", "model.hidden_size=192"],
+     "training.dispatch_precision = float8: same: model.hidden_size = 192 is not a multiple of 128, the channels of a scale"),
     (["topology.virtual_nodes=2"], "topology.ranks_per_node = auto: a number when topology.virtual_nodes is set"),
     (["training.batch_ramp={start_sequences: 65, steps: 2}"],
      "training.batch_ramp.start_sequences = 65: at most training.batch_sequences = 64"),

@@ -32,10 +32,22 @@ def check(layout: Layout, ranks: tuple[int, ...], pipeline: int) -> None:
         assert layout.rank_at(place.row, place.position, place.width) == place.rank
         assert layout.expert_group(place.replica, place.position)[place.expert_rank] == place.rank
         assert place.rank in layout.line(place.row, place.width)
+        rail = layout.rail(place.replica, place.position, place.width)
+        inside = layout.inside(place.row, place.position)
+        assert rail.index(place.rank) * k + inside.index(place.rank) == place.expert_rank
+        assert {layout.places[rank].width for rank in rail} == {place.width} and len(rail) == len(layout.replicas[place.replica])
+        assert [(layout.places[rank].row, layout.places[rank].node) for rank in inside] == [(place.row, place.node)] * k
     assert len({(place.node, place.local) for place in layout.places}) == layout.size
     assert [row for rows in layout.replicas for row in rows] == list(range(layout.rows))
     sizes = [len(rows) for rows in layout.replicas]
     assert max(sizes) - min(sizes) <= 1 and max(sizes) <= MODEL.n_group
+
+
+def test_a_second_hop_needs_ranks_beside_each_other_on_several_nodes():
+    wide, alone, one_row = layout_of((2, 2), 1, MODEL), layout_of((1, 1), 1, MODEL), layout_of((2,), 1, MODEL)
+    assert (wide.rows, wide.width, alone.width) == (2, 2, 1) and one_row.rows * one_row.width == 2
+    assert [wide.two_hops(0, hops) for hops in ("auto", 1, 2)] == [True, False, True]
+    assert not alone.two_hops(0, 2) and not one_row.two_hops(0, "auto")
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

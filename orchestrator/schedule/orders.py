@@ -1,0 +1,79 @@
+"""In which order the actions of a program issue the pieces of their strands: a pass over programs, and its check.
+
+An action has a strand for each part of each of its computes: a microbatch of which any action is split is in two parts, any
+other in one. The order is planned once for each form of action at a position, so it is a function
+of schedule, position and the stages there: all ranks of an EP group have the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.schedule.actions import Action, Form, Kind, Program, Work, halved_of
+from orchestrator.schedule.grid import failure
+from orchestrator.schedule.pieces import Piece, Strand, planned, timed
+
+
+@dataclass(frozen=True, slots=True)
+class StageStrands:
+    """What a stage does with one microbatch. Each piece of compute of `backward` releases weight gradients, maybe none."""
+
+    forward: tuple[Piece, ...]
+    backward: tuple[Piece, ...]
+
+    def strands(self, kind: Kind, parts: int) -> tuple[Strand, ...]:
+        """Of one compute action: a strand for each part; weight gradients alone are one strand without pieces."""
+        if kind is Kind.BACKWARD_WEIGHT:
+            return Strand(released=parts * tuple(piece.weights for piece in self.backward if piece.weights is not None)),
+        pieces = self.forward if kind is Kind.FORWARD else self.backward
+        if kind is Kind.BACKWARD_INPUT:
+            pieces = tuple(replace(piece, weights=None) for piece in pieces)
+        return (Strand(pieces).scaled(1 / parts, 1 / parts),) * parts
+
+
+def with_orders(programs: Sequence[Program], stages: Sequence[StageStrands], hosted: Sequence[Sequence[int]]
+                ) -> tuple[Program, ...]:
+    """The programs with the order of every form of action that they have.
+
+    Args: stages: by stage. hosted: by position, its stages by slot.
+    """
+    return tuple(
+        replace(program, orders=tuple((form, planned(strands_of(form, stages, hosted[program.position])).order)
+                                      for form in dict.fromkeys(form for _, form in forms(program.actions))))
+        for program in programs)
+
+
+def check_orders(programs: Sequence[Program], stages: Sequence[StageStrands], hosted: Sequence[Sequence[int]]) -> None:
+    """Every action has an order that issues every piece of its strands once, and no weight gradient before it is released.
+
+    Raises ScheduleError, with the first action for which that is not so.
+    """
+    for program in programs:
+        orders: Mapping[Form, tuple[int, ...]] = dict(program.orders)
+        checked: set[Form] = set()
+        for index, (action, form) in enumerate(forms(program.actions)):
+            if form in checked:
+                continue
+            checked.add(form)
+            try:
+                timed(strands_of(form, stages, hosted[program.position]), orders[form])
+            except (KeyError, ValueError) as error:
+                reason = "has no order" if isinstance(error, KeyError) else str(error)
+                row = [[a for a in p.actions if isinstance(a, Work)] for p in programs]
+                raise failure(f"position {program.position}, action {index}: {action}: {reason}", row,
+                              {program.position: index}) from None
+
+
+def forms(actions: Iterable[Action]) -> Iterator[tuple[Work, Form]]:
+    """The compute actions of a program, in order, with their forms."""
+    computes = [action for action in actions if isinstance(action, Work)]
+    halved = halved_of(computes)
+    for action in computes:
+        yield action, tuple((compute.kind, compute.slot, 1 + ((compute.slot, compute.microbatch) in halved))
+                            for compute in action.computes)
+
+
+def strands_of(form: Form, stages: Sequence[StageStrands], hosted: Sequence[int]) -> tuple[Strand, ...]:
+    """Those of an action at a position that hosts the stages `hosted`, by slot."""
+    return tuple(strand for kind, slot, parts in form for strand in stages[hosted[slot]].strands(kind, parts))

@@ -1,0 +1,120 @@
+"""What a stage's segments will be and how long they take relative to each other, known before there is a stage.
+
+    forward   attention, dispatch, shared, experts, combine      backward   combine, shared, experts, dispatch, attention
+    dense     attention, mlp                                                mlp, attention
+
+with what stands before the first and after the last layer of the stage. `actors/model/chunk.py` makes the segments; a test holds
+the two lists equal. A shared expert needs only what attention left (backward: the gradient that came in), so it does not wait
+for the communication before it, but stands behind it, to run meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.config import ModelConfig
+from orchestrator.parameters import layer_parameters, mtp_layer
+from orchestrator.schedule.orders import StageStrands
+from orchestrator.schedule.pieces import Piece
+from orchestrator.schedule.spans import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCosts:
+    """Durations, in any unit they share, of a layer with experts (of a dense one, if the model has no others): compute of
+    forward, of backward for the input and for the weights; dispatch and combine of a forward."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    dispatch: float
+    combine: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Multiplications a token: `weights` with weights, `other` without (attention's products); a backward for the weights has
+    none of the latter."""
+
+    weights: float
+    other: float = 0.0
+
+
+def stage_strands(model: ModelConfig, layers: range, *, first: bool, last: bool, length: int, costs: LayerCosts) -> StageStrands:
+    """Args:
+        layers, first, last: decoder layers of the stage; whether the embedding, or the head, belongs to it.
+        length: of a sequence, in tokens.
+    """
+    pieces = _Pieces(model, length, costs)
+    mtp = mtp_layer(model) if last and model.num_nextn_predict_layers else None
+    forward = [pieces.forward("embedding" if first else "input")]
+    backward = [pieces.backward("output")]
+    for n in layers:
+        forward += pieces.layer_forward(n, moe=model.is_moe(n))
+    if last:
+        forward.append(pieces.forward("head"))
+    else:
+        forward.append(pieces.forward("output"))
+    if mtp is not None:
+        forward += [pieces.forward("mtp_input", mtp), *pieces.layer_forward(mtp, moe=True), pieces.forward("mtp_head", mtp)]
+        backward += [pieces.backward("mtp_head", mtp), *pieces.layer_backward(mtp, moe=True), pieces.backward("mtp_input", mtp)]
+    if last:
+        backward.append(pieces.backward("head"))
+    for n in reversed(layers):
+        backward += pieces.layer_backward(n, moe=model.is_moe(n))
+    backward.append(pieces.backward("embedding" if first else "input"))
+    return StageStrands(tuple(forward), tuple(backward))
+
+
+class _Pieces:
+    def __init__(self, model: ModelConfig, length: int, costs: LayerCosts):
+        h = model.hidden_size
+        self._costs, self._shared = costs, bool(model.n_shared_experts)
+        self._work = {
+            "embedding": _Work(0), "input": _Work(0), "output": _Work(0), "head": _Work(model.vocab_size * h),
+            "mtp_head": _Work(model.vocab_size * h), "mtp_input": _Work(2 * h * h), **_layer_work(model, length)}
+        moe = model.first_k_dense_replace < model.num_hidden_layers or model.num_nextn_predict_layers > 0
+        parts = [self._work[name] for name in (("attention", "shared", "experts") if moe else ("attention", "mlp"))]
+        self._weights = sum(part.weights for part in parts)
+        self._all = self._weights + sum(part.other for part in parts)
+
+    def forward(self, name: str, layer: int = -1, after: int = 1) -> Piece:
+        work = self._work[name]
+        return Piece(Lane.COMPUTE, self._costs.forward * (work.weights + work.other) / self._all, None, after, name, layer)
+
+    def backward(self, name: str, layer: int = -1, after: int = 1) -> Piece:
+        work = self._work[name]
+        return Piece(Lane.COMPUTE, self._costs.backward_input * (work.weights + work.other) / self._all,
+                     self._costs.backward_weight * work.weights / self._weights, after, name, layer)
+
+    def layer_forward(self, n: int, *, moe: bool) -> list[Piece]:
+        if not moe:
+            return [self.forward("attention", n), self.forward("mlp", n)]
+        shared = [self.forward("shared", n, after=2)] if self._shared else []
+        return [self.forward("attention", n), Piece(Lane.EXCHANGE, self._costs.dispatch, name="dispatch", layer=n), *shared,
+                self.forward("experts", n, after=1 + len(shared)),
+                Piece(Lane.EXCHANGE, self._costs.combine, name="combine", layer=n)]
+
+    def layer_backward(self, n: int, *, moe: bool) -> list[Piece]:
+        """The gradient of combine is sent like a dispatch, that of dispatch like a combine (report, section 3.2.1)."""
+        if not moe:
+            return [self.backward("mlp", n), self.backward("attention", n)]
+        shared = [self.backward("shared", n, after=2)] if self._shared else []
+        return [Piece(Lane.EXCHANGE, self._costs.dispatch, name="combine", layer=n), *shared,
+                self.backward("experts", n, after=1 + len(shared)),
+                Piece(Lane.EXCHANGE, self._costs.combine, name="dispatch", layer=n), self.backward("attention", n)]
+
+
+def _layer_work(model: ModelConfig, length: int) -> dict[str, _Work]:
+    """Of both kinds of layer. Attention is causal, so a token meets half the sequence; experts' load is even."""
+    products = length / 2 * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+    specs = layer_parameters(model, 0, moe=True)
+    gate = model.n_routed_experts * model.hidden_size
+    attention = sum(spec.size for spec in specs if "self_attn" in spec.name) + gate
+    one_wide = 3 * model.hidden_size  # an MLP's three matrices, for each unit of its width
+    return {
+        "attention": _Work(attention, products),
+        "mlp": _Work(one_wide * model.intermediate_size),
+        "experts": _Work(one_wide * model.moe_intermediate_size * model.num_experts_per_tok),
+        "shared": _Work(one_wide * model.moe_intermediate_size * model.n_shared_experts),
+    }
