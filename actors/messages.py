@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy
 
 from actors.comm.traffic import Sent
+from actors.comm.wires import Wire
 from orchestrator.layout import Layout
 from orchestrator.schedule.spans import Figures, Span
 
@@ -86,6 +87,7 @@ class StepReport:
     load: dict[int, list[int]]  # tokens of the global batch that chose each expert, by layer; from one rank of each stage
     spans: tuple[Span, ...] = field(default=())
     exchanged: Sent = Sent()  # by dispatch and combine, while bytes_sent are those of activations and their gradients
+    wires: tuple[Wire, ...] = ()  # every connection that carried anything since the step before
 
 
 @dataclass(frozen=True)

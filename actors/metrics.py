@@ -63,6 +63,10 @@ class RankMetrics:
         self._bubble = Gauge("dualray_rank_bubble_ratio", "Share of the last step spent waiting for the pipeline",
                              registry=self.registry)
         self._sent = Counter("dualray_rank_pipeline_sent_bytes", "Bytes sent to pipeline neighbours", registry=self.registry)
+        self._across = Counter("dualray_rank_exchange_across_nodes_bytes", "Bytes of dispatch and combine sent to other nodes",
+                               registry=self.registry)
+        self._inside = Counter("dualray_rank_exchange_inside_node_bytes",
+                               "Bytes of dispatch and combine sent to other ranks of the same node", registry=self.registry)
 
     def observe(self, report: StepReport) -> None:
         self._step.set(report.step)
@@ -72,6 +76,8 @@ class RankMetrics:
         self._overlap.set(report.figures.overlap_ratio)
         self._bubble.set(report.figures.bubble_ratio)
         self._sent.inc(report.bytes_sent)
+        self._across.inc(report.exchanged.across)
+        self._inside.inc(report.exchanged.inside)
 
 
 class RunMetrics:
@@ -96,6 +102,12 @@ class RunMetrics:
         self.registry = CollectorRegistry()
         self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in self._GAUGES.items()}
         self._tokens = Counter("dualray_tokens", "Tokens of committed steps", registry=self.registry)
+        self._across = Counter("dualray_exchange_across_nodes_bytes", "Bytes of dispatch and combine sent across nodes, all ranks",
+                               registry=self.registry)
+        self._inside = Counter("dualray_exchange_inside_nodes_bytes", "Bytes of dispatch and combine sent inside nodes, all ranks",
+                               registry=self.registry)
+        self._slow = Gauge("dualray_slow_factor", "How much slower a rank or a link is than its like, while it is slow",
+                           ("rank", "node", "peer", "lane"), registry=self.registry)
         self._validation = Gauge("dualray_validation_loss", "Newest validation loss, nats a token", registry=self.registry)
         self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made",
                                  registry=self.registry)
@@ -107,11 +119,24 @@ class RunMetrics:
             for key, gauge in self._gauges.items():
                 gauge.set(values[key])
             self._tokens.inc(values["tokens"])
+            self._across.inc(values["bytes_across_nodes"])
+            self._inside.inc(values["bytes_inside_nodes"])
         elif kind == "event" and values["event"] == "validation":
             self._validation.set(values["loss"])
         elif kind == "event" and values["event"] == "checkpoint":
             self._checkpoint.set(values["time"])
             self._checkpointed.set(values["step"])
+        elif kind == "event" and values["event"] == "generation":
+            self._slow.clear()  # ranks are numbered anew, and watched anew
+        elif kind == "event" and values["event"] == "slow":
+            self._slow.labels(*_slow_labels(values)).set(values["factor"])
+        elif kind == "event" and values["event"] == "slow_over":
+            self._slow.remove(*_slow_labels(values))
+
+
+def _slow_labels(values: dict[str, Any]) -> tuple[str, ...]:
+    peer = values["peer"]
+    return str(values["rank"]), values["node"], "" if peer is None else str(peer), values["lane"]
 
 
 def reachable(listen: str, host: str) -> str:

@@ -32,9 +32,12 @@ def rank_here(config: RunConfig) -> Any:
 
 
 class ProcessRanks:
-    """`size` fresh processes, each with what `host(config)` makes there: a Rank, or something with more methods."""
+    """`size` fresh processes, each with what `host(config, *its own)` makes there: a Rank, or something with more methods.
 
-    def __init__(self, config: RunConfig, size: int, host: Callable[[RunConfig], Any] = rank_here):
+    own: further arguments of `host`, by rank. It is called before its process has opened a socket or started a thread.
+    """
+
+    def __init__(self, config: RunConfig, size: int, host: Callable[..., Any] = rank_here, own: Sequence[tuple] | None = None):
         self.size, self._call = size, 0
         self._calls: list[Connection] = []
         self._controls: list[Connection] = []
@@ -43,7 +46,7 @@ class ProcessRanks:
         self._awaited: set[int] = set()
         try:
             for rank in range(size):
-                self._spawn(rank, config, host)
+                self._spawn(rank, host, (config, *(own[rank] if own is not None else ())))
         except BaseException:
             self.close()
             raise
@@ -121,14 +124,14 @@ class ProcessRanks:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _spawn(self, rank: int, config: RunConfig, host: Callable[[RunConfig], Any]) -> None:
+    def _spawn(self, rank: int, host: Callable[..., Any], arguments: tuple) -> None:
         context = multiprocessing.get_context("spawn")
         call, their_call = context.Pipe()
         self._calls.append(call)
         control, their_control = context.Pipe()
         self._controls.append(control)
         with their_call, their_control:
-            process = context.Process(target=_serve, args=(host, config, their_call, their_control), name=f"rank-{rank}",
+            process = context.Process(target=_serve, args=(host, arguments, their_call, their_control), name=f"rank-{rank}",
                                       daemon=True)
             process.start()
         self._processes.append(process)
@@ -167,10 +170,10 @@ class _Answers:
                 raise RankFailed(rank, answer[1])
 
 
-def _serve(host: Callable[[RunConfig], Any], config: RunConfig, calls: Connection, control: Connection) -> None:
+def _serve(host: Callable[..., Any], arguments: tuple, calls: Connection, control: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this process: it ends a run in good order
     os.environ["OMP_NUM_THREADS"] = "1"
-    rank = host(config)
+    rank = host(*arguments)
 
     def watch() -> None:
         while True:

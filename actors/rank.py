@@ -22,6 +22,7 @@ from actors.comm.exchange import ExpertExchange, TwoHops
 from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
+from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.host import settle
 from actors.lane import ExchangeLane, lane_for
@@ -81,7 +82,7 @@ class Rank:
         self._world = generation.group(tuple(range(layout.size)))
         self._stage_group = generation.group(layout.peers(self._place.position))
         self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
-        self._traffic = Traffic()
+        self._traffic, self._wires = Traffic(), Wires()
         self._chunks = self._build_chunks()
         self._lane = lane_for(self._device) if config.schedule.overlap else None
         self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue,
@@ -140,7 +141,7 @@ class Rank:
             rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
             digest=self._digest(tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
             bytes_sent=work.links.bytes_sent, exchanged=self._traffic.sent - sent_before, load=self._reported_load(),
-            spans=tuple(work.spans) if request.keep_spans else ())
+            spans=tuple(work.spans) if request.keep_spans else (), wires=self._wires.since())
 
     def apply(self, apply: Apply) -> None:
         """Finish a committed step: weights, moments, gate biases. Raises Aborted."""

@@ -21,6 +21,7 @@ from actors.dealing import Batch, Dealer
 from actors.messages import Apply, Assignment, LossSums, StepReport
 from actors.ranks import Pending, RankFailed, Ranks, call
 from actors.run_folder import RunFolder
+from actors.slow import SlowWatch
 from actors.storage import StorageError
 from actors.trace import trace_json
 from orchestrator import order
@@ -125,6 +126,7 @@ class Trainer:
         self._call("form", [(Assignment(self._generation, rank, self._layout, address, prefix),)
                             for rank in range(self._layout.size)], FORM_TIMEOUT_SECONDS)
         self._known.clear()
+        self._slow = SlowWatch(self._config.model, self._layout)
         self._change = {"layout": _layout_record(self._layout), "schedule": self._config.schedule.model_dump(mode="json"),
                         "placement": _placement_record(self._config, self._layout)}
         self._event("generation", generation=self._generation, layout=self._layout.describe(), nodes=len(self._layout.nodes))
@@ -184,6 +186,8 @@ class Trainer:
         rate = learning_rate(self._config.optimizer, step, self._config.training.steps)
         self._pending = Apply(step, rate)
         self._publish(step, batch, losses, rate, reports, time.perf_counter() - started)
+        for kind, details in self._slow.after(requests, reports):
+            self._event(kind, step=step, **details)
 
     def _refuse_not_finite(self, step: int, losses: dict[str, float], reports: list[StepReport]) -> None:
         norm = reports[0].gradient_norm
@@ -211,6 +215,8 @@ class Trainer:
             "nodes": len(self._layout.nodes), "gradient_norm": reports[0].gradient_norm, "learning_rate": rate,
             "busiest_expert": _busiest(reports), "sequences": len(batch.valid), "compute_seconds": mean.compute_seconds,
             "communication_seconds": mean.communication_seconds, "rank_seconds": max(report.seconds for report in reports),
+            "bytes_across_nodes": sum(report.exchanged.across for report in reports),
+            "bytes_inside_nodes": sum(report.exchanged.inside for report in reports),
         }
         self._folder.metrics(values)
         self._watch("step", values)

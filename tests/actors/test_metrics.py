@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 
+from actors.comm.traffic import Sent
 from actors.messages import LossSums, StepReport
 from actors.metrics import Exporter, PortInUse, RankMetrics, RunMetrics, reachable
 from orchestrator.schedule.spans import Span, figures
@@ -40,7 +41,7 @@ def serve():
 def report(step):
     spans = [Span(0, "compute", "F0.0", 0.0, 1.0), Span(0, "exchange", "F0.0 dispatch", 1.0, 1.5)]
     return StepReport(rank=0, step=step, losses=LossSums(), gradient_norm=1.0, digest=0, figures=figures(spans, 0.0, 2.0),
-                      seconds=2.0, bytes_sent=100, load={})
+                      seconds=2.0, bytes_sent=100, load={}, exchanged=Sent(across=30, inside=7))
 
 
 def test_a_rank_counts_its_steps(serve):
@@ -53,12 +54,14 @@ def test_a_rank_counts_its_steps(serve):
     found = series(text)
     assert found["dualray_rank_step"] == 5 and found["dualray_rank_step_seconds"] == 2
     assert found["dualray_rank_compute_seconds_total"] == 2 and found["dualray_rank_pipeline_sent_bytes_total"] == 200
-    assert found["dualray_rank_exposed_communication_seconds_total"] == 1
+    assert found["dualray_rank_exposed_communication_seconds_total"] == 1 and found["dualray_rank_overlap_ratio"] == 0
+    assert found["dualray_rank_exchange_across_nodes_bytes_total"] == 60
+    assert found["dualray_rank_exchange_inside_node_bytes_total"] == 14
 
 
 STEP = {"step": 7, "loss": 4.5, "tokens": 512, "tokens_per_second": 2000.0, "seconds": 0.25, "overlap_ratio": 0.5,
         "bubble_ratio": 0.1, "exposed_comm_seconds": 0.02, "gradient_norm": 1.5, "learning_rate": 1e-3, "busiest_expert": 1.25,
-        "generation": 1, "nodes": 2}
+        "generation": 1, "nodes": 2, "bytes_across_nodes": 300, "bytes_inside_nodes": 70}
 
 
 def test_the_run_tells_what_the_trainer_told_it(serve):
@@ -74,6 +77,25 @@ def test_the_run_tells_what_the_trainer_told_it(serve):
     assert found["dualray_committed_step"] == 8 and found["dualray_loss"] == 4.5 and found["dualray_tokens_total"] == 1024
     assert found["dualray_validation_loss"] == 4.25 and found["dualray_checkpoint_step"] == 8
     assert found["dualray_checkpoint_timestamp_seconds"] == 1700.5 and found["dualray_expert_load_ratio"] == 1.25
+    assert found["dualray_exchange_across_nodes_bytes_total"] == 600 and found["dualray_exchange_inside_nodes_bytes_total"] == 140
+
+
+def test_who_is_slow_is_a_series_while_it_is(serve):
+    metrics, name = RunMetrics(), 'dualray_slow_factor{lane="exchange",node="a",peer="2",rank="1"}'
+    exporter = serve(metrics)
+    slow = {"event": "slow", "rank": 1, "node": "a", "peer": 2, "peer_node": "b", "lane": "exchange", "factor": 9.5}
+    compute = slow | {"peer": None, "peer_node": None, "lane": "compute", "factor": 2.0}
+
+    def shown():
+        return {key: value for key, value in series(read(exporter, "/metrics")[1]).items() if "slow" in key}
+
+    metrics.observe("event", slow)
+    metrics.observe("event", compute)
+    assert shown() == {name: 9.5, 'dualray_slow_factor{lane="compute",node="a",peer="",rank="1"}': 2.0}
+    metrics.observe("event", compute | {"event": "slow_over", "factor": 1.0})
+    assert shown() == {name: 9.5}
+    metrics.observe("event", {"event": "generation", "time": 1.0})
+    assert shown() == {}
 
 
 def test_targets_are_listed_for_service_discovery(serve):
