@@ -102,9 +102,9 @@ class RunMetrics:
         self.registry = CollectorRegistry()
         self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in self._GAUGES.items()}
         self._tokens = Counter("dualray_tokens", "Tokens of committed steps", registry=self.registry)
-        self._across = Counter("dualray_exchange_across_nodes_bytes", "Bytes of dispatch and combine sent across nodes, all ranks",
+        self._across = Counter("dualray_exchange_across_nodes_bytes", "Bytes of dispatch and combine across nodes, all ranks",
                                registry=self.registry)
-        self._inside = Counter("dualray_exchange_inside_nodes_bytes", "Bytes of dispatch and combine sent inside nodes, all ranks",
+        self._inside = Counter("dualray_exchange_inside_nodes_bytes", "Bytes of dispatch and combine inside nodes, all ranks",
                                registry=self.registry)
         self._slow = Gauge("dualray_slow_factor", "How much slower a rank or a link is than its like, while it is slow",
                            ("rank", "node", "peer", "lane"), registry=self.registry)

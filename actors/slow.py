@@ -1,0 +1,62 @@
+"""From what ranks report of a step to the events that name who is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from actors.messages import StepReport, StepRequest
+from orchestrator.config import ModelConfig
+from orchestrator.layout import Layout
+from orchestrator.placement import place_experts
+from orchestrator.stragglers import Change, Flow, Watch, Work
+
+
+class SlowWatch:
+    """The watch of one generation."""
+
+    def __init__(self, model: ModelConfig, layout: Layout):
+        self._layout, self._watch = layout, Watch(layout)
+        self._experts = {place.rank: place_experts(model, layout, place.replica, place.position)[place.expert_rank]
+                         for place in layout.places}
+
+    def after(self, requests: Sequence[StepRequest], reports: Sequence[StepReport]) -> list[tuple[str, dict[str, Any]]]:
+        """Events of a step, as kind (slow, slow_over) and details."""
+        rows = self._rows(reports)
+        works = {report.rank: Work(report.figures.compute_seconds, sum(request.sizes.values()), rows[report.rank])
+                 for request, report in zip(requests, reports, strict=True)}
+        self._watch, changes = self._watch.after(works, flows(reports))
+        return [self._event(change) for change in changes]
+
+    def _rows(self, reports: Iterable[StepReport]) -> dict[int, int]:
+        """Tokens of the global batch that chose the experts of each rank, over the layers of its stages."""
+        by_stages: dict[frozenset[int], dict[int, list[int]]] = {}
+        for report in reports:
+            if report.load:
+                by_stages[self._peers(report.rank)] = report.load
+        return {place.rank: sum(load[expert] for load in by_stages.get(self._peers(place.rank), {}).values()
+                                for expert in self._experts[place.rank]) for place in self._layout.places}
+
+    def _peers(self, rank: int) -> frozenset[int]:
+        return frozenset(self._layout.peers(self._layout.places[rank].position))
+
+    def _event(self, change: Change) -> tuple[str, dict[str, Any]]:
+        slow, places = change.straggler, self._layout.places
+        return "slow_over" if change.over else "slow", {
+            "rank": slow.rank, "node": places[slow.rank].node, "peer": slow.peer,
+            "peer_node": None if slow.peer is None else places[slow.peer].node, "lane": slow.lane.value,
+            "factor": round(slow.factor, 2)}
+
+
+def flows(reports: Iterable[StepReport]) -> dict[tuple[int, int], Flow]:
+    """What every rank sent every other one: their connections, matched end to end. Others are left out."""
+    reports = list(reports)
+    rank_at = {(wire.local, wire.peer): report.rank for report in reports for wire in report.wires}
+    found: dict[tuple[int, int], Flow] = {}
+    for report in reports:
+        for wire in report.wires:
+            peer = rank_at.get((wire.peer, wire.local))
+            if peer is not None and peer != report.rank:
+                before = found.get((report.rank, peer), Flow(0, 0.0))
+                found[report.rank, peer] = Flow(before.bytes + wire.bytes, before.seconds + wire.seconds)
+    return found
