@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import UNIT, Durations, with_communication
+from orchestrator.schedule.durations import UNIT, Durations, at, with_communication
 from orchestrator.schedule.search.anneal import Cooling, anneal
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
@@ -55,7 +55,8 @@ def forms(problem, position, order):
 @pytest.mark.parametrize("positions", [1, 2])
 def test_against_all_schedules_of_two_positions(durations, kept, positions):
     if positions == 1:  # of every stage's duration, the first
-        of_stages = {n: v[0] for n, v in vars(durations).items() if n != "slowdown" and isinstance(v, tuple)}
+        names = ("forward", "backward_input", "backward_weight")
+        of_stages = {name: at(getattr(durations, name), 0) for name in names}
         durations = replace(durations, **of_stages, slowdown=durations.slowdown[:1])
     problem = Problem(Stages("loop", positions), 2, durations, kept, splits=positions == 1)
     best = shortest_of_all(problem, 2)
