@@ -63,7 +63,8 @@ def test_a_rank_that_computes_slowly_is_named_while_it_does(ranks, tmp_path):
     assert [(event["event"], event["rank"], event["node"], event["peer"]) for event in mine] == [
         ("slow", 1, layout.places[1].node, None), ("slow_over", 1, layout.places[1].node, None)]
     assert SLOW_FROM <= mine[0]["step"] < SLOW_FROM + 5 and SLOW_UNTIL <= mine[1]["step"] < SLOW_UNTIL + 5
-    assert 0.5 * FACTOR < mine[0]["factor"] < 2 * FACTOR and mine[1]["factor"] < 1.25
+    # on shared cores the other rank's times grow with the first one's, so the factor is only bounded by the threshold
+    assert 1.5 <= mine[0]["factor"] < 2 * FACTOR and mine[1]["factor"] < 1.25
 
 
 def test_what_crosses_nodes_is_in_the_metrics(ranks, tmp_path):
