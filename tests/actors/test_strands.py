@@ -187,7 +187,7 @@ def drawn_order(shapes, backward, random):
     return tuple(order)
 
 
-# --- against the plan ------------------------------------------------------------------------------------------------
+# --- against the plan: a held lane sleeps for as long as a piece takes; nothing waits for a sleep to have ended ---
 
 
 def held(pieces, unit, queue):

@@ -81,8 +81,7 @@ def test_other_work_than_the_schedules_is_found(monkeypatch):
 @pytest.mark.parametrize("medians, missed", [
     ({"zbv": 1.03, "ScheduleZBVZeroBubble": 1.2}, None),
     ({"zbv": 1.04, "ScheduleZBVZeroBubble": 1.2}, "zbv takes at most 1.03 of the simulated time"),
-    ({"zbv": 1.03, "ScheduleZBVZeroBubble": 1.1}, "our best is 1.15 times as fast as torch's, or within 1.03 of the bound"),
-    ({"zbv": 1.0, "ScheduleZBVZeroBubble": 1.1}, None),
+    ({"zbv": 1.0, "ScheduleZBVZeroBubble": 1.1}, "our best is 1.15 times as fast as torch's"),
     ({"zbv": 1.0, "ScheduleZBVZeroBubble": 0.9}, "zbv is faster in ours"),
 ])
 def test_verdicts(medians, missed):

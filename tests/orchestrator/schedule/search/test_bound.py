@@ -62,8 +62,8 @@ def test_against_all_schedules_of_two_positions(durations, kept, positions):
     best = shortest_of_all(problem, 2)
     assert lower_bound(problem) <= best + 1e-9
     starts = [rows for chosen in rules(problem) if (rows := build(problem, chosen))]
-    found = min(anneal(problem, rows, Cooling(300, 0.3, 0.05, 0.5), 0)[0] for rows in starts)
-    assert found == pytest.approx(best, rel=0.02)
+    found = min(anneal(problem, rows, Cooling(300, 0.3, 0.05, 0.5), seed)[0] for rows in starts for seed in range(4))
+    assert found == pytest.approx(best)
 
 
 def test_it_is_met_where_a_microbatch_is_alone():
