@@ -8,6 +8,10 @@ python -m jobs.plan schedule --kind dualpipe --ranks 8 --microbatches 20 --forma
 
 python -m jobs.plan compare --ranks 8 --microbatches 32 [--communication 0.913] [--hop 0] [--json]
     All kinds side by side: makespan, bubble, exposed communication, activations, parameters, messages.
+
+python -m jobs.plan run runs/NAME[#STEP] [--hop MILLISECONDS] [--json]
+    What a run that has traced a step (telemetry.trace_steps) would gain from another schedule of the same stages: kinds and a
+    search, all with the step's measured durations.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.cli import JobFailed, Parser, arguments, configuration, run
+from jobs.plan_run import comparison
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.schedule.actions import Schedule, to_csv
 from orchestrator.schedule.compare import as_objects, compare, contestants, searched_contestants, table
@@ -71,6 +76,7 @@ def _parser() -> Parser:
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     _add_schedule(subcommands)
     _add_compare(subcommands)
+    _add_run(subcommands)
     return parser
 
 
@@ -107,6 +113,17 @@ def _add_compare(subcommands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="for a program")
     parser.add_argument("--output", metavar="FILE", help="default: standard output")
     parser.set_defaults(job=show_comparison)
+
+
+def _add_run(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser("run", help="other schedules of a run's stages, with the durations that it measured")
+    parser.add_argument("run", metavar="FOLDER[#STEP]", help="of a run with a trace.json (default: its last step)")
+    parser.add_argument("--hop", type=float, metavar="MILLISECONDS", default=0.0, help="from one rank to another (default: 0)")
+    parser.add_argument("--most-activations", type=_number, metavar="N",
+                        help="bound of the search: microbatches that a rank keeps, on all its layers")
+    parser.add_argument("--json", action="store_true", help="for a program")
+    parser.add_argument("--output", metavar="FILE", help="default: standard output")
+    parser.set_defaults(job=show_run)
 
 
 def _number(text: str) -> float:
@@ -281,6 +298,13 @@ def show_comparison(options: argparse.Namespace) -> None:
         head = ", ".join(f"{value} {name}" if name in ("ranks", "microbatches") else f"{name} {value:g}"
                          for name, value in settings.items())
         _write(f"{head}; F = a forward on all layers of a rank\n\n{table(results, refused)}", options.output)
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+
+def show_run(options: argparse.Namespace) -> None:
+    _write(comparison(options), options.output)
 
 
 def _write(text: str, path: str | None) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from actors.trace import trace_json
 from jobs.benches.networks import NetworkRefused
 from jobs.benches.overlap_cluster import Alone, Cluster, Measured, Payload, Shape, say
 from jobs.benches.overlap_compare import OFF, PEER, Contestant, compare, expected_bytes, verdicts
@@ -27,6 +29,7 @@ from orchestrator.schedule.durations import EXCHANGE_RATIO
 from orchestrator.schedule.search.portfolio import EFFORT
 
 _SHAPE = re.compile(r"PP([1-9][0-9]*)xEP([1-9][0-9]*)")
+_FIXED = ("dualpipe", "dualpipev")
 _WARM_UP = 0.2
 _TRIALS = 4
 _NEAR = 0.02
@@ -40,17 +43,19 @@ class Settings(Section):
                               "ranks of an EP group, which all nodes share")
     nodes: int = Field(4, ge=2)
     megabits: Real = Field(20.0, gt=0, description="a second, of every rank's interface, in each direction")
-    milliseconds: list[Real] = Field([5.0, 7.0, 10.0], description="of half a layer's F, I and W each, by shape: every exchange "
+    milliseconds: list[Real] = Field([12.0, 24.0, 32.0], description="of half a layer's F, I and W each, by shape: every exchange "
                                              "costs the cores about 1 ms for each rank, which must stay a small part of it")
     layers: int = Field(4, ge=2, multiple_of=2, description="of a position; two stages may share them")
     microbatches: int = Field(8, ge=2, description="times the positions of a pipeline: of a step")
     tokens: int = Field(8, ge=1, description="of a microbatch on a rank")
     ratio: Real = Field(EXCHANGE_RATIO, gt=0, description="communication over compute of a pair")
-    repeats: int = Field(5, ge=1)
+    repeats: int = Field(3, ge=1)
     effort: int = Field(EFFORT, ge=1, description="of each search")
     slow_link: Real = Field(0.1, gt=0, lt=1, description="share of its speed that one link is left with")
-    slow_repeats: int = Field(3, ge=0, description="of steps with that link, in the first shape, of half as many microbatches")
+    slow_repeats: int = Field(2, ge=0, description="of steps with that link, in the first shape, of half as many microbatches")
     tiny_steps: int = Field(6, ge=0, description="steps of the real model, with and without overlap")
+    trace: str | None = Field(None, description="file for the spans of one more step of the first shape: step 0 with overlap, "
+                                                "step 1 without")
 
 
 def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
@@ -61,8 +66,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
         raise ConfigError("milliseconds", settings.milliseconds, f"a number above 0 for each of {len(shapes)} shapes")
     try:
         for shape, milliseconds in zip(shapes, settings.milliseconds):
-            slow = shape is shapes[0] and settings.slow_repeats > 0
-            results[shape.name], held = _measure(config, settings, shape, milliseconds / 1000, slow=slow)
+            results[shape.name], held = _measure(config, settings, shape, milliseconds / 1000, first=shape is shapes[0])
             checks |= held
         model = tiny(config, settings.tiny_steps, settings.megabits * 50) if settings.tiny_steps else None
     except NetworkRefused as error:
@@ -82,9 +86,9 @@ def _shape(text: str, settings: Settings) -> Shape:
     return Shape(settings.nodes, int(match[1]), int(match[2]) // settings.nodes)
 
 
-def _measure(config: RunConfig, settings: Settings, shape: Shape, hold: float, *, slow: bool
+def _measure(config: RunConfig, settings: Settings, shape: Shape, hold: float, *, first: bool
              ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """hold: seconds of half a layer's F, I and W each."""
+    """hold: seconds of half a layer's F, I and W each. first: of the shapes, the one with a trace and with a slow link."""
     microbatches = settings.microbatches * shape.pipeline
     with Cluster(config, shape, settings.megabits) as cluster:
         payload, alone = _calibrated(cluster, settings, hold)
@@ -111,7 +115,9 @@ def _measure(config: RunConfig, settings: Settings, shape: Shape, hold: float, *
         checks = verdicts(shape.name, result)
         checks[f"{shape.name}: alone, communication is within {_NEAR} of {settings.ratio} of a pair's compute"] = (
             abs(result["calibration"]["ratio"] / settings.ratio - 1) <= _NEAR)
-        if slow:
+        if first and settings.trace:
+            _write_trace(cluster, settings.trace)
+        if first and settings.slow_repeats:
             result["slow_link"], held = _with_a_slow_link(cluster, settings, payload, hold)
             checks |= held
     return result, checks
@@ -126,6 +132,16 @@ def _steps(cluster: Cluster, names: list[str], repeats: int) -> dict[str, list[M
             steps[name].append(cluster.step(name))
         say(f"{cluster.shape.name}, repeat {repeat}: " + ", ".join(f"{name} {steps[name][-1].seconds:.3f}" for name in names))
     return steps
+
+
+def _write_trace(cluster: Cluster, file: str) -> None:
+    """Raises ConfigError: the file cannot be written."""
+    steps = {number: cluster.step(name, traced=True).steps for number, name in enumerate(("dualpipe", OFF))}
+    spans = {number: [span for rank in ranks for span in rank.spans] for number, ranks in steps.items()}
+    try:
+        Path(file).write_text(trace_json(spans, dict.fromkeys(spans, cluster.layout.places)), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("trace", file, f"a file that can be written ({error.strerror})") from None
 
 
 def _calibrated(cluster: Cluster, settings: Settings, hold: float) -> tuple[Payload, Alone]:
@@ -165,14 +181,15 @@ def _calibration(hold: float, payload: Payload, alone: Alone) -> dict[str, Any]:
 
 def _with_a_slow_link(cluster: Cluster, settings: Settings, payload: Payload, hold: float
                       ) -> tuple[dict[str, Any], dict[str, bool]]:
-    """One interface at a share of its speed: the V as it was against what is searched for the durations as they are now."""
+    """One interface at a share of its speed: the fixed kinds against what is searched, in either's placement, for the durations
+    as they are now."""
     pipeline = cluster.shape.pipeline
     microbatches = max(2 * pipeline, settings.microbatches * pipeline // 2)  # each takes about ten times as long
     cluster.slow_down(0, 0, settings.megabits * settings.slow_link)
     alone = cluster.alone(payload, hold, 10)
     durations = durations_of(alone, settings.layers)
-    contestants = {"dualpipev": Contestant(fixed("dualpipev", pipeline, microbatches), durations),
-                   "searched": Contestant(found(pipeline, microbatches, durations, settings.effort, by_position=True), durations)}
+    contestants = {kind: Contestant(fixed(kind, pipeline, microbatches), durations) for kind in _FIXED}
+    contestants["searched"] = Contestant(found(pipeline, microbatches, durations, settings.effort), durations)
     tasks = [{name: task_of(each, position, settings.layers) for name, each in contestants.items()}
              for position in range(pipeline)]
     cluster.prepare(tasks, payload, Seconds(hold, hold, hold))
@@ -181,5 +198,5 @@ def _with_a_slow_link(cluster: Cluster, settings: Settings, payload: Payload, ho
     result["exchange_seconds"] = list(alone.exchange)
     cluster.slow_down(0, 0, settings.megabits)
     medians = {name: entry["median"] for name, entry in result["contestants"].items()}
-    return result, {f"{cluster.shape.name}: with a link at {settings.slow_link} of its speed, searched loses less than dualpipev":
-                    medians["searched"] < medians["dualpipev"]}
+    return result, {f"{cluster.shape.name}: with a link at {settings.slow_link} of its speed, searched loses less than {kind}":
+                    medians["searched"] < medians[kind] for kind in _FIXED}

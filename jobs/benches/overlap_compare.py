@@ -10,10 +10,9 @@ from typing import Any
 from jobs.benches.overlap_cluster import Measured, Payload, Shape
 from jobs.benches.overlap_figures import steady
 from orchestrator.schedule.actions import Schedule
-from orchestrator.schedule.durations import Durations, PerStage, at, per_chunk
+from orchestrator.schedule.durations import Durations, at, per_chunk
 from orchestrator.schedule.simulate import Timeline, simulate
 from orchestrator.schedule.spans import Figures, Span, figures
-from orchestrator.schedule.stages import Stages
 
 EXPOSED, FASTER, PREDICTED = 0.033, 1.5, 0.03
 _HEADERS, _MESSAGE_BYTES = 1.12, 600
@@ -24,7 +23,7 @@ OURS, OFF, PEER = ("dualpipe", "searched"), "overlap off", "ScheduleDualPipeV"
 
 @dataclass(frozen=True)
 class Contestant:
-    """schedule: None: torch's own. durations: of a whole position, by position where they differ; as measured alone."""
+    """schedule: None: torch's own. durations: of a whole position; as measured alone."""
 
     schedule: Schedule | None
     durations: Durations
@@ -41,22 +40,7 @@ class Contestant:
             sent = at(durations.dispatch, 0) + at(durations.combine, 0)
             durations = replace(durations, dispatch=0.0, combine=0.0, forward=durations.forward + sent,
                                 backward_input=durations.backward_input + sent)
-        return simulate(self.schedule, staged(durations, stages))
-
-
-def staged(durations: Durations, stages: Stages) -> Durations:
-    """The same by stage: each has its share of what its position takes."""
-    if not any(isinstance(value, Sequence) for value in (durations.dispatch, durations.combine)):
-        return per_chunk(durations, stages)
-
-    def cut(value: PerStage) -> PerStage:
-        if not isinstance(value, Sequence):
-            return value
-        position_of = {stage: position for position in range(stages.positions) for stage in stages.hosted(position)}
-        return [value[position_of[stage]] / stages.chunks for stage in range(stages.count)]
-
-    return replace(per_chunk(replace(durations, dispatch=0.0, combine=0.0), stages), dispatch=cut(durations.dispatch),
-                   combine=cut(durations.combine))
+        return simulate(self.schedule, per_chunk(durations, stages))
 
 
 def expected_bytes(shape: Shape, payload: Payload, layers: int, *, peer: bool) -> int:

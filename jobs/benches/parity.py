@@ -1,4 +1,8 @@
-"""Every layout and kind of schedule against one plain process: the same data, losses and final parameters."""
+"""Every layout and kind of schedule against one plain process: the same data, losses and final parameters.
+
+Exchanges run on their lane under compute, as they do unless a configuration says otherwise, in one hop or two. One layout of each
+form also runs with exchanges and compute in turn: both must give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
@@ -37,13 +43,24 @@ LAYOUTS: dict[str, tuple] = {  # name: (pipeline, expert, data, nodes, ranks per
     **{f"searched PP2xEP2 {placement}": (2, 2, 1, 2, 2, "schedule.kind=searched", f"schedule.placement={placement}")
        for placement in ("both", "v")},
     "searched PP2xEP2 loop": (2, 2, 1, 2, 2, "schedule.kind=searched", "schedule.placement=loop", "schedule.chunks=2"),
+    "EP4, two ranks a node, one hop": (1, 4, 1, 2, 2, "layout.shape=[1, 2]", "layout.hops=1"),
+    "EP4, two hops": (1, 4, 1, 2, 2, "layout.shape=[1, 2]", "layout.hops=2"),
+    "EP8, two hops": (1, 8, 1, 2, 4, "layout.shape=[1, 4]", "layout.hops=2"),
+    "EP4xDP2, two hops": (1, 4, 2, 4, 2, "layout.shape=[1, 2]", "layout.hops=2"),
+    **{f"{kind} PP2xEP4, two hops": (2, 4, 1, 2, 4, f"schedule.kind={kind}", "layout.shape=[2, 2]", "layout.hops=2")
+       for kind in ("dualpipe", "dualpipev", "zbv", "1f1b", "searched")},
 }
+IN_TURN = ("EP4", "PP2xEP2", "PP2xEP2xDP2", "dualpipev PP2xEP2", "zb_h1 PP3", "zbv PP2xDP2", "1f1b PP2xEP2",
+           "interleaved_1f1b PP2xEP2", "merged_interleaved_1f1b PP2xEP2", "gpipe PP2xEP2", "searched PP2xEP2 both",
+           "searched PP2xEP2 v", "searched PP2xEP2 loop", "EP4, two ranks a node, one hop", "EP4, two hops", "EP8, two hops",
+           "EP4xDP2, two hops", "dualpipe PP2xEP4, two hops", "zbv PP2xEP4, two hops", "searched PP2xEP4, two hops")
+"""One layout of each form: these run with overlap and without."""
 BARS = {"float64": {"loss": 1e-10, "parameters": 1e-10}, "float32": {"loss": 1e-4}}
 _TIMEOUT_SECONDS = 600.0
 
 
 def run(config: RunConfig) -> dict:
-    """Relative differences of every layout and dtype; `valid` says whether all bars hold."""
+    """Relative differences of every layout and dtype; `valid` says whether all bars hold, and overlap changes no bit."""
     return compare(config, list(LAYOUTS), list(BARS), STEPS)
 
 
@@ -67,22 +84,57 @@ def compare(config: RunConfig, layouts: list[str], dtypes: list[str], steps: int
                 expected = process.submit(plain.reference, config, batches).result(_TIMEOUT_SECONDS)
             results[dtype] = {name: _compare(config, name, ranks, batches, expected) for name in layouts}
     valid = all(found[key] < bar for dtype in dtypes for found in results[dtype].values() for key, bar in BARS[dtype].items())
+    repeated = [same for of_dtype in results.values() for found in of_dtype.values()
+                if (same := found.get("same_bits_in_turn")) is not None]
     worst = {f"{dtype} {key}": max(found[key] for found in results[dtype].values())
              for dtype in dtypes for key in ("loss", "parameters")}
     return {"settings": {"steps": steps, "layouts": layouts, "bars": BARS, "reference": "one plain PyTorch process"},
-            "seconds": time.perf_counter() - started, "ratio": worst, "results": results, "valid": valid}
+            "seconds": time.perf_counter() - started, "ratio": worst,
+            "same_bits_in_turn": f"{sum(repeated)} of {len(repeated)}", "results": results, "valid": valid and all(repeated)}
 
 
-def _compare(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch], expected: dict) -> dict[str, float]:
+@dataclass(frozen=True)
+class Trained:
+    """hops: of a token to its experts. overlap: whether exchanges ran on a lane of their own. hidden: the largest share of
+    communication under compute in any step. losses, loads: of every step."""
+
+    layout: str
+    hops: int
+    overlap: bool
+    hidden: float
+    losses: list[float]
+    loads: list[dict]
+    parameters: dict[str, numpy.ndarray]
+
+    def same_bits(self, other: Trained) -> bool:
+        mine, theirs = ({name: value.tobytes() for name, value in one.parameters.items()} for one in (self, other))
+        return (self.losses, self.loads, mine) == (other.losses, other.loads, theirs)
+
+
+def _compare(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch], expected: dict) -> dict[str, Any]:
+    trained = _train(base, name, ranks, batches)
+    found = {"loss": max(abs(a - b) / abs(b) for a, b in zip(trained.losses, expected["losses"], strict=True)),
+             "parameters": _difference(trained.parameters, expected["parameters"]),
+             "flipped_choices_at_least": _flips(trained.loads, expected["loads"]), "choices": _choices(expected["loads"]),
+             "hops": trained.hops, "overlap": trained.overlap, "overlap_ratio": trained.hidden}
+    if name in IN_TURN:
+        other = _train(base, name, ranks, batches, "schedule.overlap=false")
+        found["same_bits_in_turn"] = trained.overlap and not other.hidden and trained.same_bits(other)
+    print(f"{base.training.dtype} {name} ({trained.layout}): {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def _train(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch], *changes: str) -> Trained:
     pipeline, expert, data, nodes, per_node, *further = LAYOUTS[name]
-    config = parse(base.model_dump(), [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *further])
+    config = parse(base.model_dump(), [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *further,
+                                       *changes])
     layout = choose(virtual_nodes(nodes, per_node), config.layout, config.model, config.stages)
     call(ranks, "configure", [(config,)] * layout.size, _TIMEOUT_SECONDS)
-    losses, loads = [], []
+    steps, loads = [], []
 
     def watch(kind: str, values: dict) -> None:
         if kind == "step":
-            losses.append(values["loss"])
+            steps.append(values)
         elif kind == "load":
             loads.append(values)
 
@@ -90,11 +142,9 @@ def _compare(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batc
         sources = Sources(lambda step: _Fixed(batches[step:]), lambda: None)
         Trainer(config, layout, ranks, RunFolder(folder, "parity"), sources, watch=watch).run()
         parameters = checkpoint.read_parameters(checkpoint.complete(f"{folder}/parity/checkpoints")[-1])
-    found = {"loss": max(abs(a - b) / abs(b) for a, b in zip(losses, expected["losses"], strict=True)),
-             "parameters": _difference(parameters, expected["parameters"]),
-             "flipped_choices_at_least": _flips(loads, expected["loads"]), "choices": _choices(expected["loads"])}
-    print(f"{base.training.dtype} {name} ({layout.describe()}): {found}", file=sys.stderr, flush=True)
-    return found
+    hops = 2 if all(layout.two_hops(replica, config.layout.hops) for replica in range(len(layout.replicas))) else 1
+    return Trained(layout.describe(), hops, config.schedule.overlap, max(step["overlap_ratio"] for step in steps),
+                   [step["loss"] for step in steps], loads, parameters)
 
 
 class _Fixed:

@@ -13,6 +13,9 @@ from orchestrator.schedule.spans import Lane
 from orchestrator.schedule.stages import Stages
 
 PerStage = float | Sequence[float]
+Factors = tuple[float, float]
+"""On compute, on communication."""
+_ALIKE: Factors = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,12 @@ class Durations:
     dispatch, combine: communication of one whole forward: all its layers' dispatches, all their combines. A backward for the
         input has the same: the gradient of combine is sent like a dispatch, that of dispatch like a combine (report, 3.2.1).
     layers: of a stage. Each is attention, dispatch, experts, combine; attention and experts share the compute evenly.
-    backward, pair: of a lone B, of F|B (by the forward's stage), if they are known as a whole: their pieces are stretched to
-        it; None: what the pieces give.
+    backward, pair: of a lone B, of F|B (by the forward's stage), if they are known as a whole, where no position is slow: their
+        pieces are stretched to it; None: what the pieces give.
     halves: compute of both halves of a split action, as a factor on the whole one: small products may run less efficiently.
     hop: from one position to another, for every tensor; `links` has those (from, to) that differ.
-    slowdown: factor on the compute of each position; empty: all alike.
+    slowdown, exchange_slowdown: factors on the compute and on the communication of each position; empty: all alike. Two positions
+        that host the same stages have EP groups, and so links, of their own.
     jitter: relative standard deviation of an action's duration, drawn for each from `seed`.
     stages: by stage, the pieces that it really has: what happens inside actions is planned from them, as in the programs; none:
         from the durations above, in uniform layers. These stay what a search weighs actions by.
@@ -45,6 +49,7 @@ class Durations:
     layers: int = 4
     halves: float = 1.0
     slowdown: tuple[float, ...] = ()
+    exchange_slowdown: tuple[float, ...] = ()
     links: Mapping[tuple[int, int], float] = field(default_factory=dict)
     jitter: float = 0.0
     seed: int = 0
@@ -55,8 +60,9 @@ class Durations:
             values = getattr(self, name)
             if values is not None and min(values if isinstance(values, Sequence) else [values]) < 0:
                 raise ValueError(f"{name} = {values}: no duration is negative")
-        if self.layers < 1 or self.halves <= 0 or min(self.slowdown, default=1.0) <= 0:
-            raise ValueError(f"layers = {self.layers}, halves = {self.halves}, slowdown = {self.slowdown}: all positive")
+        if self.layers < 1 or self.halves <= 0 or min((*self.slowdown, *self.exchange_slowdown), default=1.0) <= 0:
+            raise ValueError(f"layers = {self.layers}, halves = {self.halves}, slowdown = {self.slowdown}, "
+                             f"exchange_slowdown = {self.exchange_slowdown}: all positive")
 
     def of(self, action: Work, position: int = 0) -> float:
         """Duration of `action` on `position`, without jitter."""
@@ -65,10 +71,16 @@ class Durations:
     def template(self, action: Work, position: int = 0) -> Template:
         """What happens on each lane during `action`, from its start."""
         kinds = tuple(compute.kind for compute in action.computes)
-        key = (type(action) is Split, kinds, *(compute.stage for compute in action.computes), self._slowdown(position))
+        slow = self.factors(position)
+        key = (type(action) is Split, kinds, *(compute.stage for compute in action.computes), slow)
         if (found := self._templates.get(key)) is None:
-            found = self._templates[key] = self._template(action, kinds, self._slowdown(position))
+            found = self._templates[key] = self._template(action, kinds, slow)
         return found
+
+    def factors(self, position: int) -> Factors:
+        """How much slower than others a position computes and communicates."""
+        return (self.slowdown[position] if self.slowdown else 1.0,
+                self.exchange_slowdown[position] if self.exchange_slowdown else 1.0)
 
     def arrival(self, origin: int, target: int) -> float:
         """Time from the end of the action that makes a tensor to its arrival."""
@@ -77,10 +89,10 @@ class Durations:
         return self.links.get((origin, target), self.hop) if self.links else self.hop
 
     def strands(self, stage: int) -> StageStrands:
-        """What the stage does with one microbatch."""
+        """What the stage does with one microbatch at a position that is not slow."""
         if self.stages:
             return self.stages[stage]
-        forward, backward = (self._cost(Compute(kind, stage, 0, 0), 1.0) for kind in (Kind.FORWARD, Kind.BACKWARD))
+        forward, backward = (self._cost(Compute(kind, stage, 0, 0), _ALIKE) for kind in (Kind.FORWARD, Kind.BACKWARD))
         return StageStrands(strand(forward).pieces, tuple(
             replace(piece, weights=piece.weights or 0.0) if piece.lane is Lane.COMPUTE else piece
             for piece in strand(backward).pieces))
@@ -89,32 +101,33 @@ class Durations:
     def _templates(self) -> dict[tuple, Template]:
         return {}
 
-    def _slowdown(self, position: int) -> float:
-        return self.slowdown[position] if self.slowdown else 1.0
-
-    def _template(self, action: Work, kinds: tuple[Kind, ...], slow: float) -> Template:
+    def _template(self, action: Work, kinds: tuple[Kind, ...], slow: Factors) -> Template:
         if self.stages:
             return self._planned(action, slow)
-        costs = [self._cost(compute, slow) for compute in action.computes]
-        if isinstance(action, Split):
-            return overlapped([costs[0].halved(self.halves)] * 2)
+        template = self._pieces(action, slow)
         known = {(Kind.FORWARD, Kind.BACKWARD): self.pair, (Kind.BACKWARD,): self.backward}.get(kinds)
-        template = overlapped(costs)
-        return template if known is None else template.stretched(slow * at(known, action.computes[0].stage))
+        if known is None or isinstance(action, Split):
+            return template
+        whole, usual = at(known, action.computes[0].stage), self._pieces(action, _ALIKE).duration
+        return template.stretched(whole * (template.duration / usual) if usual else slow[0] * whole)
 
-    def _planned(self, action: Work, slow: float) -> Template:
+    def _pieces(self, action: Work, slow: Factors) -> Template:
+        costs = [self._cost(compute, slow) for compute in action.computes]
+        return overlapped([costs[0].halved(self.halves)] * 2 if isinstance(action, Split) else costs)
+
+    def _planned(self, action: Work, slow: Factors) -> Template:
         """In the order that a program has at a position that is not slow."""
         parts = 2 if isinstance(action, Split) else 1
         strands = tuple(strand for compute in action.computes
                         for strand in self.stages[compute.stage].strands(compute.kind, parts))
         order = planned(strands).order
-        return timed([strand.scaled(slow * (self.halves if parts > 1 else 1.0), 1.0) for strand in strands], order)
+        return timed([strand.scaled(slow[0] * (self.halves if parts > 1 else 1.0), slow[1]) for strand in strands], order)
 
-    def _cost(self, compute: Compute, slow: float) -> Cost:
+    def _cost(self, compute: Compute, slow: Factors) -> Cost:
         stage = compute.stage
         forward, backward_input, backward_weight = (
-            slow * at(d, stage) for d in (self.forward, self.backward_input, self.backward_weight))
-        sent = (at(self.dispatch, stage), at(self.combine, stage))
+            slow[0] * at(d, stage) for d in (self.forward, self.backward_input, self.backward_weight))
+        sent = (slow[1] * at(self.dispatch, stage), slow[1] * at(self.combine, stage))
         return {
             Kind.FORWARD: Cost(self.layers, forward, *sent),
             Kind.BACKWARD: Cost(self.layers, backward_input, *sent, weights=backward_weight, backward=True),

@@ -11,7 +11,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from orchestrator.schedule.actions import Compute, Kind, Schedule, Work
@@ -23,6 +23,8 @@ _ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)(?:/2)?")
 _WORK = (Lane.COMPUTE, Lane.EXCHANGE)
 _LEAST = 1e-3
 """Share of an action that is compute at least: one that only communicates does not exist."""
+_UNEVEN = 1.2
+"""How much longer two positions may communicate for the same stages before the slower one counts as slow."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,33 @@ def measured_durations(measured: Measured, schedule: Schedule, hop: float = 0.0)
         forward=compute(Kind.FORWARD, sent), backward_input=compute(Kind.BACKWARD_INPUT, sent),
         backward_weight=compute(Kind.BACKWARD_WEIGHT, [0.0] * len(stages)), hop=hop, dispatch=dispatch, combine=combine,
         backward=backward if any(backward) else None, pair=pair if any(pair) else None, layers=layers)
+
+
+def durations_to_plan_with(measured: Measured, schedule: Schedule, hop: float = 0.0) -> Durations:
+    """The same means in a form that gives a duration to any action, also to those that the step had none of: as its pieces say.
+
+    Where two positions host the same stages, and one communicates more slowly by more than a fifth, it is told apart.
+    """
+    found = replace(measured_durations(measured, schedule, hop), backward=None, pair=None)
+    slow = _exchange_slowdown(measured, schedule)
+    if not slow:
+        return found
+    holders = [schedule.stages.holders(stage) for stage in range(schedule.stages.count)]
+    usual = [sum(slow[position] for position in held) / len(held) for held in holders]  # each has as many microbatches
+    dispatch, combine = ([value / factor for value, factor in zip(values, usual, strict=True)]
+                         for values in (found.dispatch, found.combine))
+    return replace(found, dispatch=dispatch, combine=combine, exchange_slowdown=slow)
+
+
+def _exchange_slowdown(measured: Measured, schedule: Schedule) -> tuple[float, ...]:
+    """By position, against the other one with the same stages; empty if none is slow."""
+    sent = [sum(span.end - span.start for action in row for compute in action.computes
+                for span in measured.spans(position, compute, Lane.EXCHANGE)) for position, row in enumerate(schedule.rows)]
+    factors = []
+    for position, stages in enumerate(map(schedule.stages.hosted, range(schedule.positions))):
+        least = min(sent[holder] for holder in schedule.stages.holders(stages[0]))
+        factors.append(sent[position] / least if least and sent[position] > _UNEVEN * least else 1.0)
+    return tuple(factors) if max(factors) > 1 else ()
 
 
 def _samples(measured: Measured, schedule: Schedule) -> tuple[dict[tuple[str, int], list[float]], int]:

@@ -23,17 +23,18 @@ from actors.ranks import RankFailed
 from jobs.benches import overlap
 from jobs.benches.overlap import Settings
 from jobs.benches.overlap_cluster import Alone, Payload, Shape
-from jobs.benches.overlap_compare import Contestant, compare, expected_bytes, staged, verdicts
+from jobs.benches.overlap_compare import Contestant, compare, expected_bytes, verdicts
 from jobs.benches.overlap_figures import shares
 from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Tokens
-from jobs.benches.overlap_plan import durations_of
+from jobs.benches.overlap_plan import durations_of, task_of
 from jobs.benches.schedule_held import HeldLane
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.schedule.actions import Compute, Kind, Pair
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.orders import StageStrands, forms, strands_of
+from orchestrator.schedule.pieces import timed
 from orchestrator.schedule.spans import Span
-from orchestrator.schedule.stages import BOTH, Stages, V
 from tests.cluster import REPOSITORY
 
 NAME, HOLD, LAYERS, MICROBATCHES = "PP2xEP2", 0.003, 2, 6
@@ -113,7 +114,7 @@ def test_a_slow_link_slows_the_exchanges_of_its_position_only(found):
     slow, before = (found["results"][NAME][key]["exchange_seconds"] for key in ("slow_link", "calibration"))
     times = [sum(now.values()) / sum(then.values()) for now, then in zip(slow, before, strict=True)]
     assert times[0] > 4 and times[1] < 2
-    assert set(found["results"][NAME]["slow_link"]["contestants"]) == {"dualpipev", "searched"}
+    assert set(found["results"][NAME]["slow_link"]["contestants"]) == {"dualpipe", "dualpipev", "searched"}
 
 
 def test_the_real_model_has_the_same_losses_both_ways(found):
@@ -217,14 +218,26 @@ def test_durations_are_of_a_position():
     even, uneven = durations_of(alone((3.0, 3.3)), layers=4), durations_of(alone((3.0, 30.0)), layers=4)
     assert (even.forward, even.backward_weight, even.hop) == (8.0, 8.0, 0.5)
     assert even.dispatch == pytest.approx(4 * 3.15) and even.combine == 8.0
-    assert uneven.dispatch == [12.0, 120.0] and uneven.combine == [8.0, 8.0]
+    assert even.exchange_slowdown == ()
+    assert (uneven.dispatch, uneven.combine) == (12.0, 8.0) and uneven.exchange_slowdown == (1.0, 32 / 5)
 
 
-def test_stages_share_what_their_position_takes():
-    durations = Durations(8.0, 8.0, 8.0, dispatch=[12.0, 120.0], combine=[8.0, 8.0], layers=4)
-    found = staged(durations, Stages(V, 2, 2))
-    assert found.dispatch == [6.0, 60.0, 60.0, 6.0] and found.combine == [4.0] * 4 and (found.forward, found.layers) == (4.0, 2)
-    assert staged(Durations(8.0, 8.0, 8.0, dispatch=12.0), Stages(BOTH, 2)).dispatch == 12.0
+@pytest.mark.parametrize("kind", ["dualpipe", "dualpipev"])
+def test_programs_are_in_the_order_that_is_predicted(kind):
+    """Where one position communicates slowly, its order is another, and takes as long as the simulation says."""
+    durations = Durations(8.0, 8.0, 8.0, dispatch=4.0, combine=3.0, layers=4, exchange_slowdown=(10.0, 1.0))
+    contestant = Contestant(generate(kind, 2, 8), durations)
+    stages, staged = contestant.schedule.stages, contestant.predicted.durations
+    orders = []
+    for position in range(2):
+        program, (_, slow) = task_of(contestant, position, 4).program, staged.factors(position)
+        strands = [StageStrands(*(tuple(piece.scaled(1.0, slow) for piece in pieces) for pieces in (
+            staged.strands(stage).forward, staged.strands(stage).backward))) for stage in range(stages.count)]
+        orders.append(dict(program.orders))
+        for action, form in forms(program.actions):
+            template = timed(strands_of(form, strands, stages.hosted(position)), orders[-1][form])
+            assert template.duration == pytest.approx(staged.of(action, position))
+    assert any(orders[0][form] != orders[1][form] for form in orders[0].keys() & orders[1])
 
 
 @pytest.mark.parametrize("width, peer, copies", [(1, False, 3), (1, True, 3), (2, False, 3), (2, True, 6)])

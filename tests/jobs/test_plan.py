@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,12 +16,13 @@ import pytest
 from actors.trace import trace_json
 from jobs.cli import JobFailed, Parser, UsageError, arguments, configuration, run
 from jobs.plan import main
-from orchestrator.config import ConfigError
-from orchestrator.schedule.actions import parse_csv
+from orchestrator.config import ConfigError, dump, parse
+from orchestrator.schedule.actions import Kind, parse_csv
 from orchestrator.schedule.compare import searched_contestants
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk
 from orchestrator.schedule.kinds import KINDS, generate
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.search import searched
+from orchestrator.schedule.simulate import makespan, simulate
 from orchestrator.schedule.spans import Span
 from orchestrator.schedule.stages import stages_of
 
@@ -177,6 +179,77 @@ def test_what_does_not_go_with_measured(tmp_path, capsys):
     ]:
         assert run(partial(main, [*words, *more])) == 2
         assert capsys.readouterr().err.startswith(line)
+
+
+OF_A_RUN = Durations(0.010, 0.010, 0.010, dispatch=0.004, combine=0.004, layers=1)
+
+
+def recorded(folder, schedule, durations, *settings):
+    """A run's folder with the trace of a step, 7, that did one action after the other in these durations (in seconds), of a B
+    first I, then W. Returns its makespan."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(parse({}, [f"layout.pipeline={schedule.positions}", *settings])))
+    parts, of = [], {}
+    for row in schedule.rows:
+        parts.append([])
+        for compute in (compute for action in row for compute in action.computes):
+            kinds = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if compute.kind is Kind.BACKWARD else (compute.kind,)
+            parts[-1] += [replace(compute, kind=kind) for kind in kinds]
+            of |= dict.fromkeys(parts[-1][-len(kinds):], compute)
+    timeline, spans = simulate(replace(schedule, rows=tuple(map(tuple, parts))), durations), []
+    for position, row in enumerate(parts):
+        lanes = iter(timeline.lanes[position])
+        for compute in row:
+            forward = ["attention", "dispatch", "experts", "combine"]
+            segments = {"F": forward, "I": forward[::-1]}
+            for segment in segments.get(compute.kind, [""]):
+                span = next(lanes)
+                spans.append(replace(span, label=f"{of[compute]} {segment} 0" if segment else str(of[compute])))
+    (folder / "trace.json").write_text(trace_json({7: spans}))
+    return timeline.makespan
+
+
+@pytest.mark.parametrize("slow", [(), (1.0, 4.0)])
+def test_what_a_run_would_gain_from_another_schedule(slow, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jobs.plan_run.searched", partial(searched, effort=200_000))
+    schedule = generate("dualpipe", 2, 8)
+    durations = replace(OF_A_RUN, exchange_slowdown=slow)
+    taken = recorded(tmp_path / "run", schedule, durations)
+    assert run(lambda: main(["run", str(tmp_path / "run"), "--json"])) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["settings"]["measured_milliseconds"] == pytest.approx(1e3 * taken)
+    assert data["settings"]["exchange_slowdown"] == pytest.approx(list(slow))
+    first, *others, best = data["schedules"]
+    assert first["schedule"] == "dualpipe, as it ran" and not others  # no other kind has its stages there
+    assert first["makespan"] == pytest.approx(makespan(schedule, durations) / 0.010, rel=1e-3)
+    assert best["schedule"] == "searched" and best["lower_bound"] <= best["makespan"] < first["makespan"]
+    assert run(lambda: main(["run", f"{tmp_path / 'run'}#7", "--hop", "1"])) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"step 7 of {tmp_path / 'run'}#7: 2 ranks, 8 microbatches, {1e3 * taken:.4g} ms")
+    assert ("rank 1 communicates 4.00 times as long" in text) == bool(slow)
+
+
+def test_kinds_of_the_same_stages_are_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jobs.plan_run.searched", partial(searched, effort=100_000))
+    recorded(tmp_path / "run", generate("1f1b", 2, 4), OF_A_RUN, "schedule.kind=1f1b")
+    assert run(lambda: main(["run", str(tmp_path / "run"), "--json"])) == 0
+    names = [row["schedule"] for row in json.loads(capsys.readouterr().out)["schedules"]]
+    assert names[0] == "1f1b, as it ran" and {"zb_h1", "gpipe"} <= set(names) and names[-1] == "searched"
+
+
+def test_runs_without_such_a_step_are_refused_in_one_line(tmp_path, capsys):
+    recorded(tmp_path / "run", generate("1f1b", 2, 4), OF_A_RUN, "schedule.kind=1f1b")
+    recorded(tmp_path / "other", generate("1f1b", 2, 4), OF_A_RUN, "schedule.kind=zb_h1")
+    (tmp_path / "run" / "trace.json").rename(tmp_path / "trace.json")
+    path = f"{tmp_path}/run"
+    for words, line in [
+        ([path], f"run = {path}: the folder of a run with a trace.json, as telemetry.trace_steps makes one (No such"),
+        ([f"{tmp_path}/other#5"], f"run = {tmp_path}/other#5: a step that the trace has: 7"),
+        ([f"{tmp_path}/other"], f"run = {tmp_path}/other: the trace of this schedule (zb_h1, 4 microbatches)"),
+        ([f"{tmp_path}/none"], "--config = "), ([path, "--hop", "-1"], "--hop = -1.0: a finite number (at least 0)")]:
+        assert run(partial(main, ["run", *words])) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(line) and error.count("\n") == 1, error
 
 
 def test_compare(capsys, monkeypatch):

@@ -81,14 +81,17 @@ def test_the_simulator_runs_the_programs_orders(kind, microbatches):
         assert not lanes
 
 
-def test_a_slow_position_computes_slower_in_the_same_order():
+@pytest.mark.parametrize("slow", [{"slowdown": 3.0}, {"exchange_slowdown": 5.0}, {"slowdown": 3.0, "exchange_slowdown": 5.0}])
+def test_a_slow_position_is_slower_in_the_same_order(slow):
     config = parse({}, ["schedule.kind=1f1b"])
     durations = durations_of_run(config, config.stages)
     action = schedule_of(config, config.stages, 2, training=True).rows[1][1]
-    fast, slow = (replace(durations, slowdown=(1.0, factor)).template(action, 1) for factor in (1.0, 3.0))
-    for lane, factor in ((Lane.COMPUTE, 3.0), (Lane.EXCHANGE, 1.0)):
-        lengths = [[end - start for found, start, end in template.spans if found is lane] for template in (fast, slow)]
-        assert lengths[1] == pytest.approx([factor * length for length in lengths[0]])
+    slowed = replace(durations, **{name: (1.0, factor) for name, factor in slow.items()})
+    usual, other = (given.template(action, 1) for given in (durations, slowed))
+    for lane, name in ((Lane.COMPUTE, "slowdown"), (Lane.EXCHANGE, "exchange_slowdown")):
+        lengths = [[end - start for found, start, end in template.spans if found is lane] for template in (usual, other)]
+        assert lengths[0] and lengths[1] == pytest.approx([slow.get(name, 1.0) * length for length in lengths[0]])
+    assert slowed.template(action, 0) == usual
 
 
 @pytest.mark.parametrize("path", ["deepseek_v3", "moe_16b", "tiny"])

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.schedule.actions import Compute, Kind, Pair, Split
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
+from orchestrator.schedule.spans import Lane
 from orchestrator.schedule.stages import Stages
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
@@ -47,6 +48,26 @@ def test_a_slow_position_computes_slower_and_communicates_as_fast():
     assert durations.of(compute(F), 1) - durations.of(compute(F), 0) == pytest.approx(1.0)
 
 
+def test_a_position_with_a_slow_link_communicates_slower_and_computes_as_fast():
+    """Alone: the forward of a microbatch 1, and 1.5 of communication that nothing hides."""
+    durations = replace(with_communication(UNIT, 1.0), exchange_slowdown=(1.0, 4.0))
+    assert [durations.of(compute(F), position) for position in (0, 1)] == pytest.approx([1 + 1.5, 1 + 4 * 1.5])
+    assert [durations.of(compute(W), position) for position in (0, 1)] == [1, 1]
+    lanes = [sum(end - start for lane, start, end in durations.template(compute(B), 1).spans if lane is which) for which in Lane]
+    assert dict(zip(Lane, lanes))[Lane.EXCHANGE] == pytest.approx(4 * 1.5)
+
+
+def test_known_durations_are_of_a_position_that_is_not_slow():
+    """A slow one takes as much longer as its pieces do."""
+    pair = Pair(compute(F), compute(B, microbatch=1))
+    free = replace(with_communication(UNIT, 1.0), slowdown=(1.0, 1.0, 2.0), exchange_slowdown=(1.0, 4.0, 1.0))
+    known = replace(free, pair=2.4)
+    for position in range(3):
+        assert known.of(pair, position) == pytest.approx(2.4 * free.of(pair, position) / free.of(pair, 0))
+    assert replace(UNIT, pair=2.4, slowdown=(1.0, 2.0)).of(pair, 1) == 4.8
+    assert Durations(0.0, 0.0, 0.0, pair=2.4, slowdown=(1.0, 2.0)).of(pair, 1) == 4.8
+
+
 def test_communication_is_a_share_of_all_compute_half_in_each_direction():
     durations = with_communication(UNIT, 0.913)
     assert durations.of(compute(F)) == pytest.approx(1 + 0.913 * 3 / 2)
@@ -71,7 +92,7 @@ def test_tensors_take_the_hop_or_what_their_link_takes():
 
 
 @pytest.mark.parametrize("wrong", [{"forward": -1.0}, {"hop": -0.1}, {"dispatch": (0.0, -1.0)}, {"layers": 0},
-                                   {"slowdown": (1.0, 0.0)}, {"halves": 0.0}])
+                                   {"slowdown": (1.0, 0.0)}, {"exchange_slowdown": (1.0, -2.0)}, {"halves": 0.0}])
 def test_impossible_durations_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(UNIT, **wrong)

@@ -107,7 +107,9 @@ def cases(draw):
     links = {(a, b): draw(COSTS) for a in range(positions) for b in (a - 1, (a + 1) % positions) if draw(st.booleans())}
     return schedule, Durations(
         forward=draw(COSTS), backward_input=draw(each), backward_weight=draw(each), hop=draw(COSTS), dispatch=draw(each),
-        combine=0.2, layers=2, links=links, slowdown=tuple(draw(COSTS) for _ in range(positions)) if draw(st.booleans()) else ())
+        combine=0.2, layers=2, links=links, **{
+            name: tuple(draw(COSTS) for _ in range(positions)) if draw(st.booleans()) else ()
+            for name in ("slowdown", "exchange_slowdown")})
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,7 +14,8 @@ from orchestrator.schedule.search.board import Board, differing
 from orchestrator.schedule.search.problem import NEVER, Problem
 
 COSTS = [UNIT, with_communication(UNIT, 0.913),
-         replace(with_communication(Durations(2.0, 3.0, 1.0, hop=0.3), 0.5), slowdown=(1.0, 1.5, 1.0, 0.5), links={(1, 2): 4.0})]
+         replace(with_communication(Durations(2.0, 3.0, 1.0, hop=0.3), 0.5), slowdown=(1.0, 1.5, 1.0, 0.5), links={(1, 2): 4.0}),
+         replace(with_communication(UNIT, 0.913), exchange_slowdown=(6.0, 1.0, 1.0, 1.0))]
 
 
 def changes(problem, board, chance, count):
@@ -95,8 +96,10 @@ def test_dualpipe_is_its_own_mirror_image():
     rows = problem.rows(schedule)
     assert is_mirrored(problem, rows) and mirrored(problem, rows) == rows
     assert not is_mirrored(problem, [rows[0][1:] + rows[0][:1], *rows[1:]])
-    slow = Problem(schedule.stages, 8, replace(UNIT, slowdown=(2.0, 1.0, 1.0, 1.0)), 5, splits=False)
-    assert not is_mirrored(slow, slow.rows(schedule))
+    for name in ("slowdown", "exchange_slowdown"):
+        durations = replace(with_communication(UNIT, 0.913), **{name: (2.0, 1.0, 1.0, 1.0)})
+        slow = Problem(schedule.stages, 8, durations, 5, splits=False)
+        assert not is_mirrored(slow, slow.rows(schedule))
 
 
 @pytest.mark.parametrize("old, new, expected", [

@@ -13,7 +13,7 @@ from orchestrator.schedule.check import check, peak_activations
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.kinds import KINDS, generate
 from orchestrator.schedule.lower import lower
-from orchestrator.schedule.search import options_for, search, searched
+from orchestrator.schedule.search import Options, options_for, search, searched
 from orchestrator.schedule.simulate import makespan, simulate
 from orchestrator.schedule.stages import Stages, stages_of
 
@@ -86,6 +86,17 @@ def test_better_where_a_rank_is_slow_and_stages_differ():
     check(schedule, lower(schedule), most_activations=6)
     published = min(makespan(generate(kind, 4, 11), uneven) for kind in ("1f1b", "zb_h1", "gpipe"))
     assert makespan(schedule, uneven) < 0.95 * published
+
+
+@pytest.mark.parametrize("slow", range(2))
+def test_better_than_dualpipe_where_the_link_of_a_position_is_slow(slow):
+    """Both placements of a bench, whole stages and halves: the same slow position in each."""
+    durations = replace(DEEPSEEK, exchange_slowdown=tuple(10.0 if position == slow else 1.0 for position in range(2)), hop=0.05)
+    options = Options((Stages("both", 2), Stages("v", 2, 2)), 3, splits=False)
+    found = search(8, durations, options, effort=SOME_EFFORT)
+    efficiency(found, 8, durations)
+    fixed = {kind: makespan(generate(kind, 2, 8), per_chunk(durations, stages_of(kind, 2))) for kind in ("dualpipe", "dualpipev")}
+    assert found.lower_bound <= found.makespan < min(fixed.values())
 
 
 def test_better_with_fewer_microbatches_than_dualpipe_takes():

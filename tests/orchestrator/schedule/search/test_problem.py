@@ -21,6 +21,7 @@ COSTS = {
     "communication": with_communication(UNIT, 0.913),
     "uneven": replace(with_communication(Durations(2.0, 3.0, 1.0, hop=0.3), 0.5), slowdown=(1.0, 1.5, 1.0, 0.5),
                       links={(1, 2): 4.0}),
+    "a slow link": replace(with_communication(UNIT, 0.913), exchange_slowdown=(1.0, 1.0, 10.0, 1.0)),
 }
 
 
