@@ -7,14 +7,15 @@ owners on other nodes, which get the same reduced gradient and apply the same up
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import accumulate
 
 from orchestrator.config import ModelConfig
 from orchestrator.layout import Layout
-from orchestrator.parameters import ParameterSpec, stage_layers, stage_parameters
-from orchestrator.placement import place_experts
+from orchestrator.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
+from orchestrator.placement import Placement, default_placement
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,28 @@ class Bucket:
 
     def pieces(self, shard: int) -> list[tuple[ParameterSpec, int, int, int]]:
         """(spec, start, stop, offset): the flat range [start, stop) of a weight that stands at `offset` of this shard."""
-        first, last, at, found = shard * self.shard_size, (shard + 1) * self.shard_size, 0, []
-        for spec in self.specs:
+        first, last, found = shard * self.shard_size, (shard + 1) * self.shard_size, []
+        for index in range(bisect_right(self._starts, first) - 1, len(self.specs)):
+            spec, at = self.specs[index], self._starts[index]
+            if at >= last:
+                break
             start, stop = max(first - at, 0), min(last - at, spec.size)
             if start < stop:
                 found.append((spec, start, stop, at + start - first))
-            at += spec.size
         return found
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each weight begins in the flat buffer."""
+        return [0, *accumulate(spec.size for spec in self.specs[:-1])]
 
-def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: list[int] | str = "auto") -> tuple[Bucket, ...]:
-    """All buckets of a layout, in the one order in which every rank reduces them."""
+
+def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: list[int] | str = "auto",
+            placement: Placement | None = None) -> tuple[Bucket, ...]:
+    """All buckets of a layout, in the one order in which every rank reduces them. `placement`: None: the default one."""
+    placement = placement or default_placement(model, layout, layers_per_stage)
     grouped: dict[tuple, list[ParameterSpec]] = {}
-    for spec, holders in _holders(model, layout, layers_per_stage):
+    for spec, holders in _holders(model, layout, layers_per_stage, placement):
         grouped.setdefault((holders, spec.decay, spec.precise), []).append(spec)
     found = []
     for index, ((holders, decay, precise), specs) in enumerate(grouped.items()):
@@ -68,25 +78,26 @@ def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: l
     return tuple(found)
 
 
-def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str):
+def gates(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str = "auto") -> dict[int, tuple[int, ...]]:
+    """Ranks that host a layer with experts, and so keep the bias of its gate, by layer."""
+    per_stage = stage_layers(model, layout.folding.count, layers_per_stage)
+    return {layer: layout.holders(stage) for stage, layers in enumerate(per_stage)
+            for layer in moe_layers(model, layers, last=stage == len(per_stage) - 1)}
+
+
+def _holders(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str, placement: Placement):
     """(spec, ranks that hold it) for every weight, each once."""
-    expert_holders: dict[tuple[int, int], list[int]] = {}
-    for replica, position in product(range(len(layout.replicas)), range(layout.pipeline)):
-        placed = place_experts(model, layout, replica, position)
-        for rank, experts in zip(layout.expert_group(replica, position), placed):
-            for expert in experts:
-                expert_holders.setdefault((position, expert), []).append(rank)
     per_stage = stage_layers(model, layout.folding.count, layers_per_stage)
     stages_of: dict[ParameterSpec, list[int]] = {}  # two of the embedding, with multi-token prediction
     for stage, layers in enumerate(per_stage):
         for spec in stage_parameters(model, layers, first=stage == 0, last=stage == len(per_stage) - 1):
             stages_of.setdefault(spec, []).append(stage)
+    hosts = [layout.holders(stage) for stage in range(len(per_stage))]
     for spec, stages in stages_of.items():
         if spec.expert is None:
-            yield spec, tuple(sorted({rank for stage in stages for rank in layout.holders(stage)}))
+            yield spec, tuple(sorted({rank for stage in stages for rank in hosts[stage]}))
         else:
-            positions = layout.folding.holders(stages[0])
-            yield spec, tuple(sorted(r for p in positions for r in expert_holders[p, spec.expert]))
+            yield spec, placement.holders[spec.layer, spec.expert]
 
 
 def _extra_owners(layout: Layout, holders: tuple[int, ...], copies: int) -> tuple[int, ...]:

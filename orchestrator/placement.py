@@ -73,23 +73,31 @@ class Move:
         return tuple(rank for rank in self.before if rank not in self.after)
 
 
-def place_experts(model: ModelConfig, layout: Layout, replica: int, position: int) -> Ranks:
+def place_experts(model: ModelConfig, layout: Layout, replica: int, position: int, parts: int = 1) -> Ranks:
     """Expert ids of each rank of an EP group, by index in the group, in slot order; without measurements.
 
     Group g goes to row floor(g * S / n_group) of the replica's S rows. A position and its mirror hold the same experts: in
     the later half the rows trade their groups, so that the two copies of an expert are on different nodes (see `_apart`).
     Inside a row the experts of its groups are cut into `width` contiguous near-equal runs.
+    With `parts` above 1, where the groups do not divide by the rows: as `balance.balanced` has them under the same load.
     """
-    ranks = in_order(model.n_routed_experts, model.n_group, len(layout.replicas[replica]), layout.width)
-    return _traded(ranks, layout, replica, position)
+    return _traded(evenly_placed(model, len(layout.replicas[replica]), layout.width, parts), layout, replica, position)
 
 
-def default_placement(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str = "auto") -> Placement:
+def evenly_placed(model: ModelConfig, rows: int, width: int, parts: int = 1) -> Ranks:
+    """Experts of the ranks of an EP group that no mirror concerns, under the same load on all of them; as `place_experts`."""
+    if parts > 1 and model.n_group % rows:
+        return balanced([1.0] * model.n_routed_experts, model.n_group, rows, width, parts)
+    return in_order(model.n_routed_experts, model.n_group, rows, width)
+
+
+def default_placement(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str = "auto",
+                      parts: int = 1) -> Placement:
     """Every layer as `place_experts` has it, in order of replica, position, slot."""
     per_stage = stage_layers(model, layout.folding.count, layers_per_stage)
     found = []
     for replica, position in product(range(len(layout.replicas)), range(layout.pipeline)):
-        ranks, experts = layout.expert_group(replica, position), place_experts(model, layout, replica, position)
+        ranks, experts = layout.expert_group(replica, position), place_experts(model, layout, replica, position, parts)
         for stage in layout.stages(position):
             layers = moe_layers(model, per_stage[stage], last=stage == layout.folding.count - 1)
             found += [Placed(replica, position, layer, ranks, experts) for layer in layers]
@@ -122,6 +130,11 @@ def balanced_placement(model: ModelConfig, layout: Layout, current: Placement, l
     return Placement(tuple(replace(entry, experts=_traded(
         found[entry.replica, min(entry.position, layout.mirror(entry.position)), entry.layer],
         layout, entry.replica, entry.position)) for entry in current.placed))
+
+
+def worst_unevenness(placement: Placement, load: Mapping[int, Sequence[float]]) -> float:
+    """Busiest rank's load of a layer divided by the mean, in the worst layer of all that have a load."""
+    return max((unevenness(load[entry.layer], entry.experts) for entry in placement.placed if entry.layer in load), default=1.0)
 
 
 def moves(old: Placement, new: Placement) -> list[Move]:

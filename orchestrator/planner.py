@@ -7,10 +7,10 @@ from functools import partial
 from itertools import groupby
 
 from orchestrator import cost, order, ownership, scheduling
-from orchestrator.balance import Ranks, balanced, in_order, most_nodes, unevenness
+from orchestrator.balance import Ranks, balanced, most_nodes, unevenness
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
-from orchestrator.placement import place_experts
+from orchestrator.placement import default_placement, evenly_placed, place_experts
 from orchestrator.schedule.check import peak_activations
 from orchestrator.schedule.stages import SEARCHED, Stages, V
 
@@ -30,12 +30,15 @@ class Spread:
 class Experts:
     """How the experts of replicas of one size are placed, and what would be evener.
 
-    rows: expert groups of each row. cut: with the groups that are left over in so many parts. data: number of replicas, and
-    the unevenness that the worst of them has.
+    rows: experts of each row. parts: of each of the `over` groups that are left over; 1: they are whole. cut: with them in
+    so many parts. data: number of replicas, and the unevenness that the worst of them has.
     """
 
     replicas: tuple[int, ...]
     rows: tuple[int, ...]
+    groups: int
+    over: int
+    parts: int
     placed: Spread
     cut: dict[int, Spread]
     data: tuple[int, float] | None
@@ -59,7 +62,9 @@ class Plan:
 def plan(config: RunConfig, layout: Layout) -> Plan:
     """Raises ConfigError where the schedule cannot run."""
     (first, first_empty), (last, last_empty) = (_microbatches(config, layout, step) for step in (0, config.training.steps - 1))
-    buckets = ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage)
+    per_stage = config.layout.layers_per_stage
+    placement = default_placement(config.model, layout, per_stage, config.layout.group_parts)
+    buckets = ownership.buckets(config.model, layout, config.elastic.copies, per_stage, placement)
     peaks = peak_activations(scheduling.schedule_of(config, layout.folding, max(first, last), training=True))
     ranks = cost.memory(config, layout, buckets, peaks)
     at_position = ([ranks[place.rank] for place in layout.places if place.position == p] for p in range(layout.pipeline))
@@ -70,18 +75,19 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
 
 def _experts(config: RunConfig, layout: Layout) -> tuple[Experts, ...]:
     """By number of rows, at the first position; under the same load on all experts."""
-    model = config.model
+    model, parts = config.model, config.layout.group_parts
     of_size: dict[int, list[int]] = {}
     for replica, rows in enumerate(layout.replicas):
         of_size.setdefault(len(rows), []).append(replica)
     found = []
     for rows, replicas in of_size.items():
         nodes = [layout.places[rank].node for rank in layout.expert_group(replicas[0], 0)]
-        placed = place_experts(model, layout, replicas[0], 0)
+        placed = place_experts(model, layout, replicas[0], 0, parts)
         experts = [sum(map(len, placed[row * layout.width : (row + 1) * layout.width])) for row in range(rows)]
         cut = _cut(model, rows, nodes, layout.width) if model.n_group % rows else {}
-        data = _evener_replicas(model, layout) if config.layout.expert == "auto" and cut else None
-        found.append(Experts(tuple(replicas), tuple(count // model.experts_per_group for count in experts),
+        data = _evener_replicas(model, layout, parts) if config.layout.expert == "auto" and cut else None
+        over = model.n_group % rows
+        found.append(Experts(tuple(replicas), tuple(experts), model.n_group, over, parts if over else 1,
                              _spread(model, placed, nodes), cut, data))
     return tuple(found)
 
@@ -100,12 +106,12 @@ def _cut(model: ModelConfig, rows: int, nodes: list[str], width: int) -> dict[in
     return {parts: tried[parts] for parts in sorted({2, best})}
 
 
-def _evener_replicas(model: ModelConfig, layout: Layout) -> tuple[int, float] | None:
+def _evener_replicas(model: ModelConfig, layout: Layout, parts: int) -> tuple[int, float] | None:
     """The fewest further replicas among which the same rows can be dealt so that the worst is evener than the worst is now."""
     even = [1.0] * model.n_routed_experts
 
     def worst(sizes: set[int]) -> float:
-        return max(unevenness(even, in_order(len(even), model.n_group, size, layout.width)) for size in sizes)
+        return max(unevenness(even, evenly_placed(model, size, layout.width, parts)) for size in sizes)
 
     now = worst(set(map(len, layout.replicas)))
     for count in range(len(layout.replicas) + 1, layout.rows + 1):
@@ -162,10 +168,16 @@ def _experts_lines(experts: Experts, replicas: int) -> list[str]:
     """Of replicas whose rows hold unequal numbers of expert groups."""
     where = "" if replicas == len(experts.replicas) else f"replica {', '.join(map(str, experts.replicas))}: "
     placed = experts.placed
-    line = (f"{where}{sum(experts.rows)} groups on {len(experts.rows)} rows ({', '.join(map(str, experts.rows))}), the fullest "
-            f"rank {placed.unevenness:.2f} x the mean; a token reaches at most {_nodes(placed.nodes)}")
+    size = sum(experts.rows) // experts.groups
+    if experts.parts == 1:
+        held, counts = "", [count // size for count in experts.rows]
+    else:
+        held, counts = f", {experts.over} of them cut in {experts.parts},", experts.rows
+    line = (f"{where}{experts.groups} groups{held} on {len(experts.rows)} rows ({', '.join(map(str, counts))}"
+            f"{' experts' if held else ''}), the fullest rank {placed.unevenness:.2f} x the mean; a token reaches at most "
+            f"{_nodes(placed.nodes)}")
     evener = [f"{experts.data[1]:.2f} x with layout.data = {experts.data[0]}, at the price of memory"] if experts.data else []
-    evener += [f"{spread.unevenness:.2f} x, but up to {_nodes(spread.nodes)}, with the left-over groups cut in {parts}"
+    evener += [f"{spread.unevenness:.2f} x, but up to {_nodes(spread.nodes)}, with layout.group_parts = {parts}"
                for parts, spread in experts.cut.items() if spread.unevenness < placed.unevenness]
     return [f"experts      {text}" for text in [line, *(["evener: " + "; ".join(evener)] if evener else [])]]
 

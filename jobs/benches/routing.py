@@ -1,4 +1,4 @@
-"""Routing: what crosses nodes, what choosing and permuting costs, and how evenly the ranks are loaded.
+"""Routing: what crosses nodes, what choosing and permuting costs, how evenly the ranks are loaded, and what moving experts takes.
 
 Every rank is a process; all are one EP group, and DeepSeek-V3's gate chooses among random affinities. Bytes a token across nodes
 are held against the expected number of nodes (two hops) or ranks on other nodes (one hop) times the bytes of a row.
@@ -7,6 +7,7 @@ are held against the expected number of nodes (two hops) or ranks on other nodes
 from __future__ import annotations
 
 import itertools
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -19,10 +20,12 @@ from actors.processes import ProcessRanks
 from actors.ranks import call
 from jobs.benches.routing_expected import Reach, limited, published_packing, unlimited
 from jobs.benches.routing_gate import measure, peer_is_here
+from jobs.benches.routing_move import MoveFound, MoveTask
 from jobs.benches.routing_rank import Found, Task, routing_rank
-from orchestrator.balance import balanced, in_order, unevenness
+from orchestrator.balance import in_order, unevenness
 from orchestrator.config import ModelConfig, Real, RunConfig, Section, parse
 from orchestrator.layout import Layout, choose
+from orchestrator.placement import Placement, balanced_placement, default_placement, moves
 from orchestrator.refusal import ConfigError
 from orchestrator.topology import virtual_nodes
 
@@ -45,6 +48,8 @@ class Settings(Section):
     gate_tokens: int = Field(4096, ge=1)
     gate_hidden: list[int] = Field([256, 1024], description="hidden sizes that gate and permutation are timed with")
     repeats: int = Field(15, ge=1, description="of each timing")
+    moves: int = Field(3, ge=1, description="times that the experts of a layer are moved to their new places and back")
+    intermediate: int = Field(64, ge=1, description="moe_intermediate_size of the experts that are moved")
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,20 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
             task = Task(_model(settings, case.limit), plain, case.hops, settings.tokens, 0.0, seed=1)
             across[case.name] = crossing(settings, case, _route(ranks, task))
             print(f"{case.name}: {across[case.name]}", file=sys.stderr, flush=True)
-        load = _skewed(ranks, settings, plain)
+        load, before, after = _skewed(ranks, settings, layout, plain)
+        moved = moving(settings, call(ranks, "move", [(MoveTask(_layer(settings), before, after, settings.moves),)] * ranks.size,
+                                      _TIMEOUT_SECONDS), len(moves(before, after)))
+        print(f"moved: {moved}", file=sys.stderr, flush=True)
     gates = [measure(_model(settings, 4, hidden), settings.gate_tokens, settings.repeats) for hidden in settings.gate_hidden]
-    checks = verdicts(across, gates, load)
+    checks = verdicts(across, gates, load, moved)
     return {"settings": settings.model_dump(),
-            "seconds": {f"gate and permutation, hidden {gate['hidden']}": gate["seconds"] for gate in gates},
-            "ratio": {f"ours/transformers, hidden {gate['hidden']}": gate["ours/transformers"] for gate in gates},
+            "seconds": {f"gate and permutation, hidden {gate['hidden']}": gate["seconds"] for gate in gates}
+            | {"move": moved["seconds"]},
+            "ratio": {f"ours/transformers, hidden {gate['hidden']}": gate["ours/transformers"] for gate in gates}
+            | {"move/stream": moved["move/stream"]},
             "across": across, "gate": [{key: value for key, value in gate.items() if key != "seconds"} for gate in gates],
-            "load": load, "bars": {"bytes": NEAR, "ours/transformers": NO_DEARER, "ours/published": NO_LESS_EVEN},
+            "load": load, "move": {key: value for key, value in moved.items() if key != "seconds"},
+            "bars": {"bytes": NEAR, "ours/transformers": NO_DEARER, "ours/published": NO_LESS_EVEN},
             "run_seconds": time.perf_counter() - started, "checks": checks, "valid": all(checks.values())}
 
 
@@ -101,7 +112,19 @@ def crossing(settings: Settings, case: Case, found: list[Found]) -> dict[str, An
             "token_and_node_pairs": sum(one.crossings for one in found) / tokens, "right": all(one.right for one in found)}
 
 
-def verdicts(across: dict[str, dict[str, Any]], gates: list[dict[str, Any]], load: dict[str, Any]) -> dict[str, bool]:
+def moving(settings: Settings, found: list[MoveFound], experts: int) -> dict[str, Any]:
+    """A move takes as long as its slowest rank. The state is master weights and both moments, FP32, each on two ranks."""
+    seconds = {name: [max(times) for times in zip(*(getattr(one, attribute) for one in found))]
+               for name, attribute in (("move", "seconds"), ("stream", "stream"))}
+    total, median = found[0].bytes_moved, {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {"seconds": seconds, "plan_seconds": max(one.plan_seconds for one in found), "experts": experts, "bytes": total,
+            "moved/needed": total / found[0].bytes_needed if total else 1.0,
+            "bytes_per_second": {name: total / taken for name, taken in median.items()},
+            "move/stream": median["move"] / median["stream"], "right": all(one.right for one in found)}
+
+
+def verdicts(across: dict[str, dict[str, Any]], gates: list[dict[str, Any]], load: dict[str, Any],
+             moved: dict[str, Any]) -> dict[str, bool]:
     """The bars, by what they ask."""
     checks = {f"{name}: bytes within {NEAR:.0%} of the expected": all(abs(r - 1) <= NEAR for r in found["measured/expected"])
               for name, found in across.items()}
@@ -110,15 +133,20 @@ def verdicts(across: dict[str, dict[str, Any]], gates: list[dict[str, Any]], loa
                for name, found in across.items() if name.endswith("hops")}
     checks |= {f"hidden {gate['hidden']}: gate and permutation no dearer than transformers' gate and index_select":
                gate["same"] and gate["ours/transformers"] <= NO_DEARER for gate in gates}
-    return checks | {"re-placement at least as even as the published packing": load["ours/published"] <= NO_LESS_EVEN}
+    return checks | {"re-placement at least as even as the published packing": load["ours/published"] <= NO_LESS_EVEN,
+                     "moved experts arrived whole": moved["right"]}
 
 
-def _skewed(ranks: ProcessRanks, settings: Settings, plain: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
-    """Busiest rank / mean with popular and unpopular experts: in order, then placed for the load that was measured."""
+def _skewed(ranks: ProcessRanks, settings: Settings, layout: Layout,
+            plain: tuple[tuple[int, ...], ...]) -> tuple[dict[str, Any], Placement, Placement]:
+    """Busiest rank / mean with popular and unpopular experts: in order, then placed for the load that was measured; and the two
+    placements."""
     task = Task(_model(settings, 4), plain, 2 if settings.ranks_per_node > 1 else 1, settings.tokens, settings.skew, seed=2)
     before = _route(ranks, task)
     load = torch.tensor([one.load for one in before]).sum(0).tolist()
-    placed = balanced(load, GROUPS, settings.nodes, settings.ranks_per_node)
+    first = default_placement(_layer(settings), layout)
+    second = balanced_placement(_layer(settings), layout, first, {0: load})
+    placed = second.at(0, 0, 0)
     published = published_packing(load, GROUPS, settings.nodes, settings.ranks_per_node)
     again, later = _route(ranks, replace(task, experts=placed)), _route(ranks, replace(task, experts=placed, seed=3))
     if not all(one.right for one in (*before, *again, *later)):
@@ -127,7 +155,7 @@ def _skewed(ranks: ProcessRanks, settings: Settings, plain: tuple[tuple[int, ...
         raise RuntimeError(f"re-placed: the ranks received {measured} x the mean, their experts' load is {unevenness(load, placed)}")
     return {"max/mean": {"before": _max_over_mean(before), "after": measured, "after, other tokens": _max_over_mean(later),
                          "published packing": published, "experts": max(load) * len(load) / sum(load)},
-            "ours/published": measured / published}
+            "ours/published": measured / published}, first, second
 
 
 def _max_over_mean(found: list[Found]) -> float:
@@ -150,6 +178,13 @@ def _reach(settings: Settings, limit: int) -> Reach:
 def _model(settings: Settings, limit: int, hidden: int | None = None) -> ModelConfig:
     return ModelConfig(n_routed_experts=EXPERTS, n_group=GROUPS, topk_group=limit, num_experts_per_tok=TOP_K,
                        hidden_size=hidden or settings.hidden)
+
+
+def _layer(settings: Settings) -> ModelConfig:
+    """One layer with experts, and nothing else that is placed."""
+    return _model(settings, 4).model_copy(update={
+        "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0,
+        "moe_intermediate_size": settings.intermediate})
 
 
 def _layout(settings: Settings) -> Layout:

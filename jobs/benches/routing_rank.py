@@ -14,6 +14,7 @@ from actors.comm.groups import Generation
 from actors.comm.traffic import Sent
 from actors.host import settle
 from actors.model.gate import choose_experts, expert_weights
+from jobs.benches.routing_move import MoveFound, MoveTask, move
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
 
@@ -70,7 +71,7 @@ class RoutingRank:
         ranks = layout.expert_group(0, 0)
         rails = [layout.rail(0, 0, w) for w in range(layout.width)]
         insides = [layout.inside(row, 0) for row in range(layout.rows)]
-        self._generation.create(store, [ranks, *rails, *insides])
+        self._generation.create(store, [tuple(range(layout.size)), ranks, *rails, *insides])
         self._group = self._generation.group(ranks)
         self._two_hops = TwoHops(self._generation.group(rails[place.width]), self._generation.group(insides[place.row]))
 
@@ -96,6 +97,10 @@ class RoutingRank:
         return Found(dispatched, exchange.traffic.sent - dispatched, self._crossings(choice_tk, task.experts), sum(sent.counts),
                      torch.bincount(choice_tk.flatten(), minlength=model.n_routed_experts).tolist(),
                      torch.equal(y_th, x_th * model.num_experts_per_tok))
+
+    def move(self, task: MoveTask) -> MoveFound:
+        """The experts' state from one placement to another and back, timed."""
+        return move(task, self._rank, self._layout, self._generation.group(tuple(range(self._layout.size))))
 
     def _crossings(self, choice_tk: torch.Tensor, experts: Sequence[Sequence[int]]) -> int:
         """Counted straight from the choice, not from what travels."""

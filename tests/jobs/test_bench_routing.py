@@ -18,7 +18,7 @@ from tests.cluster import REPOSITORY
 
 def settings(**changes) -> Settings:
     small = {"nodes": 2, "ranks_per_node": 2, "tokens": 200, "hidden": 16, "limits": [8, 2], "monte_carlo": 2000,
-             "gate_tokens": 64, "gate_hidden": [32], "repeats": 2}
+             "gate_tokens": 64, "gate_hidden": [32], "repeats": 2, "moves": 2, "intermediate": 8}
     return Settings(**(small | changes))
 
 
@@ -50,6 +50,17 @@ def test_gates_are_timed_as_often_and_choose_alike(found):
 def test_re_placement_is_measured_on_the_ranks(found):
     load = found["load"]["max/mean"]
     assert 1 <= load["after"] <= load["published packing"] <= load["before"] < load["experts"]
+
+
+def test_experts_move_to_where_the_load_wants_them(found):
+    """16 x 8 values in each of three matrices, their moments, on two owners; the state of experts that stay stays."""
+    moved, of_expert = found["move"], 3 * 3 * 16 * 8 * 4
+    assert moved["right"] and 0 < moved["experts"] <= 256
+    assert 0 < moved["bytes"] <= 2 * moved["experts"] * of_expert and moved["moved/needed"] >= 1
+    assert {name: len(taken) for name, taken in found["seconds"]["move"].items()} == {"move": 4, "stream": 4}
+    assert found["ratio"]["move/stream"] == moved["move/stream"] > 0
+    fastest = moved["bytes_per_second"]
+    assert fastest["move"] * moved["move/stream"] == pytest.approx(fastest["stream"])
 
 
 @pytest.mark.parametrize("nodes, distinct", [(2, 1.993), (4, 3.614), (8, 5.295), (16, 6.523), (32, 7.267)])
@@ -92,15 +103,17 @@ def test_verdicts():
     small, expected = settings(tokens=10), unlimited(256, 8, 2, 4)
     rows = round(expected.nodes * 10)  # 10 of 10 tokens, within half a percent
 
-    def checks(gate=0.9, even=1.0, same=True, **changes):
+    def checks(gate=0.9, even=1.0, same=True, whole=True, **changes):
         values = {"across": rows * (64 + 128 * 4), "combined": rows * 64, "pairs": rows} | changes
         across = {"limit 8, 2 hops": routing.crossing(small, Case(8, 2), [case_of(**values)])}
         gates = [{"hidden": 32, "same": same, "ours/transformers": gate}]
-        return [name for name, holds in routing.verdicts(across, gates, {"ours/published": even}).items() if not holds]
+        return [name for name, holds in routing.verdicts(
+            across, gates, {"ours/published": even}, {"right": whole}).items() if not holds]
 
     assert checks() == []
     assert checks(gate=1.01) == checks(same=False) == ["hidden 32: gate and permutation no dearer than transformers' gate and index_select"]
     assert checks(even=1.01) == ["re-placement at least as even as the published packing"]
+    assert checks(whole=False) == ["moved experts arrived whole"]
     assert checks(pairs=rows - 1) == ["limit 8, 2 hops: a token crosses to a node once"]
     assert checks(right=False) == ["limit 8, 2 hops: every token came home"]
     assert checks(across=1.03 * rows * (64 + 128 * 4)) == ["limit 8, 2 hops: bytes within 2% of the expected"]

@@ -135,12 +135,12 @@ def test_nothing_is_said_where_groups_divide_by_rows(nodes):
 
 @pytest.mark.parametrize("nodes, lines", [
     (6, ["experts      8 groups on 6 rows (2, 1, 1, 2, 1, 1), the fullest rank 1.50 x the mean; a token reaches at most 4 nodes",
-         ("experts      evener: 1.12 x with layout.data = 2, at the price of memory; 1.12 x, but up to 6 nodes, with the "
-          "left-over groups cut in 2; 1.03 x, but up to 6 nodes, with the left-over groups cut in 3")]),
+         ("experts      evener: 1.12 x with layout.data = 2, at the price of memory; 1.12 x, but up to 6 nodes, with "
+          "layout.group_parts = 2; 1.03 x, but up to 6 nodes, with layout.group_parts = 3")]),
     (7, [("experts      8 groups on 7 rows (2, 1, 1, 1, 1, 1, 1), the fullest rank 1.75 x the mean; a token reaches at most "
           "4 nodes"),
-         ("experts      evener: 1.12 x with layout.data = 2, at the price of memory; 1.31 x, but up to 5 nodes, with the "
-          "left-over groups cut in 2; 1.09 x, but up to 7 nodes, with the left-over groups cut in 4")])])
+         ("experts      evener: 1.12 x with layout.data = 2, at the price of memory; 1.31 x, but up to 5 nodes, with "
+          "layout.group_parts = 2; 1.09 x, but up to 7 nodes, with layout.group_parts = 4")])])
 def test_uneven_nodes_are_told(nodes, lines):
     """6 and 7 nodes of 8 groups: 1.5 and 1.75 x the mean. Whole groups on 3 + 3 and on 4 + 3 rows are 3 on a row of 8 / 3."""
     assert lines_about_experts(nodes) == lines
@@ -150,5 +150,18 @@ def test_uneven_replicas_are_told_apart():
     """4 + 3 rows: nothing to say of the first; where `layout.expert` is pinned, the number of replicas is not advised."""
     first, *more = lines_about_experts(7, data=2)
     assert first.startswith("experts      replica 0: 8 groups on 3 rows (3, 3, 2), the fullest rank 1.12 x the mean; ")
-    assert len(more) == 1 and "layout.data = 4" in more[0] and "up to 3 nodes, with the left-over groups cut in 3" in more[0]
+    assert len(more) == 1 and "layout.data = 4" in more[0] and "up to 3 nodes, with layout.group_parts = 3" in more[0]
     assert "layout.data" not in "".join(lines_about_experts(6, expert=24))
+
+
+@pytest.mark.parametrize("nodes, parts, lines", [
+    (6, 2, [("experts      8 groups, 2 of them cut in 2, on 6 rows (48, 48, 48, 48, 32, 32 experts), the fullest rank 1.12 x the "
+             "mean; a token reaches at most 6 nodes"),
+            ("experts      evener: 1.00 x with layout.data = 3, at the price of memory; 1.03 x, but up to 6 nodes, with "
+             "layout.group_parts = 3")]),
+    (7, 4, [("experts      8 groups, 1 of them cut in 4, on 7 rows (40, 40, 40, 40, 32, 32, 32 experts), the fullest rank 1.09 x "
+             "the mean; a token reaches at most 7 nodes"),
+            "experts      evener: 1.03 x with layout.data = 2, at the price of memory"]), (8, 4, [])])
+def test_configured_parts_are_what_is_told(nodes, parts, lines):
+    """The promise of the first line is what the same number of parts was said to give."""
+    assert lines_about_experts(nodes, group_parts=parts) == lines
