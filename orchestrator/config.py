@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 
 from orchestrator.refusal import ConfigError, refusal
@@ -154,6 +154,16 @@ class LayoutSection(Section):
     layers_per_stage: list[PositiveInt] | Auto = "auto"
     hops: Literal["auto", 1, 2] = Field("auto", description="of a token to its experts: straight to each rank, or once to a node "
                                                            "and on from there; auto: 2 where an EP group has several ranks on a node")
+    group_parts: int = Field(1, ge=1, description="parts that an expert group left over may be cut into for different nodes, "
+                                                  "where groups do not divide by the rows; 1: none is cut")
+
+
+class PlacementSection(Section):
+    """Which rank holds which expert, while the run goes on."""
+
+    every: int = Field(0, ge=0, description="steps between placements of the experts by measured load; 0: they stay")
+    least_gain: Real = Field(0.05, ge=0, description="a layer's experts stay unless its busiest rank, divided by the mean, "
+                                                     "falls by more than this")
 
 
 class CostsSection(Section):
@@ -187,7 +197,18 @@ class TopologySection(Section):
 
 
 class ElasticSection(Section):
+    """How a run goes on while nodes come and go."""
+
     copies: int = Field(1, ge=0, le=2, description="further owners of each optimizer shard, on other nodes")
+    min_nodes: int = Field(1, ge=1, description="with fewer the run waits")
+    max_nodes: PositiveInt | Auto = Field("auto", description="nodes that are used at once; auto: all there are")
+    beat_seconds: Real = Field(0.2, gt=0, description="between two signs of life of a rank")
+    silence_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="without a sign of life a rank or node is lost; above "
+                                                           "3 beats; auto: 1.5, or 15 on virtual nodes, which share one host")
+    cool_down_seconds: Real = Field(30.0, ge=0, description="a lost node is left alone; doubles with each loss, up to 32 times")
+    abort_seconds: Real = Field(2.0, gt=0, description="bound on the wait for ranks to let go of what they communicate")
+    form_seconds: Real = Field(5.0, gt=0, description="bound on making process groups after a change")
+    wait_seconds: Annotated[Real, Gt(0)] | None = Field(None, description="for min_nodes, before the run gives up; null: for ever")
 
 
 class CheckpointSection(Section):
@@ -209,6 +230,7 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
     layout: LayoutSection = LayoutSection()
+    placement: PlacementSection = PlacementSection()
     schedule: ScheduleSection = ScheduleSection()
     topology: TopologySection = TopologySection()
     elastic: ElasticSection = ElasticSection()
@@ -270,6 +292,7 @@ def check(config: RunConfig) -> None:
     if training.dispatch_precision == "float8" and config.model.hidden_size % 128:
         raise ConfigError("training.dispatch_precision", "float8",
                           f"same: model.hidden_size = {config.model.hidden_size} is not a multiple of 128, the channels of a scale")
+    _check_elastic(config.elastic)
     if late := [step for step in config.telemetry.trace_steps if step >= training.steps]:
         raise ConfigError("telemetry.trace_steps", late[0], f"below training.steps = {training.steps}: steps count from 0")
     if data.sequence_length > config.model.max_position_embeddings:
@@ -296,6 +319,14 @@ def _check_model(model: ModelConfig) -> None:
                           f"at most model.num_hidden_layers = {model.num_hidden_layers}")
 
 
+def _check_elastic(elastic: ElasticSection) -> None:
+    if elastic.max_nodes != "auto" and elastic.max_nodes < elastic.min_nodes:
+        raise ConfigError("elastic.max_nodes", elastic.max_nodes, f"at least elastic.min_nodes = {elastic.min_nodes}")
+    if elastic.silence_seconds != "auto" and elastic.silence_seconds <= 3 * elastic.beat_seconds:
+        raise ConfigError("elastic.silence_seconds", elastic.silence_seconds,
+                          f"above {3 * elastic.beat_seconds:g}: 3 x elastic.beat_seconds, for a beat may be late")
+
+
 def _check_layout(config: RunConfig) -> None:
     layout, model = config.layout, config.model
     pipeline = layout.pipeline
@@ -309,6 +340,9 @@ def _check_layout(config: RunConfig) -> None:
             raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with c a divisor of layout.pipeline = {pipeline}")
         if layout.expert != "auto" and layout.expert % k:
             raise ConfigError("layout.shape", list(layout.shape), f"[c, k] with k a divisor of layout.expert = {layout.expert}")
+    if layout.group_parts > model.experts_per_group:
+        raise ConfigError("layout.group_parts", layout.group_parts,
+                          f"at most {model.experts_per_group}: model.n_routed_experts / model.n_group")
     per_stage = layout.layers_per_stage
     if per_stage != "auto" and (len(per_stage) != stages or sum(per_stage) != model.num_hidden_layers):
         raise ConfigError("layout.layers_per_stage", per_stage,

@@ -156,33 +156,33 @@ def _best(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, fo
     shapes = [layout.shape] if layout.shape != "auto" else [
         (c, k) for c in range(1, layout.pipeline + 1) if layout.pipeline % c == 0
         for k in range(1, max((n.ranks for n in nodes), default=0) + 1)]
-    candidates = [found for c, k in shapes if (found := _with_shape(nodes, layout, model, folding, c, k))]
+    candidates = [found for c, k in shapes if (found := with_shape(nodes, layout, model, folding, c, k))]
     enough = min(2, sum(n.ranks > 0 for n in nodes))
     return max(candidates, default=None, key=lambda found: (
-        len(found.nodes) >= enough, found.size, -_cells_per_node(found), found.rows, found.positions_per_node))
+        len(found.nodes) >= enough, found.size, -cells_per_node(found), found.rows, found.positions_per_node))
 
 
-def _with_shape(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, folding: Stages, c: int,
-                k: int) -> Layout | None:
-    cells = _cells(nodes, c * k)
+def with_shape(nodes: tuple[Node, ...], layout: LayoutSection, model: ModelConfig, folding: Stages, c: int,
+               k: int) -> Layout | None:
+    cells = cells_of(nodes, c * k)
     cells_per_row = layout.pipeline // c
-    replicas = _replicas(len(cells) // cells_per_row, k, layout, model)
+    replicas = deal_rows(len(cells) // cells_per_row, k, layout, model)
     if replicas is None:
         return None
     rows = sum(map(len, replicas))
     grouped = (tuple(cells[r * cells_per_row : (r + 1) * cells_per_row]) for r in range(rows))
     if folding.placement == BOTH:
-        grouped = map(_mirrors_apart, grouped)
+        grouped = map(mirrors_apart, grouped)
     return Layout(folding, c, k, tuple(grouped), replicas)
 
 
-def _cells(nodes: tuple[Node, ...], size: int) -> list[tuple[str, int]]:
+def cells_of(nodes: tuple[Node, ...], size: int) -> list[tuple[str, int]]:
     """Every node's first cell, then every node's second: rows fill distinct nodes before they share one."""
     most = max((n.ranks for n in nodes), default=0) // size
     return [(n.name, index * size) for index in range(most) for n in nodes if (index + 1) * size <= n.ranks]
 
 
-def _mirrors_apart(row: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+def mirrors_apart(row: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
     """A row in which no cell shares a node with its mirror, unless one node has more than half of it.
 
     A row that is so already stays as it is. Else cells of one node are put together and the later half is turned round:
@@ -196,7 +196,7 @@ def _mirrors_apart(row: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], .
     return tuple(together[: len(row) - half] + together[len(row) - half :][::-1])
 
 
-def _replicas(rows: int, k: int, layout: LayoutSection, model: ModelConfig) -> tuple[tuple[int, ...], ...] | None:
+def deal_rows(rows: int, k: int, layout: LayoutSection, model: ModelConfig) -> tuple[tuple[int, ...], ...] | None:
     """Deal rows to replicas in contiguous near-equal sets, or None where the settings cannot be met."""
     if layout.expert != "auto":
         if layout.expert % k:
@@ -217,7 +217,7 @@ def _replicas(rows: int, k: int, layout: LayoutSection, model: ModelConfig) -> t
     return replicas if fewest_groups >= 1 and fewest_groups * model.experts_per_group >= k else None
 
 
-def _cells_per_node(layout: Layout) -> int:
+def cells_per_node(layout: Layout) -> int:
     used = [cell[0] for row in layout.cells for cell in row]
     return max(used.count(node) for node in used)
 

@@ -24,8 +24,8 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("overrides, line", [
     # keys
-    (["modl.x=3"], ('modl = {"x": 3}: unknown key; allowed here: run, model, data, training, optimizer, layout, schedule, '
-                   "topology, elastic, checkpoint, telemetry")),
+    (["modl.x=3"], ('modl = {"x": 3}: unknown key; allowed here: run, model, data, training, optimizer, layout, placement, '
+                   "schedule, topology, elastic, checkpoint, telemetry")),
     (["run.nme=a"], "run.nme = a: unknown key; allowed here: name, directory, seed"),
     (["training.batch_ramp={start_sequence: 1, steps: 2}"],
      "training.batch_ramp.start_sequence = 1: unknown key; allowed here: start_sequences, steps"),
@@ -39,7 +39,7 @@ def refused(*overrides: str) -> str:
     (["training.steps=" + "[" * 3000], f"training.steps = {'[' * 120}...: a YAML value"),
     (["training.steps=&a [*a]"], "training.steps = (a value that holds itself): an integer (above 0)"),
     (['{"a\nb": 1}=3'], ('"{\\"a\\nb\\": 1}" = 3: unknown key; allowed here: run, model, data, training, optimizer, layout, '
-                        "schedule, topology, elastic, checkpoint, telemetry")),
+                        "placement, schedule, topology, elastic, checkpoint, telemetry")),
     # types
     (["training.steps=x"], "training.steps = x: an integer (above 0)"),
     (["training.steps=1.5"], "training.steps = 1.5: an integer (above 0)"),
@@ -53,6 +53,11 @@ def refused(*overrides: str) -> str:
     (["optimizer.epsilon=.inf"], "optimizer.epsilon = Infinity: a finite number (above 0)"),
     (["optimizer.epsilon=.nan"], "optimizer.epsilon = NaN: a finite number (above 0)"),
     (["layout.expert=x"], "layout.expert = x: an integer (above 0) or auto"),
+    (["layout.group_parts=0"], "layout.group_parts = 0: an integer (at least 1)"),
+    (["layout.group_parts=5"], "layout.group_parts = 5: at most 4: model.n_routed_experts / model.n_group"),
+    (["placement.every=-1"], "placement.every = -1: an integer (at least 0)"),
+    (["placement.least_gain=-0.1"], "placement.least_gain = -0.1: a finite number (at least 0)"),
+    (["placement.evry=1"], "placement.evry = 1: unknown key; allowed here: every, least_gain"),
     (["layout.expert=0"], "layout.expert = 0: an integer (above 0) or auto"),
     (["layout.data=[1]"], "layout.data = [1]: an integer (above 0) or auto"),
     (["layout.shape=[1]"], "layout.shape = [1]: a list of two integers (above 0) or auto"),
@@ -80,10 +85,19 @@ def refused(*overrides: str) -> str:
     # ranges
     (["data.validation_fraction=0.5"], "data.validation_fraction = 0.5: a finite number (above 0, below 0.5)"),
     (["elastic.copies=3"], "elastic.copies = 3: an integer (at least 0, at most 2)"),
+    (["elastic.min_nodes=0"], "elastic.min_nodes = 0: an integer (at least 1)"),
+    (["elastic.max_nodes=0"], "elastic.max_nodes = 0: an integer (above 0) or auto"),
+    (["elastic.cool_down_seconds=-1"], "elastic.cool_down_seconds = -1: a finite number (at least 0)"),
+    (["elastic.wait_seconds=0"], "elastic.wait_seconds = 0: a finite number (above 0) or null"),
     (["topology.virtual_nodes=100000000"], "topology.virtual_nodes = 100000000: an integer (at least 0, at most 16384)"),
     (["topology.ranks_per_node=1025"], "topology.ranks_per_node = 1025: an integer (above 0, at most 1024) or auto"),
     (["telemetry.port=65536"], "telemetry.port = 65536: an integer (at least 0, at most 65535)"),
     # rules that span keys
+    (["elastic.min_nodes=3", "elastic.max_nodes=2"], "elastic.max_nodes = 2: at least elastic.min_nodes = 3"),
+    (["elastic.silence_seconds=0.6"],
+     "elastic.silence_seconds = 0.6: above 0.6: 3 x elastic.beat_seconds, for a beat may be late"),
+    (["elastic.silence_seconds=1.0", "elastic.beat_seconds=0.5"],
+     "elastic.silence_seconds = 1.0: above 1.5: 3 x elastic.beat_seconds, for a beat may be late"),
     (["model.n_group=3"], "model.n_group = 3: a divisor of model.n_routed_experts = 16"),
     (["model.n_group=16", "model.num_experts_per_tok=2"],
      "model.n_group = 16: at most 8: a group is scored by its two best experts"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-USES_RAY = {"coordinator.py", "stage_actor.py", "feed.py"}
+USES_RAY = {"coordinator.py", "stage_actor.py", "feed.py", "cluster.py", "ray_ranks.py"}
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 
