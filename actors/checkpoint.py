@@ -42,10 +42,14 @@ class Manifest:
 
 
 class PieceWriter:
-    """Copies a rank's state at once and writes it in a thread of its own."""
+    """Copies a rank's state at once and writes it in a thread of its own.
 
-    def __init__(self, directory: str, rank: int, shards: Iterable[OwnedShard], biases: Mapping[int, torch.Tensor]):
-        self._file = f"rank-{rank:05d}.safetensors"
+    generation: in the file's name, so that a rank which does not know yet that it was given up overwrites nobody's.
+    """
+
+    def __init__(self, directory: str, rank: int, shards: Iterable[OwnedShard], biases: Mapping[int, torch.Tensor],
+                 generation: int = 0):
+        self._file = f"generation-{generation}-rank-{rank:05d}.safetensors"
         self._path = storage.join(directory, self._file)
         self._tensors: dict[tuple[str, str, int, int], torch.Tensor] = {}
         for owned in shards:

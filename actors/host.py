@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 
@@ -18,3 +19,11 @@ def settle() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+@cache
+def warm_up() -> None:
+    """Do what torch does only once, seconds of imports, before anybody waits for it: a backward pass, and an optimizer's step."""
+    weight = torch.ones(2, 2, requires_grad=True)
+    (weight @ weight).sum().backward()
+    torch.optim.AdamW([weight], fused=True).step()

@@ -8,23 +8,93 @@ import numpy
 
 from actors.comm.traffic import Sent
 from actors.comm.wires import Wire
+from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
+from orchestrator.membership import Member
+from orchestrator.placement import Placement
+from orchestrator.replay import Replay
 from orchestrator.schedule.spans import Figures, Span
+
+ANY_GENERATION = -1
+"""For an abort by a coordinator that does not know which one there is."""
+
+
+@dataclass(frozen=True)
+class Former:
+    """The generation whose state is carried over. `config`: the run's, as it was then. `applied`: updates in that state.
+
+    `came_from`: of every rank, and after them of those that only hand over what they have, which rank it was there; None: it has
+    nothing. `leaving`: nodes of the latter. `publish`: rebuild all working weights, for some may not be those of the state.
+    """
+
+    generation: int
+    config: RunConfig
+    layout: Layout
+    placement: Placement
+    applied: int
+    came_from: tuple[int | None, ...]
+    leaving: tuple[str, ...] = ()
+    publish: bool = False
 
 
 @dataclass(frozen=True)
 class Assignment:
     """A rank's place in one generation, shipped once. `store`: (host, port) of a TCPStore that outlives generations;
-    `prefix`: of this formation's keys there.
+    `prefix`: of this formation's keys there. `placement`: of experts, at first. `config`: the run's, as it is from now on.
+    `rank`: beyond the layout for those that leave. `former`: None: there is no state yet.
+    `form_seconds`: bound on making one process group.
 
     Programs follow when a number of microbatches comes up for the first time (`Rank.learn`).
     """
 
     generation: int
     rank: int
+    config: RunConfig
     layout: Layout
+    placement: Placement
     store: tuple[str, int]
     prefix: str
+    former: Former | None = None
+    form_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Formed:
+    """A rank's answer: seconds that making groups took, and moving state; bytes of state that it sent and received."""
+
+    grouping_seconds: float
+    moving_seconds: float
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank stands between steps. `generation`: whose state it has; None: it has none. `applied`: updates in it.
+    `reduced`: the step whose reduced gradients it still holds. `published`: whether its working weights are those of the state.
+    """
+
+    generation: int | None
+    applied: int
+    reduced: int | None
+    published: bool
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """Another placement of experts on the same layout, and the number of the generation that begins with it."""
+
+    generation: int
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """A rank's answer. Bytes of state that it sent and received; seconds of its own, waiting for others included."""
+
+    sent: int
+    received: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +158,7 @@ class StepReport:
     spans: tuple[Span, ...] = field(default=())
     exchanged: Sent = Sent()  # by dispatch and combine, while bytes_sent are those of activations and their gradients
     wires: tuple[Wire, ...] = ()  # every connection that carried anything since the step before
+    began: float = 0.0  # first action of the program, seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -107,3 +178,25 @@ class Failure:
     """Why a run ended, in one line: what a coordinator answers instead of raising what another process could not read."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `interrupted`: it was asked to stop and has saved."""
+
+    step: int
+    interrupted: bool
+    validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins. members: the processes there are, where they are more than the first layout has places; None: as many.
+
+    left_behind: another coordinator of this run has died, and these are what it left. replay: layouts to repeat, and losses that
+    must come out.
+    """
+
+    members: tuple[Member, ...] | None = None
+    left_behind: bool = False
+    replay: Replay | None = None

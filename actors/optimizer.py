@@ -1,14 +1,14 @@
 """ZeRO-1 AdamW over flat buckets: working weights and gradients on every holder, FP32 master weights on the owners.
 
-A step has two halves. `reduce` sums gradients and takes their norm; nothing persistent changes. `apply` updates the owned
-shards and republishes the working weights; it runs only once the step is committed. All owners of a shard see the same
+A step has two halves. `reduce` sums gradients and takes their norm; nothing persistent changes. `update` changes the owned
+shards, and `publish` makes working weights of them; that is done only once the step is committed. All owners of a shard see the same
 bits and do the same arithmetic, so copies of state stay equal without being copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from actors.comm.groups import Generation, Group
 from actors.model.weights import Weight, exact_dtype, initial_value
 from orchestrator.config import OptimizerSection
 from orchestrator.ownership import Bucket
+from orchestrator.parameters import ParameterSpec
 
 
 @dataclass(slots=True)
@@ -32,22 +33,29 @@ class OwnedShard:
         state = self.adam.state[self.master]
         return state[kind] if kind in state else torch.zeros_like(self.master)
 
+    @property
+    def steps(self) -> int:
+        """Updates that the moments have seen."""
+        return int(self.adam.state[self.master].get("step", 0))
+
     def set_moments(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, steps: int) -> None:
         step = torch.tensor(float(steps), device=self.master.device)  # fused AdamW wants it beside the moments
         self.adam.state[self.master] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 class BucketBuffers:
-    """Flat buffers of one bucket on one member. Ranks that only own hold gradients, but no working weights."""
+    """Flat buffers of one bucket on one member. Ranks that only own hold gradients, but no working weights.
 
-    def __init__(self, bucket: Bucket, rank: int, dtype: torch.dtype, device: torch.device):
-        self.bucket, self.rank = bucket, rank
+    former: of a bucket with the same weights, whose buffers are taken over with what is in them.
+    """
+
+    def __init__(self, bucket: Bucket, rank: int, dtype: torch.dtype, device: torch.device, former: BucketBuffers | None = None):
+        self.bucket, self.rank, self.holds = bucket, rank, rank in bucket.holders
         exact = exact_dtype(dtype)
         length = bucket.shard_size * len(bucket.owners)
-        self.gradient = torch.zeros(length, dtype=exact, device=device)
-        self.holds = rank in bucket.holders
-        working = exact if bucket.precise else dtype
-        self.working = torch.zeros(length if self.holds else 0, dtype=working, device=device)
+        gradient, working = (former.gradient, former.working) if former else (None, None)
+        self.gradient = _flat(length, exact, device, gradient, bucket.size)
+        self.working = _flat(length if self.holds else 0, exact if bucket.precise else dtype, device, working, bucket.size)
 
     def weights(self) -> dict[str, Weight]:
         found, at = {}, 0
@@ -62,13 +70,20 @@ class BucketBuffers:
 
 
 class Optimizer:
-    """All buckets of one rank in one generation."""
+    """All buckets of one rank in one generation.
+
+    shards: state of this ownership, as `shards_of` lists it; None: new. former: an optimizer of this rank before, in another
+    ownership; buffers of buckets with the same weights are taken from it, and it is of no use afterwards.
+    """
 
     def __init__(self, rank: int, buckets: tuple[Bucket, ...], settings: OptimizerSection, dtype: torch.dtype,
-                 device: torch.device):
+                 device: torch.device, shards: list[OwnedShard] | None = None, former: Optimizer | None = None):
         self._rank, self._settings, self._device = rank, settings, device
-        self._buffers = [BucketBuffers(b, rank, dtype, device) for b in buckets if rank in b.members]
-        self.shards = [self._owned(buffers, shard) for buffers in self._buffers for shard in buffers.bucket.shards_of(rank)]
+        exact = exact_dtype(dtype)
+        self.shards = shards_of(rank, buckets, settings, exact, device) if shards is None else shards
+        mine = [bucket for bucket in buckets if rank in bucket.members]
+        taken = former._give_up({bucket.specs for bucket in mine}) if former else {}
+        self._buffers = [BucketBuffers(b, rank, dtype, device, taken.pop(b.specs, None)) for b in mine]
         self.weights: dict[str, Weight] = {}
         for buffers in self._buffers:
             self.weights.update(buffers.weights())
@@ -102,8 +117,8 @@ class Optimizer:
         world.all_reduce(squares)
         self.gradient_norm = float(squares.sqrt())
 
-    def apply(self, groups: Generation, learning_rate: float) -> None:
-        """Update owned shards with the reduced gradients, then publish the new working weights. Raises Aborted."""
+    def update(self, learning_rate: float) -> None:
+        """Update owned shards with the reduced gradients, alone; the working weights are to be published."""
         clip = min(1.0, self._settings.clip_norm / (self.gradient_norm + 1e-6))
         by_bucket = {buffers.bucket.index: buffers for buffers in self._buffers}
         for owned in self.shards:
@@ -112,30 +127,63 @@ class Optimizer:
             owned.adam.param_groups[0]["lr"] = learning_rate
             owned.adam.step()
             owned.master.grad = None
-        self.publish(groups)
 
-    def publish(self, groups: Generation) -> None:
-        """Rebuild every holder's working weights from the primary owners' master shards. Raises Aborted."""
+    def publish(self, groups: Generation, only: Collection[int] | None = None) -> None:
+        """Rebuild every holder's working weights from the primary owners' master shards. Raises Aborted.
+
+        only: indexes of the buckets for which to do so; the same on all ranks.
+        """
+        primary = {owned.bucket.index: owned for owned in self.shards if owned.bucket.owners[owned.shard][0] == self._rank}
         for buffers in self._buffers:
-            if not buffers.holds:
-                continue
-            bucket, mine = buffers.bucket, None
-            for owned in self.shards:
-                if owned.bucket is bucket and bucket.owners[owned.shard][0] == self._rank:
-                    mine = buffers.shard(buffers.working, owned.shard)
-                    mine.copy_(owned.master)
-            groups.group(tuple(sorted(bucket.holders))).all_gather(buffers.working, mine)
+            if buffers.holds and (only is None or buffers.bucket.index in only):
+                owned = primary[buffers.bucket.index]
+                mine = buffers.shard(buffers.working, owned.shard)
+                mine.copy_(owned.master)
+                groups.group(tuple(sorted(buffers.bucket.holders))).all_gather(buffers.working, mine)
 
-    def _owned(self, buffers: BucketBuffers, shard: int) -> OwnedShard:
-        settings, bucket = self._settings, buffers.bucket
-        master = torch.zeros(bucket.shard_size, dtype=buffers.gradient.dtype, device=buffers.gradient.device)
-        adam = torch.optim.AdamW(
-            [master], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon,
-            weight_decay=settings.weight_decay if bucket.decay else 0.0, fused=True)
-        return OwnedShard(bucket, shard, master, adam)
+    def _give_up(self, wanted: Collection[tuple[ParameterSpec, ...]]) -> dict[tuple[ParameterSpec, ...], BucketBuffers]:
+        """Buffers by their bucket's weights, if these are wanted. All else is let go of."""
+        found = {buffers.bucket.specs: buffers for buffers in self._buffers if buffers.bucket.specs in wanted}
+        self._buffers, self.shards, self.weights = [], [], {}
+        return found
 
 
-def owned_by_name(shards: list[OwnedShard]) -> Mapping[str, list[tuple[OwnedShard, int, int, int]]]:
+def shards_of(rank: int, buckets: Iterable[Bucket], settings: OptimizerSection, exact: torch.dtype, device: torch.device,
+              former: Sequence[OwnedShard] = ()) -> list[OwnedShard]:
+    """What a rank owns, bucket by bucket: shards with the same content as one of `former` are that one, others are zeros."""
+    before = {_content(owned.bucket, owned.shard): owned for owned in former}
+    found = []
+    for bucket in buckets:
+        for shard in bucket.shards_of(rank):
+            same = before.pop(_content(bucket, shard), None) if before else None
+            found.append(replace(same, bucket=bucket, shard=shard) if same else _zeros(bucket, shard, settings, exact, device))
+    return found
+
+
+def _zeros(bucket: Bucket, shard: int, settings: OptimizerSection, exact: torch.dtype, device: torch.device) -> OwnedShard:
+    master = torch.zeros(bucket.shard_size, dtype=exact, device=device)
+    adam = torch.optim.AdamW(
+        [master], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon,
+        weight_decay=settings.weight_decay if bucket.decay else 0.0, fused=True)
+    return OwnedShard(bucket, shard, master, adam)
+
+
+def _content(bucket: Bucket, shard: int) -> tuple:
+    """Two shards with the same are interchangeable."""
+    return bucket.shard_size, tuple((spec.name, start, stop) for spec, start, stop, _ in bucket.pieces(shard))
+
+
+def _flat(length: int, dtype: torch.dtype, device: torch.device, former: torch.Tensor | None, size: int) -> torch.Tensor:
+    """Zeros [length]; or what is in `former`, of which the first `size` count: itself where it is as long."""
+    if former is not None and former.numel() == length:
+        return former
+    found = torch.zeros(length, dtype=dtype, device=device)
+    if former is not None and former.numel() and length:
+        found[:size] = former[:size]
+    return found
+
+
+def owned_by_name(shards: Iterable[OwnedShard]) -> Mapping[str, list[tuple[OwnedShard, int, int, int]]]:
     """Name of a weight -> (shard, start, stop, offset) for every range of it that these shards hold."""
     found: dict[str, list[tuple[OwnedShard, int, int, int]]] = {}
     for owned in shards:

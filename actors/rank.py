@@ -10,32 +10,47 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Mapping
-from itertools import product
+from dataclasses import replace
 
-import numpy
 import torch
 import torch.distributed as dist
 
 from actors.checkpoint import PieceWriter, restore_shards
-from actors.comm.exchange import ExpertExchange, TwoHops
-from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation
+from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation, Group
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
 from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
-from actors.host import settle
+from actors.held import Held, State
+from actors.host import settle, warm_up
 from actors.lane import ExchangeLane, lane_for
-from actors.messages import Apply, Assignment, LossDivisors, LossSums, SavedPiece, StepReport, StepRequest
-from actors.model.chunk import Chunk, LossScales, Microbatch
+from actors.lifeline import Lifeline
+from actors.messages import (
+    ANY_GENERATION,
+    Apply,
+    Assignment,
+    Formed,
+    Former,
+    LossDivisors,
+    LossSums,
+    Rearranged,
+    Rearrangement,
+    SavedPiece,
+    Standing,
+    StepReport,
+    StepRequest,
+)
+from actors.model.chunk import LossScales
 from actors.model.weights import WeightGradients, exact_dtype
-from actors.optimizer import Optimizer
-from orchestrator import ownership
+from actors.optimizer import Optimizer, shards_of
+from actors.stages import Stages, groups_of
+from actors.state import Carried, carry_over
+from actors.step_data import digest, links, loss_sums, microbatches
+from orchestrator import ownership, transfer
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
-from orchestrator.ledger import combine, sequence_digest
-from orchestrator.parameters import moe_layers, stage_layers
-from orchestrator.placement import place_experts
+from orchestrator.membership import Member
+from orchestrator.placement import Placement
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import figures
 
@@ -51,11 +66,19 @@ class Rank:
         self.configure(config)
         self._generation: Generation | None = None
         self._lane: ExchangeLane | None = None
+        self._lifeline: Lifeline | None = None
         self._store: tuple[tuple[str, int], dist.Store] | None = None
+        self._held, self._reduced, self._published = Held(), None, False
+        self.optimizer: Optimizer | None = None
         self._abort_lock = threading.Lock()
         if self._device.type == "cpu":
             settle()
             self._cores = sorted(os.sched_getaffinity(0))
+
+    @property
+    def biases(self) -> dict[int, torch.Tensor]:
+        """Of the gates of this rank's layers, part of its state."""
+        return self._held.current.biases
 
     def configure(self, config: RunConfig) -> None:
         """Another configuration, from the next `form` on."""
@@ -63,31 +86,101 @@ class Rank:
 
     # --- generations ---------------------------------------------------------------------------------------------
 
-    def form(self, assignment: Assignment) -> None:
-        """Take a place in a new generation: groups, buffers, stages. State is empty until `initialise` or `restore`.
+    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, target: str | None = None) -> None:
+        """Keep a lifeline to the coordinator at `address`, as this member of `run`; safe from any thread. target: host:port of this
+        rank's metrics."""
+        warm_up()
+        if self._lifeline is not None:
+            self._lifeline.close()
+        self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run,
+                                  about=lambda: {"target": target})
 
-        Raises Aborted when a member does not come.
+    def form(self, assignment: Assignment) -> Formed:
+        """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is
+        empty until `initialise` or `restore`.
+
+        Raises Aborted: a member does not come, or goes. The state that this rank had is as it was.
         """
+        started = time.perf_counter()
         self.close()
-        layout, config = assignment.layout, self._config
-        self._stay_on_a_core(layout, assignment.rank)
-        self._assignment, self._layout, self._place = assignment, layout, layout.places[assignment.rank]
-        self._queue = WeightGradients()
-        self._buckets = ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage)
+        self.configure(assignment.config)
+        former, layout, config = assignment.former, assignment.layout, self._config
+        state = self._held.base(former.generation if former else None)
+        self._assignment, self._layout = assignment, layout
+        buckets = self._buckets_of(assignment.placement)
         generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
-                                config.training.step_timeout_seconds)
+                                config.training.step_timeout_seconds, assignment.form_seconds)
         self._generation = generation
         store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
-        generation.create(store, *_groups(layout, self._buckets, config.layout.hops))
-        self._world = generation.group(tuple(range(layout.size)))
+        groups, seconds = groups_of(layout, buckets, config.layout.hops)
+        everybody = tuple(range(layout.size + len(former.leaving))) if former else groups[0]
+        generation.create(store, [everybody, *groups], seconds)
+        grouped = time.perf_counter()
+        carried = Carried(0, 0)
+        if assignment.rank >= layout.size:
+            carried, _ = self._carry_over(former, state, generation.group(everybody), buckets, None)
+            return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
+        self._stay_on_a_core(layout, assignment.rank)
+        self._place = layout.places[assignment.rank]
+        self._queue, self._traffic, self._wires = WeightGradients(), Traffic(), Wires()
+        self._lasting = frozenset(groups_of(layout, (), config.layout.hops)[0])
+        self._world = generation.group(groups[0])
         self._stage_group = generation.group(layout.peers(self._place.position))
-        self.optimizer = Optimizer(assignment.rank, self._buckets, config.optimizer, self._dtype, self._device)
-        self._traffic, self._wires = Traffic(), Wires()
-        self._chunks = self._build_chunks()
+        new = State(replace(assignment, former=None), buckets, shards_of(assignment.rank, buckets, config.optimizer, exact_dtype(self._dtype), self._device,
+                                       state.shards if state else ()),
+                    self._biases_of(state), former.applied if former else 0)
+        fresh: frozenset[int] = frozenset()
+        if former is not None:
+            carried, fresh = self._carry_over(former, state, generation.group(everybody), buckets, new)
+        self._held.add(assignment.generation, new)
+        self._chunks = self._executor = None  # they hold buffers that are let go of
+        self.optimizer = Optimizer(assignment.rank, buckets, config.optimizer, self._dtype, self._device, new.shards,
+                                   self.optimizer)
+        self._load: dict[int, torch.Tensor] = {}
+        self._stages = Stages(config, layout, self._place, generation, self._device, new.biases, self._queue, self._traffic)
         self._lane = lane_for(self._device) if config.schedule.overlap else None
-        self._executor = Executor(assignment.rank, assignment.generation, self._chunks, self._queue,
-                                  layout.handovers(self._place.position), self._lane)
+        self._set_up(assignment.placement)
         self._programs: dict[tuple[bool, int], Program] = {}
+        if former is not None:
+            self._publish(None if former.publish else fresh)
+        return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
+
+    def rearrange(self, wanted: Rearrangement) -> Rearranged:
+        """Move experts with all their state to where another placement has them, between two steps of which the first was
+        applied. Groups stay, and so does what the placement does not change.
+
+        Raises Aborted: the generation is of no use any more; the state of the generation before is as it was.
+        """
+        started, assignment, config, state = time.perf_counter(), self._assignment, self._config, self._settled()
+        rank, buckets = assignment.rank, self._buckets_of(wanted.placement)
+        plan = transfer.plan(state.buckets, buckets, range(self._layout.size), [place.node for place in self._layout.places])
+        self._generation.number = wanted.generation
+        self._regroup(state.buckets, buckets)
+        shards = shards_of(rank, buckets, config.optimizer, exact_dtype(self._dtype), self._device, state.shards)
+        carried = carry_over(plan, rank, self._world, state.shards, shards, state.biases, state.biases)
+        self._assignment = replace(assignment, generation=wanted.generation, placement=wanted.placement)
+        self._held.add(wanted.generation, State(replace(self._assignment, former=None), buckets, shards, state.biases, state.applied))
+        self._chunks = self._executor = None  # they hold buffers that are let go of
+        self.optimizer = Optimizer(rank, buckets, config.optimizer, self._dtype, self._device, shards, self.optimizer)
+        self._publish(plan.fresh)
+        self._set_up(wanted.placement)
+        return Rearranged(carried.sent, carried.received, time.perf_counter() - started)
+
+    def finish(self, apply: Apply | None) -> Standing:
+        """Complete a committed step from what this rank holds, if it has not done so yet: without the others, whose communication
+        has been aborted. Working weights are then to be published."""
+        if apply is not None and self._reduced == apply.step and self._held.current.applied == apply.step:
+            self._update(apply)
+        return self.standing()
+
+    def recall(self) -> dict[int, Assignment]:
+        """This rank's places in the generations whose state it holds: for a coordinator that knows nothing."""
+        return self._held.assignments
+
+    def standing(self) -> Standing:
+        """Where this rank stands; between calls only."""
+        known = self._held.generation is not None
+        return Standing(self._held.generation, self._held.current.applied if known else 0, self._reduced, self._published)
 
     def learn(self, program: Program, training: bool) -> None:
         """Keep a program of this rank's position for steps with its number of microbatches."""
@@ -95,18 +188,22 @@ class Rank:
 
     def initialise(self) -> None:
         """State of step 0, the same on any layout."""
+        self._held.settle()
         self.optimizer.initialise(self._config.run.seed, self._config.model.initializer_range)
-        self.optimizer.publish(self._generation)
+        self._publish()
 
     def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
         """State of a checkpoint, whatever layout wrote it. Raises CheckpointError."""
-        restore_shards(directory, pieces, self.optimizer.shards, self.biases, steps)
-        self.optimizer.publish(self._generation)
+        state = self._settled()
+        restore_shards(directory, pieces, state.shards, state.biases, steps)
+        state.applied = steps
+        self._publish()
 
-    def abort(self) -> None:
-        """End every blocked communication of this rank; safe from any thread, at any time."""
+    def abort(self, generation: int | None = None) -> None:
+        """End every blocked communication of this rank, of that generation if one is named; safe from any thread, at any
+        time."""
         with self._abort_lock:
-            if self._generation is not None:
+            if self._generation is not None and generation in (None, ANY_GENERATION, self._generation.number):
                 self._generation.abort()
 
     def close(self) -> None:
@@ -124,47 +221,64 @@ class Rank:
     def step(self, request: StepRequest) -> StepReport:
         """Apply the step committed before, then compute and reduce this one. Raises ActionFailed, Aborted."""
         started = time.perf_counter()
+        self._held.settle()
         if request.apply is not None:
             self.apply(request.apply)
+        self._reduced = None
         self.optimizer.zero_gradients()
         sent_before = self._traffic.sent
-        tapes = self._tapes(request, keep=True)
+        tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=True)
         for chunk in self._chunks.values():
             chunk.scales = self._scales(request.divisors)
             for load in chunk.load.values():
                 load.zero_()
-        work = StepWork(tapes, self._links(request.sizes), self._reduce)
+        work, began = StepWork(tapes, self._links(request), self._reduce), time.time()
         with torch.no_grad():  # islands switch gradients on for themselves
             self._executor.run(self._programs[True, request.microbatches], work)
+        self._reduced = request.step
         ended = time.perf_counter()
         return StepReport(
-            rank=self._assignment.rank, step=request.step, losses=_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
-            digest=self._digest(tapes), figures=figures(work.spans, started, ended), seconds=ended - started,
+            rank=self._assignment.rank, step=request.step, losses=loss_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
+            digest=digest(tapes, self._chunks), figures=figures(work.spans, started, ended), seconds=ended - started,
             bytes_sent=work.links.bytes_sent, exchanged=self._traffic.sent - sent_before, load=self._reported_load(),
-            spans=tuple(work.spans) if request.keep_spans else (), wires=self._wires.since())
+            spans=tuple(work.spans) if request.keep_spans else (), wires=self._wires.since(), began=began)
 
     def apply(self, apply: Apply) -> None:
         """Finish a committed step: weights, moments, gate biases. Raises Aborted."""
-        self.optimizer.apply(self._generation, apply.learning_rate)
+        self._held.settle()
+        self._update(apply)
+        self._publish()
+
+    def _update(self, apply: Apply) -> None:
+        """All that changes of the state; without communication, so that it is done whole or not at all."""
+        state, self._published = self._held.current, False
+        self.optimizer.update(apply.learning_rate)
         speed = self._config.training.bias_update_speed
         for layer, load in self._load.items():
-            self.biases[layer] += speed * torch.sign(load.double().mean() - load).to(self.biases[layer])
+            state.biases[layer] += speed * torch.sign(load.double().mean() - load).to(state.biases[layer])
+        state.applied = apply.step + 1
+
+    def _publish(self, only: frozenset[int] | None = None) -> None:
+        """Working weights from the state: of these buckets, or all. Raises Aborted."""
+        self._published = False
+        self.optimizer.publish(self._generation, only)
+        self._published = True
 
     def evaluate(self, request: StepRequest) -> LossSums:
         """Loss sums over a batch, forward only; changes nothing."""
-        tapes = self._tapes(request, keep=False)
-        work = StepWork(tapes, self._links(request.sizes), lambda: None)
+        tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=False)
+        work = StepWork(tapes, self._links(request), lambda: None)
         with torch.no_grad():
             self._executor.run(self._programs[False, request.microbatches], work)
-        return _sums(tapes)
+        return loss_sums(tapes)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def snapshot(self, directory: str) -> None:
         """Copy the state that this rank is primary owner of, and begin to write it beside the training."""
-        rank = self._assignment.rank
-        biases = self.biases if rank == self._stage_group.ranks[0] else {}
-        self._writer = PieceWriter(directory, rank, self.optimizer.shards, biases)
+        rank, state = self._assignment.rank, self._settled()
+        biases = state.biases if rank == self._stage_group.ranks[0] else {}
+        self._writer = PieceWriter(directory, rank, state.shards, biases, self._assignment.generation)
 
     def saved(self) -> list[SavedPiece]:
         """Wait, as long as storage takes, for the writing that `snapshot` began; the bound is the caller's.
@@ -200,70 +314,59 @@ class Rank:
             turn = next(index for index, place in enumerate(by_node) if place.rank == rank)
             os.sched_setaffinity(0, {self._cores[turn % len(self._cores)]})
 
-    def _build_chunks(self) -> dict[int, Chunk]:
-        config, layout, place = self._config, self._layout, self._place
-        per_stage = stage_layers(config.model, layout.folding.count, config.layout.layers_per_stage)
-        placed = place_experts(config.model, layout, place.replica, place.position)
-        slot_of_expert = torch.empty(config.model.n_routed_experts, dtype=torch.int64, device=self._device)
-        for slot, expert in enumerate(e for experts in placed for e in experts):
-            slot_of_expert[expert] = slot
-        exchange = self._exchange_of(slot_of_expert, [len(experts) for experts in placed])
-        exact = exact_dtype(self._dtype)
-        chunks, self.biases = {}, {}
-        for slot, stage in enumerate(layout.stages(place.position)):
-            layers, last = per_stage[stage], stage == layout.folding.count - 1
-            moe = moe_layers(config.model, layers, last=last)
-            for layer in moe:
-                self.biases[layer] = torch.zeros(config.model.n_routed_experts, dtype=exact, device=self._device)
-            chunks[slot] = Chunk(
-                config.model, layers=layers, first=stage == 0, last=last, weights=self.optimizer.weights,
-                biases=self.biases, exchanges=dict.fromkeys(moe, exchange),
-                local_experts=dict.fromkeys(moe, list(placed[place.expert_rank])), queue=self._queue,
-                recompute=config.training.recompute)
-        self._load: dict[int, torch.Tensor] = {}
-        return chunks
+    def _buckets_of(self, placement: Placement) -> tuple[ownership.Bucket, ...]:
+        config = self._config
+        return ownership.buckets(config.model, self._layout, config.elastic.copies, config.layout.layers_per_stage, placement)
 
-    def _exchange_of(self, slot_of_expert: torch.Tensor, experts_per_rank: list[int]) -> ExpertExchange:
-        layout, place, generation, config = self._layout, self._place, self._generation, self._config
-        ranks, precision = layout.expert_group(place.replica, place.position), config.training.dispatch_precision
-        counts, two_hops = generation.group(ranks, second=True), None
-        if layout.two_hops(place.replica, config.layout.hops):
-            two_hops = TwoHops(rail=generation.group(layout.rail(place.replica, place.position, place.width)),
-                               inside=generation.group(layout.inside(place.row, place.position)))
-        group = counts if two_hops else generation.group(ranks)
-        return ExpertExchange(group if group.size > 1 else None, slot_of_expert, experts_per_rank, two_hops=two_hops,
-                              counts=counts, nodes=tuple(layout.places[rank].node for rank in ranks),
-                              float8_rows=precision == "float8", traffic=self._traffic)
+    def _biases_of(self, state: State | None) -> dict[int, torch.Tensor]:
+        """Of the gates of all layers that this rank hosts: those of `state`, and zeros where it has none."""
+        config, rank, exact = self._config, self._assignment.rank, exact_dtype(self._dtype)
+        hosts = ownership.gates(config.model, self._layout, config.layout.layers_per_stage)
+        known = state.biases if state else {}
+        return {layer: known[layer] if layer in known else torch.zeros(config.model.n_routed_experts, dtype=exact,
+                                                                       device=self._device)
+                for layer, ranks in hosts.items() if rank in ranks}
 
-    def _tapes(self, request: StepRequest, *, keep: bool) -> dict[tuple[int, int], Microbatch]:
-        """A tape for each (slot, microbatch). The slots that one microbatch passes share its tokens."""
-        tokens = valid = None
-        if request.tokens is not None:
-            tokens, valid = (torch.from_numpy(rows).to(self._device, torch.int64) for rows in (request.tokens, request.valid))
-        entrances, starts, at = self._layout.folding.entrances, {}, 0
-        for (slot, microbatch), count in request.sizes.items():
-            if slot in entrances:
-                starts[slot, microbatch] = at
-                at += count
-        tapes = {}
-        for (slot, microbatch), count in request.sizes.items():
-            start = starts[slot if slot in entrances else entrances[0], microbatch]
-            mine = real = None
-            if self._chunks[slot].first or self._chunks[slot].last:
-                mine, real = tokens[start : start + count], valid[start : start + count]
-            tapes[slot, microbatch] = Microbatch(sequences=count, length=self._config.data.sequence_length, tokens=mine,
-                                                 valid=real, keep=keep)
-        return tapes
+    def _carry_over(self, former: Former, state: State | None, everybody: Group, buckets: tuple[ownership.Bucket, ...],
+                    new: State | None) -> tuple[Carried, frozenset[int]]:
+        """Fill the new state from what all have, and which new buckets need working weights. Raises Aborted."""
+        config, before, layout = self._config, former.config, self._layout
+        old_buckets = ownership.buckets(before.model, former.layout, before.elastic.copies, before.layout.layers_per_stage,
+                                        former.placement)
+        plan = transfer.plan(
+            old_buckets, buckets, former.came_from, [*(place.node for place in layout.places), *former.leaving],
+            old_gates=ownership.gates(before.model, former.layout, before.layout.layers_per_stage),
+            new_gates=ownership.gates(config.model, layout, config.layout.layers_per_stage),
+            gate_values=config.model.n_routed_experts)
+        carried = carry_over(plan, self._assignment.rank, everybody, state.shards if state else [], new.shards if new else [],
+                             state.biases if state else {}, new.biases if new else {})
+        return carried, plan.fresh
 
-    def _links(self, sizes: Mapping[tuple[int, int], int]) -> Links:
+    def _settled(self) -> State:
+        """The state, where all have arrived in this generation."""
+        self._held.settle()
+        return self._held.current
+
+    def _regroup(self, former: tuple[ownership.Bucket, ...], buckets: tuple[ownership.Bucket, ...]) -> None:
+        """Make the groups of buckets that are missing, and drop those that are not needed any more. All ranks see the same
+        ones missing, in the same order. Raises Aborted."""
+        assignment, generation = self._assignment, self._generation
+        had, needed = (dict.fromkeys(Optimizer.groups(of)) for of in (former, buckets))
+        for ranks in had:
+            if ranks not in needed and ranks not in self._lasting and assignment.rank in ranks:
+                generation.group(ranks).close()
+        store = dist.PrefixStore(f"{assignment.prefix}/{generation.number}", self._meeting_place(assignment.store))
+        generation.create(store, [ranks for ranks in needed if ranks not in had and ranks not in self._lasting])
+
+    def _set_up(self, placement: Placement) -> None:
+        """Stages and what runs them, over the optimizer's weights."""
+        self._chunks = self._stages.chunks(self.optimizer.weights, placement)
+        self._executor = Executor(self._assignment.rank, self._generation.number, self._chunks, self._queue,
+                                  self._layout.handovers(self._place.position), self._lane)
+
+    def _links(self, request: StepRequest) -> Links:
         line = self._generation.group(self._layout.line(self._place.row, self._place.width))
-        length, width = self._config.data.sequence_length, self._config.model.hidden_size
-
-        def shape_of(slot: int, microbatch: int) -> tuple[int, ...] | None:
-            count = sizes[slot, microbatch]
-            return (count, length, width) if count else None
-
-        return Links(line, self._dtype, self._device, shape_of)
+        return links(request, line, self._config, self._dtype, self._device)
 
     def _scales(self, divisors: LossDivisors) -> LossScales:
         training = self._config.training
@@ -281,34 +384,6 @@ class Rank:
     def _reported_load(self) -> dict[int, list[int]]:
         first = self._assignment.rank == self._stage_group.ranks[0]
         return {layer: load.tolist() for layer, load in self._load.items()} if first else {}
-
-    def _digest(self, tapes: Mapping[tuple[int, int], Microbatch]) -> int:
-        """Of the sequences that entered the pipeline here: each is hashed by one rank only, after its backward."""
-        entered = [tape.tokens for (slot, _), tape in tapes.items() if self._chunks[slot].first and tape.tokens is not None]
-        return combine(sequence_digest(row.tobytes()) for tokens in entered for row in tokens.cpu().numpy().astype(numpy.int32))
-
-
-def _sums(tapes: Mapping[tuple[int, int], Microbatch]) -> LossSums:
-    return sum((LossSums(float(t.loss_sum), float(t.mtp_loss_sum), float(t.balance_loss_sum)) for t in tapes.values()),
-               LossSums())
-
-
-def _groups(layout: Layout, buckets: tuple[ownership.Bucket, ...],
-            hops: int | str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Every group of a generation, in the one order in which all ranks create them; and the second ones, for the counts of
-    dispatches."""
-    lines = [layout.line(row, w) for row in range(layout.rows) for w in range(layout.width)]
-    stages = [layout.peers(position) for position in range(layout.pipeline)]
-    experts, counts = [], []
-    for replica, position in product(range(len(layout.replicas)), range(layout.pipeline)):
-        counts.append(layout.expert_group(replica, position))
-        if layout.two_hops(replica, hops):
-            experts += [layout.rail(replica, position, w) for w in range(layout.width)]
-            experts += [layout.inside(row, position) for row in layout.replicas[replica]]
-        else:
-            experts.append(counts[-1])
-    return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)], counts
-
 
 def _answers(store: dist.Store) -> bool:
     try:

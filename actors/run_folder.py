@@ -86,6 +86,10 @@ class RunFolder:
                 journal.rewrite(kept)
         return dropped
 
+    def ledger_lines(self) -> list[dict[str, Any]]:
+        """Of the committed steps; a line that a crash cut off is none."""
+        return [json.loads(line) for line in self._ledger.lines() if _step(line) is not None]
+
     def metric_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics.lines()]
 

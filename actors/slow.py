@@ -6,19 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from actors.messages import StepReport, StepRequest
-from orchestrator.config import ModelConfig
 from orchestrator.layout import Layout
-from orchestrator.placement import place_experts
+from orchestrator.placement import Placement
 from orchestrator.stragglers import Change, Flow, Watch, Work
 
 
 class SlowWatch:
     """The watch of one generation."""
 
-    def __init__(self, model: ModelConfig, layout: Layout):
+    def __init__(self, layout: Layout, placement: Placement):
         self._layout, self._watch = layout, Watch(layout)
-        self._experts = {place.rank: place_experts(model, layout, place.replica, place.position)[place.expert_rank]
-                         for place in layout.places}
+        self._experts: dict[int, dict[int, tuple[int, ...]]] = {rank: {} for rank in range(layout.size)}  # by layer
+        for entry in placement.placed:
+            for rank, experts in zip(entry.ranks, entry.experts, strict=True):
+                self._experts[rank][entry.layer] = experts
 
     def after(self, requests: Sequence[StepRequest], reports: Sequence[StepReport]) -> list[tuple[str, dict[str, Any]]]:
         """Events of a step, as kind (slow, slow_over) and details."""
@@ -34,8 +35,8 @@ class SlowWatch:
         for report in reports:
             if report.load:
                 by_stages[self._peers(report.rank)] = report.load
-        return {place.rank: sum(load[expert] for load in by_stages.get(self._peers(place.rank), {}).values()
-                                for expert in self._experts[place.rank]) for place in self._layout.places}
+        return {rank: sum(load[expert] for layer, load in by_stages.get(self._peers(rank), {}).items()
+                          for expert in held[layer]) for rank, held in self._experts.items()}
 
     def _peers(self, rank: int) -> frozenset[int]:
         return frozenset(self._layout.peers(self._layout.places[rank].position))

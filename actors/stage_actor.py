@@ -11,10 +11,22 @@ from typing import Any
 import ray
 
 from actors import storage
-from actors.messages import Apply, Assignment, LossSums, SavedPiece, StepReport, StepRequest
+from actors.messages import (
+    Apply,
+    Assignment,
+    Formed,
+    LossSums,
+    Rearranged,
+    Rearrangement,
+    SavedPiece,
+    Standing,
+    StepReport,
+    StepRequest,
+)
 from actors.metrics import Exporter, RankMetrics, reachable
 from actors.rank import Rank
 from orchestrator.config import RunConfig
+from orchestrator.membership import Member
 from orchestrator.schedule.actions import Program
 
 logger = logging.getLogger(__name__)
@@ -47,11 +59,6 @@ class StageActor:
         self._exporter = Exporter(self._metrics.registry, config.telemetry.host, 0)
 
     @ray.method(concurrency_group="control")
-    def target(self) -> str:
-        """host:port of this rank's exporter, as others reach it."""
-        return f"{reachable(self._listen, self._host)}:{self._exporter.port}"
-
-    @ray.method(concurrency_group="control")
     def reads(self, path: str, token: str) -> bool:
         """Whether this node sees the run folder: the token that the driver wrote there."""
         try:
@@ -60,13 +67,29 @@ class StageActor:
             return False
 
     @ray.method(concurrency_group="control")
+    @_in_one_line
+    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str) -> None:
+        target = f"{reachable(self._listen, self._host)}:{self._exporter.port}"
+        self._rank.attach(member, address, beat_seconds, run, target)
+
+    @ray.method(concurrency_group="control")
     def abort(self) -> None:
         self._rank.abort()
 
     @ray.method(concurrency_group="compute")
     @_in_one_line
-    def form(self, assignment: Assignment) -> None:
-        self._rank.form(assignment)
+    def form(self, assignment: Assignment) -> Formed:
+        return self._rank.form(assignment)
+
+    @ray.method(concurrency_group="compute")
+    @_in_one_line
+    def recall(self) -> dict[int, Assignment]:
+        return self._rank.recall()
+
+    @ray.method(concurrency_group="compute")
+    @_in_one_line
+    def finish(self, apply: Apply | None) -> Standing:
+        return self._rank.finish(apply)
 
     @ray.method(concurrency_group="compute")
     @_in_one_line
@@ -77,6 +100,11 @@ class StageActor:
     @_in_one_line
     def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
         self._rank.restore(directory, pieces, steps)
+
+    @ray.method(concurrency_group="compute")
+    @_in_one_line
+    def rearrange(self, wanted: Rearrangement) -> Rearranged:
+        return self._rank.rearrange(wanted)
 
     @ray.method(concurrency_group="compute")
     @_in_one_line

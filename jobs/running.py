@@ -5,21 +5,22 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from actors.messages import Failure
+from actors.messages import Failure, Outcome, Start
 from jobs import cli
 from jobs.progress import Progress
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout
-
-if TYPE_CHECKING:  # torch takes seconds to import, and this process has no use for it
-    from actors.trainer import Outcome
+from orchestrator.membership import Member
+from orchestrator.replay import Replay
 
 START_TIMEOUT_SECONDS = 300.0
 ANSWER_TIMEOUT_SECONDS = 120.0
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 120.0
+MOST_RESTARTS = 3
+"""Of the coordinator, without a step in between."""
 
 
 class Interrupt:
@@ -48,15 +49,20 @@ class Interrupt:
 
 
 class RunActors:
-    """The actors of a run, owned by this process: they end with the `with` block, however it ends."""
+    """The actors of a run, owned by this process: they end with the `with` block, however it ends.
 
-    def __init__(self, config: RunConfig, layout: Layout, ranks: list[Any], data: str):
+    Ranks do not end with the coordinator. Where that dies, another one goes on with them.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None = None):
         import ray
 
-        from actors.coordinator import Coordinator
+        from jobs.session import create_rank
 
-        self._ray, self._config, self._layout, self._ranks = ray, config, layout, ranks
-        self._coordinator = Coordinator.remote(config, layout, ranks, data)
+        self._ray, self._config, self._layout, self._data = ray, config, layout, data
+        members = _members(layout, replay)
+        self._ranks = {member: create_rank(config, member.node, replay is not None) for member in members}
+        self._start(Start(members if replay else None, replay=replay))
 
     def __enter__(self) -> RunActors:
         try:
@@ -67,20 +73,20 @@ class RunActors:
             raise
 
     def __exit__(self, *exception: object) -> None:
-        for actor in (self._coordinator, *self._ranks):
+        for actor in (self._coordinator, *self._ranks.values()):
             self._ray.kill(actor)
 
     def check_reachable(self, path: str, token: str) -> None:
         """Raises ConfigError: a node does not see the run folder."""
-        seen = self._get([actor.reads.remote(path, token) for actor in self._ranks])
-        blind = sorted({place.node for place, ok in zip(self._layout.places, seen) if not ok})
+        seen = self._get([actor.reads.remote(path, token) for actor in self._ranks.values()])
+        blind = sorted({member.node for member, ok in zip(self._ranks, seen) if not ok})
         if blind:
             raise ConfigError("run.directory", self._config.run.directory,
                               f"a path or URI that every node reads; these do not: {', '.join(blind)}")
 
     def follow(self, progress: Progress, interrupt: Interrupt) -> Outcome:
         """Show what happens until the run ends. Raises JobFailed with the reason."""
-        running, told, deadline = self._coordinator.run.remote(), 0, None
+        running, deadline, idle = self._coordinator.run.remote(), None, 0
         while True:
             done, _ = self._ray.wait([running], timeout=POLL_SECONDS)
             if interrupt.requested and deadline is None:
@@ -89,16 +95,59 @@ class RunActors:
                 deadline = time.monotonic() + GRACE_SECONDS
             if deadline is not None and not done and time.monotonic() > deadline:
                 raise cli.JobFailed(f"the run did not save within {GRACE_SECONDS:g} s of being asked to stop")
-            told = self._show(told, progress)
-            if done:
+            idle = 0 if self._show(progress) else idle
+            if done and self._died(running):
+                if idle >= MOST_RESTARTS:
+                    raise cli.JobFailed(f"the coordinator was lost {idle + 1} times without a step in between")
+                idle += 1
+                running = self._restart(progress)
+                if interrupt.requested:
+                    self._coordinator.stop.remote()
+            elif done:
                 return self._get(running)
 
-    def _show(self, told: int, progress: Progress) -> int:
-        """Tell what happened after update number `told`; returns the number of the newest."""
+    # --- the coordinator -----------------------------------------------------------------------------------------
+
+    def _start(self, start: Start) -> None:
+        from actors.cluster import beside_the_driver
+        from actors.coordinator import Coordinator
+
+        self._told = 0
+        self._coordinator = Coordinator.options(**beside_the_driver()).remote(self._config, self._layout, list(self._ranks.values()), self._data, start)
+
+    def _died(self, running: Any) -> bool:
         try:
-            told, updates = self._ray.get(self._coordinator.updates.remote(told), timeout=ANSWER_TIMEOUT_SECONDS)
+            self._ray.get(running, timeout=0)
         except self._ray.exceptions.RayActorError:
-            return told  # the run's own result says why
+            return True
+        except self._ray.exceptions.RayError:
+            return False
+        return False
+
+    def _restart(self, progress: Progress) -> Any:
+        """Another coordinator for the ranks that there are; those that do not live will not answer it."""
+
+        progress.say("the coordinator was lost: another one takes over")
+        self._start(Start(tuple(self._ranks), left_behind=True))
+        self.address = self._get(self._coordinator.open.remote())
+        progress.say(f"metrics      http://{self.address}/metrics, targets http://{self.address}/targets")
+        return self._coordinator.run.remote()
+
+    def _create(self, member: Member) -> None:
+        """A rank process that the coordinator wants. It dies with this process, not with the coordinator."""
+        from jobs.session import create_rank
+
+        for before in [known for known in self._ranks if (known.node, known.local) == (member.node, member.local)]:
+            self._ray.kill(self._ranks.pop(before))
+        self._ranks[member] = create_rank(self._config, member.node)
+        self._coordinator.admit.remote(member, self._ranks[member])
+
+    def _show(self, progress: Progress) -> bool:
+        """Tell what happened since the last time; whether a step was committed."""
+        try:
+            self._told, updates = self._ray.get(self._coordinator.updates.remote(self._told), timeout=ANSWER_TIMEOUT_SECONDS)
+        except self._ray.exceptions.RayActorError:
+            return False  # the run's own result says why
         except self._ray.exceptions.GetTimeoutError:
             raise cli.JobFailed(f"the coordinator did not answer within {ANSWER_TIMEOUT_SECONDS:g} s") from None
         for kind, values in updates:
@@ -106,7 +155,9 @@ class RunActors:
                 progress.step(values)
             elif kind == "event":
                 progress.event(values)
-        return told
+            elif kind == "spawn":
+                self._create(values["member"])
+        return any(kind == "step" for kind, _ in updates)
 
     def _get(self, references: Any) -> Any:
         """A result, within a bound. Raises JobFailed in one line: a Failure came, an actor raised, died or did not start."""
@@ -124,6 +175,12 @@ class RunActors:
         if isinstance(found, Failure):
             raise cli.JobFailed(found.reason)
         return found
+
+
+def _members(layout: Layout, replay: Replay | None) -> tuple[Member, ...]:
+    """Processes that a run begins with: for the layout, or for all that are to be repeated."""
+    layouts = [layout] if replay is None else [change.layout for change in replay.changes]
+    return tuple(dict.fromkeys(Member(place.node, place.local) for found in layouts for place in found.places))
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,15 +10,12 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable
 from typing import IO, Any
 
 from jobs.cli import JobFailed
 from orchestrator.config import ConfigError, RunConfig
-from orchestrator.layout import Layout
 from orchestrator.topology import Node, virtual_nodes
 
-RANK_RESOURCE = "rank"
 CONNECT_TIMEOUT_SECONDS = 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0"}
 _LOCAL = {"RAY_AUTH_MODE": "disabled"}
@@ -102,47 +99,19 @@ def _temporary_folder() -> str:
 
 def nodes(config: RunConfig) -> tuple[Node, ...]:
     """The nodes that a run can use, each with its ranks. Connected to Ray, unless the nodes are virtual."""
-    topology = config.topology
-    if topology.virtual_nodes:
-        return virtual_nodes(topology.virtual_nodes, topology.ranks_per_node)
-    import ray
+    if config.topology.virtual_nodes:  # without Ray, which takes seconds to import
+        return virtual_nodes(config.topology.virtual_nodes, config.topology.ranks_per_node)
+    from actors.cluster import nodes
 
-    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    kind = rank_kind(alive.values())
-    found = [Node(name, _ranks(offered.get(kind, 0), kind, topology.ranks_per_node)) for name, offered in alive.items()]
-    return tuple(sorted((node for node in found if node.ranks), key=lambda node: node.name))
+    return nodes(config)
 
 
-def create_ranks(config: RunConfig, layout: Layout) -> list[Any]:
-    """One StageActor per rank, in rank order, on the node that the layout says. The caller owns them."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+def create_rank(config: RunConfig, node: str, anywhere: bool = False) -> Any:
+    """A StageActor, on a node or wherever there is room. The caller owns it."""
+    from actors.cluster import actor_options
     from actors.stage_actor import StageActor
 
-    kind = rank_kind(node["Resources"] for node in ray.nodes() if node["Alive"])
-    claim = {"GPU": {"num_gpus": 1}, RANK_RESOURCE: {"resources": {RANK_RESOURCE: 1}}, "CPU": {}}[kind]
-    actors = []
-    for place in layout.places:
-        options: dict[str, Any] = {}
-        if not config.topology.virtual_nodes:
-            options = claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False)}
-        actors.append(StageActor.options(**options).remote(config))
-    return actors
-
-
-def rank_kind(resources: Iterable[dict[str, float]]) -> str:
-    """What a rank takes of a node, the same in the whole cluster: a GPU if any node has one, else a unit of the resource
-    `rank` if any node offers it, else a CPU (which Ray is not asked for: reading data needs CPUs too)."""
-    offered = list(resources)
-    return next((kind for kind in ("GPU", RANK_RESOURCE) if any(node.get(kind) for node in offered)), "CPU")
-
-
-def _ranks(offered: float, kind: str, wanted: int | str) -> int:
-    """What a node offers. A number from the configuration caps GPUs and `rank`, and takes the place of a number of CPUs."""
-    if wanted == "auto":
-        return int(offered)
-    return min(int(wanted), int(offered)) if kind != "CPU" else int(wanted)
+    return StageActor.options(**actor_options(config, None if anywhere else node)).remote(config)
 
 
 def run_directory(config: RunConfig) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 import uuid
-from typing import TYPE_CHECKING
 
 from actors import storage
 from actors.dataset import MANIFEST, Dataset, DatasetError
+from actors.messages import Outcome
 from actors.run_folder import RunFolder
 from jobs import cli, corpus, session, summary
 from jobs.progress import Progress
@@ -20,9 +20,8 @@ from jobs.tokenize import load_tokenizer
 from orchestrator import planner
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout, choose
-
-if TYPE_CHECKING:  # torch takes seconds to import, and this process has no use for it
-    from actors.trainer import Outcome
+from orchestrator.replay import Replay, ReplayRefused
+from orchestrator.replay import read as read_ledger
 
 
 def main() -> int:
@@ -30,8 +29,12 @@ def main() -> int:
     cli.arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="print layout, memory and microbatches, or why they are refused; start no actor")
+    parser.add_argument("--replay", metavar="LEDGER.jsonl", help="repeat the steps of another run's ledger, through the layouts that "
+                        "it records, on as many ranks; every loss must come out the same. Needs that run's configuration, and a "
+                        "run.name of its own")
     options = parser.parse_args()
     config = cli.configuration(options)
+    replay = _replay(options.replay, config) if options.replay else None
     directory, data = session.run_directory(config), session.data_path(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
     if options.dry_run:
@@ -42,7 +45,7 @@ def main() -> int:
             _checked_dataset(config, data)  # before Ray takes its seconds to start
         session.connect()
         interrupt.install()  # Ray has put its own handlers in place
-        return train(config, data, interrupt)
+        return train(config, data, interrupt, replay)
     except storage.StorageError as error:
         key = f"run.directory = {directory}: " if error.uri.startswith(directory) else ""
         raise cli.JobFailed(f"{key}{error}") from error
@@ -64,16 +67,18 @@ def dry_run(config: RunConfig) -> int:
     return cli.DONE
 
 
-def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
+def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | None = None) -> int:
     """Everything between a connected Ray and the exit code."""
-    layout = choose(session.nodes(config), config.layout, config.model, config.stages)
+    layout = replay.at(0).layout if replay else choose(session.nodes(config), config.layout, config.model, config.stages)
     progress = Progress(config.training.steps)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
     folder = RunFolder(config.run.directory, config.run.name)
     with folder.held():
         corpus.prepare(config, data)
         dataset = _checked_dataset(config, data)
-        outcome = _run(config, layout, data, folder, progress, interrupt)
+        if replay and folder.ledger_lines():
+            raise ConfigError("run.name", config.run.name, "a run that has no steps yet, with --replay")
+        outcome = _run(config, layout, data, folder, progress, interrupt, replay)
         _summarise(config, folder, dataset, progress)
     if outcome.interrupted:
         progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there")
@@ -81,10 +86,11 @@ def train(config: RunConfig, data: str, interrupt: Interrupt) -> int:
     return cli.DONE
 
 
-def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
+def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,
+         replay: Replay | None) -> Outcome:
     """From actors to the end of the run."""
     interrupt.check()
-    with RunActors(config, layout, session.create_ranks(config, layout), data) as run:
+    with RunActors(config, layout, data, replay) as run:
         token = uuid.uuid4().hex
         token_path = folder.write(".reachable", token)
         try:
@@ -93,6 +99,14 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
             storage.delete(token_path)
         progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
         return run.follow(progress, interrupt)
+
+
+def _replay(ledger: str, config: RunConfig) -> Replay:
+    """Raises ConfigError: it cannot be read, or not repeated with this configuration."""
+    try:
+        return read_ledger(storage.read_bytes(ledger).decode("utf-8").splitlines(), config)
+    except (storage.StorageError, UnicodeDecodeError, ReplayRefused) as error:
+        raise ConfigError("--replay", ledger, f"the ledger of a run with this configuration ({error})") from None
 
 
 def _checked_dataset(config: RunConfig, data: str) -> Dataset:

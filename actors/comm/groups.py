@@ -132,17 +132,20 @@ class Generation:
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._create_timeout = datetime.timedelta(seconds=min(timeout_seconds, create_timeout_seconds))
         self._groups: dict[tuple[tuple[int, ...], bool], Group] = {}
+        self._aborted = False
 
     def create(self, store: dist.Store, wanted: Iterable[tuple[int, ...]], seconds: Iterable[tuple[int, ...]] = ()) -> None:
         """Make the groups that contain this rank; of `seconds`, second ones. Every rank must pass the same sequences, or
         creation would deadlock.
 
-        Raises Aborted when a member does not come in time.
+        Raises Aborted when a member does not come in time, or `abort` was called: at the next group, for making one cannot be ended.
         """
         keys = [*((ranks, False) for ranks in wanted), *((ranks, True) for ranks in seconds)]
         for index, (ranks, second) in enumerate(dict.fromkeys(keys)):
             if self.rank not in ranks:
                 continue
+            if self._aborted:
+                raise Aborted(f"generation {self.number} was given up while its groups were made")
             backend = None
             if len(ranks) > 1:
                 prefix = dist.PrefixStore(f"generation-{self.number}/group-{index}", store)
@@ -153,6 +156,8 @@ class Generation:
         return self._groups[ranks, second]
 
     def abort(self) -> None:
+        """End every blocked operation, and refuse to make further groups."""
+        self._aborted = True
         for group in list(self._groups.values()):
             group.abort()
 

@@ -8,11 +8,13 @@ Needs root and Linux. Addresses of neighbours are permanent, so that nothing but
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,11 +166,22 @@ def enter(namespace: str) -> None:
         os.close(handle)
 
 
+def pids(namespace: str) -> list[int]:
+    """Processes inside; none where there is no such namespace."""
+    done = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS,
+                          check=False)
+    return [int(word) for word in done.stdout.split()]
+
+
 def remove_stale() -> None:
-    """Remove what a process made that is gone."""
+    """Remove what a process made that is gone, and end what still runs inside."""
     names = [*(os.listdir(_NAMESPACES) if _NAMESPACES.is_dir() else ()), *os.listdir(_DEVICES)]
     gone = [name for name in names if (found := _NAME.fullmatch(name)) and not os.path.exists(f"/proc/{int(found[1], 16)}")]
-    _remove([name for name in gone if (_NAMESPACES / name).exists()], [name for name in gone if (_DEVICES / name).exists()])
+    namespaces = [name for name in gone if (_NAMESPACES / name).exists()]
+    for pid in [pid for name in namespaces for pid in pids(name)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _remove(namespaces, [name for name in gone if (_DEVICES / name).exists()])
 
 
 def _remove(namespaces: Sequence[str], devices: Iterable[str]) -> None:

@@ -69,7 +69,7 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
         layout = choose(session.nodes(config), config.layout, config.model, config.stages)
         from actors.coordinator import Coordinator
 
-        ranks = session.create_ranks(config, layout)
+        ranks = [session.create_rank(config, place.node) for place in layout.places]
         coordinator = Coordinator.remote(config, layout, ranks, data)
         for call in (coordinator.open, coordinator.run):
             if isinstance(failed := ray.get(call.remote(), timeout=_TIMEOUT_SECONDS), Failure):

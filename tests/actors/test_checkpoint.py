@@ -78,7 +78,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_every_truncation_is_refused(tmp_path):
     directory = save(tmp_path, 3)
-    for name in ("rank-00000.safetensors", "manifest.json"):
+    for name in ("generation-0-rank-00000.safetensors", "manifest.json"):
         path = tmp_path / "step-00000003" / name
         whole = path.read_bytes()
         for length in range(0, len(whole), 1 if len(whole) < 1500 else 3):
@@ -92,7 +92,7 @@ def test_every_changed_byte_is_refused_or_harmless(tmp_path):
     """Harmless: white space of a header, say. What is loaded is what was saved, or nothing is."""
     directory, rng = save(tmp_path, 3), random.Random(0)
     manifest, refusals = checkpoint.read_manifest(directory), 0
-    for name in ("rank-00000.safetensors", "manifest.json"):
+    for name in ("generation-0-rank-00000.safetensors", "manifest.json"):
         path = tmp_path / "step-00000003" / name
         whole = path.read_bytes()
         for at in range(0, len(whole), 2):
@@ -108,8 +108,8 @@ def test_every_changed_byte_is_refused_or_harmless(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     directory = save(tmp_path, 3)
-    os.rename(tmp_path / "step-00000003" / "rank-00000.safetensors", tmp_path / "aside")
-    assert refused(directory) == f"checkpoint file {directory}/rank-00000.safetensors: does not exist"
+    os.rename(tmp_path / "step-00000003" / "generation-0-rank-00000.safetensors", tmp_path / "aside")
+    assert refused(directory) == f"checkpoint file {directory}/generation-0-rank-00000.safetensors: does not exist"
     os.remove(tmp_path / "step-00000003" / "manifest.json")
     assert refused(directory) == f"checkpoint {directory}/manifest.json: does not exist"
     assert checkpoint.complete(str(tmp_path)) == [] and checkpoint.complete(str(tmp_path / "nowhere")) == []

@@ -114,7 +114,7 @@ def test_files_are_waited_for_beside_other_calls(ranks):
 def test_a_lost_process_is_told_by_every_call(ranks):
     os.kill(ranks.pids[1], signal.SIGKILL)
     for _ in range(3):
-        with pytest.raises(RankFailed, match="rank 1: its process ended"):
+        with pytest.raises(RankFailed, match="rank 1: its process or node was lost"):
             ranks.start("echo", [()] * 3).results(30)
     ranks.abort()
 
@@ -148,7 +148,7 @@ def test_busy_and_frozen_processes_are_ended_by_force(monkeypatch):
 
 
 def test_a_process_that_does_not_come_up_is_told():
-    with ProcessRanks(RunConfig(), 2, Refusing) as ranks, pytest.raises(RankFailed, match="its process ended"):
+    with ProcessRanks(RunConfig(), 2, Refusing) as ranks, pytest.raises(RankFailed, match="its process or node was lost"):
         ranks.start("echo", [()] * 2).results(30)
 
 

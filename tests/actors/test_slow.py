@@ -15,7 +15,7 @@ from runtime import configured, on_all, train
 from actors.comm.wires import Wire, Wires
 from actors.messages import LossSums, StepReport, StepRequest
 from actors.slow import SlowWatch, flows
-from orchestrator.placement import place_experts
+from orchestrator.placement import default_placement
 from orchestrator.schedule.spans import Figures, Lane
 
 SLOW_FROM, SLOW_UNTIL, STEPS, FACTOR = 6, 13, 22, 5.0
@@ -93,9 +93,10 @@ def test_connections_are_matched_end_to_end():
 @pytest.mark.parametrize("busy, expected", [(True, []), (False, ["slow"])])
 def test_a_rank_whose_experts_are_chosen_more_is_not_slow(busy, expected):
     config, layout = configured("one node")
-    hot = place_experts(config.model, layout, 0, 0)[1]
+    placement = default_placement(config.model, layout)
+    hot = placement.at(0, 0, 1)[1]
     load = {1: [40 if busy and expert in hot else 10 for expert in range(config.model.n_routed_experts)]}
-    watch, told = SlowWatch(config.model, layout), []
+    watch, told = SlowWatch(layout, placement), []
     for _ in range(5):
         told += watch.after([request(4), request(4)], [report(0, load=load), report(1, seconds=4.0)])
     assert [kind for kind, _ in told] == expected

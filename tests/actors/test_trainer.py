@@ -223,7 +223,7 @@ def test_a_lost_process_ends_the_run_at_once_and_spares_the_others(tmp_path):
         assert time.monotonic() - died[0] < 10
         assert isinstance(run.error, RankFailed) and run.error.rank in (0, 1)
         assert [line["step"] for line in ledger(tmp_path)] == [0]
-        with pytest.raises(RankFailed, match="rank 1: its process ended"):
+        with pytest.raises(RankFailed, match="rank 1: its process or node was lost"):
             own.start("do", [(len_of_world,)] * 2).results(TIMEOUT_SECONDS)
 
 

@@ -1,0 +1,111 @@
+"""What Ray knows of the cluster: nodes, what they offer, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.ranks import News
+from orchestrator.config import RunConfig
+from orchestrator.topology import Node
+
+logger = logging.getLogger(__name__)
+
+RANK_RESOURCE = "rank"
+WATCH_SECONDS = 0.25
+
+
+def nodes(config: RunConfig) -> tuple[Node, ...]:
+    """The nodes that Ray has for a run, each with its ranks, by name."""
+    return _offered(ray.nodes(), config.topology.ranks_per_node)
+
+
+def rank_kind(resources: Iterable[Mapping[str, float]]) -> str:
+    """What a rank takes of a node, the same in the whole cluster: a GPU if any node has one, else a unit of the resource
+    `rank` if any node offers it, else a CPU (which Ray is not asked for: reading data needs CPUs too)."""
+    offered = list(resources)
+    return next((kind for kind in ("GPU", RANK_RESOURCE) if any(node.get(kind) for node in offered)), "CPU")
+
+
+def actor_options(config: RunConfig, node: str | None) -> dict[str, Any]:
+    """For Ray, of a rank on a node: what it takes, and that it is to be there and nowhere else. None: anywhere."""
+    if config.topology.virtual_nodes:
+        return {}
+    kind = rank_kind(found["Resources"] for found in ray.nodes() if found["Alive"])
+    claim = {"GPU": {"num_gpus": 1}, RANK_RESOURCE: {"resources": {RANK_RESOURCE: 1}}, "CPU": {}}[kind]
+    return claim if node is None else claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def beside_the_driver() -> dict[str, Any]:
+    """For Ray, of an actor that is to be on this process's node: the run cannot outlive that one anyway."""
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+
+
+def _offered(table: Iterable[Mapping[str, Any]], ranks_per_node: int | str) -> tuple[Node, ...]:
+    alive = {node["NodeID"]: node["Resources"] for node in table if node["Alive"]}
+    kind = rank_kind(alive.values())
+    found = [Node(name, _ranks(offered.get(kind, 0), kind, ranks_per_node)) for name, offered in alive.items()]
+    return tuple(sorted((node for node in found if node.ranks), key=lambda node: node.name))
+
+
+def _ranks(offered: float, kind: str, wanted: int | str) -> int:
+    """What a node offers. A number from the configuration caps GPUs and `rank`, and takes the place of a number of CPUs."""
+    if wanted == "auto":
+        return int(offered)
+    return min(int(wanted), int(offered)) if kind != "CPU" else int(wanted)
+
+
+class NodeWatch:
+    """Asks Ray a few times a second who is there and who drains, on a thread of its own: that may take as long as it takes."""
+
+    def __init__(self, config: RunConfig):
+        self._config, self._lock, self._news = config, threading.Lock(), []
+        self._known: dict[str, Node] = {}
+        self._draining: dict[str, int] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+        if not config.topology.virtual_nodes:
+            self._thread.start()
+
+    def news(self) -> list[News]:
+        """Since the last call."""
+        with self._lock:
+            found, self._news = self._news, []
+        return found
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(WATCH_SECONDS):
+            try:
+                table, draining = ray.nodes(), dict(state.get_draining_nodes())
+            except (RayError, RuntimeError) as error:  # Ray's control store is away; ranks do not need it
+                logger.warning("cannot ask Ray for its nodes: %s", error)
+                continue
+            found = self._compared({node.name: node for node in _offered(table, self._config.topology.ranks_per_node)}, draining)
+            with self._lock:
+                self._news += found
+
+    def _compared(self, present: dict[str, Node], draining: Mapping[str, int]) -> list[News]:
+        found = [News("joined", node) for name, node in present.items() if self._known.get(name) != node]
+        found += [News("left", node, "Ray counts it as dead") for name, node in self._known.items() if name not in present]
+        for name in present:
+            deadline = draining.get(name)
+            if deadline is not None and deadline != self._draining.get(name):
+                at = time.monotonic() + deadline / 1000 - time.time() if deadline else None
+                found.append(News("draining", present[name], "Ray drains it", at))
+            if deadline is None and name in self._draining:
+                found.append(News("stays", present[name]))
+        self._known = present
+        self._draining = {name: deadline for name, deadline in draining.items() if name in present}
+        return found

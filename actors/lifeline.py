@@ -1,0 +1,215 @@
+"""A rank's end of its lifeline to the coordinator: it says who it is, beats, and lets go when told to.
+
+All of it on one thread of its own, whatever the rank's other threads are doing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from actors.lifeline_wire import (
+    INTRODUCTION_SECONDS,
+    VERSION,
+    Address,
+    End,
+    Ended,
+    Wire,
+    bell_and_rope,
+    go_first,
+    read_message,
+    ring,
+    silence,
+    wanted_events,
+)
+from orchestrator.membership import Member
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = (0.05, 1.0)  # between attempts to connect: the first, doubling to the last
+
+
+class Lifeline:
+    """A rank's end: a thread of its own, which connects, beats, and lets go when told to.
+
+    abort: called with a generation, on this thread; it is to end all communication of that generation, quickly: no beat goes out
+        meanwhile. Where it raises, no answer is given.
+    orphaned: called, on this thread, once for each coordinator lost. From then on this tries to connect again, to the same
+        address or to where `move` says.
+    refused: called with the reason when the coordinator has someone newer in this member's place, or is another run's. This then
+        rests until `move`.
+    about: what to say of oneself at each hello besides pid and host; it must be fit for JSON.
+    Beats pause while another thread holds the interpreter's lock without a break, as only a call into C can.
+    """
+
+    def __init__(self, address: Address, member: Member, abort: Callable[[int], None], beat_seconds: float,
+                 orphaned: Callable[[], None] = lambda: None, *, refused: Callable[[str], None] = lambda reason: None,
+                 about: Callable[[], Mapping[str, Any]] = dict, run: str = ""):
+        self._address, self._member, self._run = address, member, run
+        self._abort, self._orphaned, self._refused, self._about = abort, orphaned, refused, about
+        self._beat_seconds = beat_seconds
+        self._lock = threading.Lock()
+        self._moved = self._closing = False
+        self._bell, self._rope = bell_and_rope()
+        self._thread = threading.Thread(target=self._live, name="lifeline", daemon=True)
+        self._thread.start()
+
+    def move(self, address: Address) -> None:
+        """Leave the coordinator for the one at `address`, though it be the same. Returns at once."""
+        with self._lock:
+            self._address, self._moved = address, True
+        ring(self._rope)
+
+    def close(self) -> None:
+        """Leave, and end the thread. To be called from any thread but its own."""
+        with self._lock:
+            self._closing = True
+        ring(self._rope)
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- the thread ----------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        go_first()
+        pause = _RETRY_SECONDS[0]
+        with selectors.DefaultSelector() as selector, self._bell, self._rope:
+            selector.register(self._bell, selectors.EVENT_READ)
+            while not self._closing:
+                with self._lock:
+                    address, self._moved = self._address, False
+                welcome = self._meet(selector, address)
+                if welcome:
+                    pause = _RETRY_SECONDS[0]
+                elif welcome is None:
+                    self._rest(selector, None)
+                elif self._rest(selector, pause):
+                    pause = _RETRY_SECONDS[0]
+                else:
+                    pause = min(2 * pause, _RETRY_SECONDS[1])
+
+    def _meet(self, selector: selectors.BaseSelector, address: Address) -> bool | None:
+        """Connect, and stay until the connection ends or somebody wants otherwise. Whether we were welcome; None: refused."""
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as connection:
+            try:
+                wire = Wire(connection)
+                if connection.connect_ex(address) not in (0, errno.EINPROGRESS):
+                    return False
+                selector.register(connection, selectors.EVENT_WRITE)
+            except OSError:  # no such address, or no way there
+                return False
+            try:
+                return self._attend(selector, wire)
+            finally:
+                selector.unregister(connection)
+
+    def _attend(self, selector: selectors.BaseSelector, wire: Wire) -> bool | None:
+        try:
+            if (lines := self._introduce(selector, wire)) is None:
+                return False
+        except Ended:
+            return False
+        except _Refused as refused:
+            self._refused(str(refused))
+            return None
+        try:
+            self._beat_on(selector, wire, lines)
+        except Ended as ended:
+            logger.info("the coordinator's lifeline ended: %s", ended.how)
+            self._orphaned()
+        return True
+
+    def _introduce(self, selector: selectors.BaseSelector, wire: Wire) -> list[bytes] | None:
+        """Wait for the connection, say hello, wait for welcome: the lines that came with it; None: none came in time.
+
+        Raises Ended, _Refused.
+        """
+        deadline, said = time.monotonic() + INTRODUCTION_SECONDS, False
+        while self._wanted() and (left := deadline - time.monotonic()) > 0:
+            ready = self._wait(selector, left)
+            if not ready & (selectors.EVENT_READ | selectors.EVENT_WRITE):
+                continue
+            if not said:
+                about = {**self._about(), "pid": os.getpid(), "host": socket.gethostname()}
+                member = [self._member.node, self._member.local, self._member.incarnation]
+                wire.send({"lifeline": VERSION, "run": self._run, "member": member, "about": about})
+                said = True
+            selector.modify(wire.socket, wanted_events(wire))
+            wire.flush()
+            if lines := wire.receive():
+                message = read_message(lines[0])
+                if "refused" in message:
+                    raise _Refused(message["refused"])
+                if message.get("welcome") != VERSION:
+                    raise Ended(End.MALFORMED)  # not a coordinator; maybe ourselves: a port that nobody holds may be our own
+                return lines[1:]
+        return None
+
+    def _beat_on(self, selector: selectors.BaseSelector, wire: Wire, lines: list[bytes]) -> None:
+        """lines: those that came with the welcome. Raises Ended."""
+        due = time.monotonic()
+        for line in lines:
+            self._let_go(wire, read_message(line))
+        while self._wanted():
+            selector.modify(wire.socket, wanted_events(wire))
+            ready = self._wait(selector, max(0.0, due - time.monotonic()))
+            if ready & selectors.EVENT_READ:
+                for line in wire.receive():
+                    self._let_go(wire, read_message(line))
+            if ready & selectors.EVENT_WRITE:
+                wire.flush()
+            if (now := time.monotonic()) >= due:
+                wire.beat()
+                due = now + self._beat_seconds
+
+    def _let_go(self, wire: Wire, message: Mapping[str, Any]) -> None:
+        """Raises Ended."""
+        generation, started = message.get("abort"), time.monotonic()
+        if not isinstance(generation, int):
+            raise Ended(End.MALFORMED)
+        try:
+            self._abort(generation)
+        except Exception:  # whatever it is, this thread must go on: no answer tells the coordinator that this rank failed to
+            logger.exception("cannot abort generation %d", generation)
+            return
+        wire.send({"aborted": generation, "seconds": time.monotonic() - started})
+
+    def _wanted(self) -> bool:
+        return not (self._closing or self._moved)
+
+    def _wait(self, selector: selectors.BaseSelector, seconds: float | None) -> int:
+        """Events of the connection, waiting no longer than this, or until somebody wants something."""
+        ready = 0
+        for key, events in selector.select(seconds):
+            if key.fileobj is self._bell:
+                silence(self._bell)
+            else:
+                ready |= events
+        return ready
+
+    def _rest(self, selector: selectors.BaseSelector, seconds: float | None) -> bool:
+        """Wait this long, None: for ever, for somebody to want something; whether somebody did."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while self._wanted():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._wait(selector, left)
+        return True
+
+
+class _Refused(Exception):
+    pass

@@ -1,0 +1,148 @@
+"""`python -m jobs.status RUN_FOLDER`: what a run's files say of it. `python -m jobs.status audit RUN_FOLDER`: proves from the
+tokenized shards that each sequence of each committed step was used exactly once; one line per problem, and exit code 1.
+
+Both read only, so a run under way may be asked. The configuration is the run folder's, unless `--config` names another;
+`--set data.path=...` says where the data is if it has moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+import yaml
+
+from actors import storage
+from actors.dataset import Dataset, DatasetError
+from jobs import audit, cli, session
+from orchestrator.config import RunConfig, load, parse
+
+AUDIT = "audit"
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+def main() -> int:
+    """The words of the command line, so that `audit` stands before the folder and plain status needs no word."""
+    auditing = sys.argv[1:2] == [AUDIT]
+    parser = cli.Parser(prog="python -m jobs.status" + (f" {AUDIT}" if auditing else ""), description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", metavar="RUN_FOLDER", help="a run's folder: a path or a URI")
+    cli.arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(sys.argv[2 if auditing else 1 :])
+    try:
+        if not storage.exists(storage.join(options.folder, audit.LEDGER)):
+            raise cli.JobFailed(f"{options.folder}: no run that has committed a step; it has no {audit.LEDGER}")
+        return _audit(options) if auditing else _status(options)
+    except (storage.StorageError, DatasetError) as error:
+        raise cli.JobFailed(str(error)) from error
+
+
+# ---- audit
+
+def _audit(options: Namespace) -> int:
+    config, started = configuration(options), time.perf_counter()
+    data = session.data_path(config)
+    dataset = Dataset.open(data)
+    found = audit.audit(options.folder, config, dataset)
+    seconds, clean = round(time.perf_counter() - started, 3), not found.problems
+    if options.json:
+        problems = [{"step": p.step, "kind": p.kind, "text": p.text} for p in found.problems]
+        print(json.dumps({"run": options.folder, "data": data, "clean": clean, "steps": found.steps, "sequences": found.sequences,
+                          "shards_read": found.shards, "seconds": seconds, "problems": problems}))
+        return cli.DONE if clean else cli.FAILED
+    for problem in found.problems:
+        print(problem.text)
+    read = (f"{found.steps:,} steps, {found.sequences:,} sequences, {found.shards} of {len(dataset.train.shards)} shards read, "
+            f"{seconds} s")
+    verdict = "each sequence was used exactly once" if clean else f"{len(found.problems)} problems"
+    print(f"audit: {verdict}: {read}")
+    return cli.DONE if clean else cli.FAILED
+
+
+def configuration(options: Namespace) -> RunConfig:
+    """The run's own, in the folder where it is now; `--config` and `--set` go before. Raises ConfigError."""
+    folder = options.folder.rstrip("/")
+    if options.config:
+        config = load(options.config, options.overrides)
+    else:
+        config = parse(yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml"))), options.overrides)
+    parent = folder.rpartition("/")[0] if "://" in folder else os.path.dirname(os.path.abspath(folder))
+    return config.model_copy(update={"run": config.run.model_copy(update={"directory": parent})})
+
+
+# ---- state
+
+def _status(options: Namespace) -> int:
+    state = state_of(options.folder, configuration(options))
+    print(json.dumps(state) if options.json else "\n".join(_lines(state)))
+    return cli.DONE
+
+
+def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
+    """What the files say. `running`: whether a process on this machine holds the run; None where that cannot be seen."""
+    events = [audit.json_object(text) for text in _journal(folder, "events.jsonl")]
+    metrics = [audit.json_object(text) for text in _journal(folder, audit.METRICS)[-1:]]
+    committed = [audit.json_object(text) for text in _journal(folder, audit.LEDGER)[-1:]]
+    newest = {event["event"]: event for event in events if "event" in event}
+    saved = _saved_steps(folder)
+    return {
+        "run": folder, "running": _held(folder), "steps_committed": committed[0]["step"] + 1 if committed else 0,
+        "steps": config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
+        "generation": newest.get("generation"), "validation": newest.get("validation"),
+        "last_event": events[-1] if events else None,
+    }
+
+
+def _lines(state: dict[str, Any]) -> list[str]:
+    done, steps, running = state["steps_committed"], state["steps"], state["running"]
+    doing = "running" if running else "finished" if done >= steps else "not running" if running is False else "held by no lock"
+    found = [f"run          {state['run']}: {doing}", f"steps        {done} of {steps} committed"]
+    if newest := state["newest_step"]:
+        ago = max(0.0, time.time() - newest.get("time", time.time()))
+        found.append(f"newest       step {newest['step'] + 1}  loss {newest['loss']:.4f}  "
+                     f"{newest['tokens_per_second']:,.0f} tokens/s, {ago:,.0f} s ago")
+    if generation := state["generation"]:
+        found.append(f"layout       {generation['layout']} (generation {generation['generation']})")
+    if validation := state["validation"]:
+        found.append(f"validation   {validation['loss']:.4f} after {validation['step']} steps")
+    found.append(f"checkpoints  {', '.join(f'step {step}' for step in state['checkpoints']) or 'none'}")
+    if event := state["last_event"]:
+        details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
+        found.append(f"last event   {event.get('event')}: {details}")
+    return found
+
+
+def _journal(folder: str, name: str) -> list[str]:
+    uri = storage.join(folder, name)
+    return storage.read_bytes(uri).decode(errors="replace").split("\n")[:-1] if storage.exists(uri) else []
+
+
+def _saved_steps(folder: str) -> list[int]:
+    """Steps of complete checkpoints: those with a manifest."""
+    root = storage.join(folder, "checkpoints")
+    if not storage.is_folder(root):
+        return []
+    names = {entry.name: entry.uri for entry in storage.list_folder(root)}
+    return sorted(int(match[1]) for name, uri in names.items()
+                  if (match := _CHECKPOINT.fullmatch(name)) and storage.exists(storage.join(uri, "manifest.json")))
+
+
+def _held(folder: str) -> bool | None:
+    """Whether a process has the run's lock. It is looked for in the kernel's list: trying to take it might refuse a run that
+    starts at that moment."""
+    try:
+        lock = os.stat(os.path.join(folder, ".lock"))
+        with open("/proc/locks") as stream:
+            inodes = {line.split()[5].rpartition(":")[2] for line in stream if " FLOCK " in line}
+    except (OSError, IndexError):
+        return None
+    return str(lock.st_ino) in inodes
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,70 @@
+"""For tests of lifelines: processes that have one, and waiting for what the coordinator's end sees."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+BEAT = 0.05
+RUN = "a run"
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Process:
+    """One that runs lifeline_member.py; `told`: the next line that it said."""
+
+    def __init__(self, address, member, how="idle", within=()):
+        arguments = [address[0], address[1], member.node, member.local, member.incarnation, BEAT, how]
+        self.member = member
+        self._process = subprocess.Popen(
+            [*within, sys.executable, "-m", "tests.actors.lifeline_member", *map(str, arguments)],
+            cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.pid, self._lines = self._process.pid, queue.Queue()
+        self._reader = threading.Thread(target=lambda: [self._lines.put(line.strip()) for line in self._process.stdout])
+        self._reader.start()
+
+    def signal(self, number):
+        self._process.send_signal(number)
+
+    def say(self, line):
+        self._process.stdin.write(line + "\n")
+
+    def told(self, seconds=10.0):
+        return self._lines.get(timeout=seconds)
+
+    def quiet(self, seconds):
+        try:
+            return not self._lines.get(timeout=seconds)
+        except queue.Empty:
+            return True
+
+    def end(self):
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def expect(server, what, seconds=20.0):
+    """The next of `what` (server.hello or server.ended) that says anything, waiting for `wake` as a trainer does."""
+    deadline = time.monotonic() + seconds
+    while True:
+        server.wake.clear()
+        if found := what():
+            return found
+        left = deadline - time.monotonic()
+        assert left > 0 and server.wake.wait(left), "nothing happened in time"
+
+
+def beats_on(server, member, seconds=10.0, before=None):
+    """Whether it is heard from again; `before`: what `heard` said until then."""
+    before = server.heard()[member] if before is None else before
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while server.heard().get(member, before) <= before and time.monotonic() < deadline:
+        pause.wait(BEAT / 5)
+    return server.heard()[member] > before

@@ -1,0 +1,170 @@
+"""The coordinator's end of lifelines, to which a test talks as members and as strangers do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+from lifeline_tools import BEAT, RUN, beats_on, expect
+
+from actors import lifeline_wire, lifelines
+from actors.lifeline import Lifeline
+from actors.lifelines import End, Lifelines
+from orchestrator.membership import Member
+
+
+@pytest.fixture
+def server():
+    with Lifelines("127.0.0.1", run=RUN) as found:
+        yield found
+
+
+def hello(of, pid=1, **changes):
+    return {"lifeline": 1, "run": RUN, "member": [of.node, of.local, of.incarnation],
+            "about": {"pid": pid, "host": "somewhere"}} | changes
+
+
+def connect(server, text=b""):
+    """A socket on which `text` was said."""
+    peer = socket.create_connection(server.address, timeout=10)
+    peer.sendall(text)
+    return peer
+
+
+def introduced(server, *arguments, **options):
+    return connect(server, json.dumps(hello(*arguments, **options)).encode() + b"\n")
+
+
+def answer(peer):
+    return json.loads(peer.makefile().readline())
+
+
+def closed(peer):
+    """Whether the other side closes it."""
+    try:
+        return peer.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+STRANGE = [
+    b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", b"\n", b"\x16\x03\x01\x02\x00\x01\xfc\n", b"[]\n", b"7\n", b"{}\n",
+    b"[" * 60_000 + b"\n", b"x" * (lifeline_wire._LINE_BYTES + 5000),
+    json.dumps(hello(Member("a", 0), lifeline=2)).encode() + b"\n",
+    json.dumps(hello(Member("a", 0), member=["a", "0", 0])).encode() + b"\n",
+    json.dumps(hello(Member("a", 0), member=["a", True, 0])).encode() + b"\n",
+    json.dumps(hello(Member("a", 0), about={})).encode() + b"\n", json.dumps(hello(Member("a", 0), run=None)).encode() + b"\n"]
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
+def test_a_stranger_is_dropped_without_harm(server, text):
+    with introduced(server, Member("b", 0)) as member, connect(server, text) as stranger:
+        assert answer(member) == {"welcome": 1} and closed(stranger)
+        server.hello()
+        assert server.heard().keys() == {Member("b", 0)} and server.ended() == []
+        before = server.heard()[Member("b", 0)]
+        member.sendall(b"\n")
+        assert beats_on(server, Member("b", 0), before=before)
+
+
+def test_who_says_nothing_is_dropped(monkeypatch):
+    monkeypatch.setattr(lifelines, "INTRODUCTION_SECONDS", 0.2)
+    monkeypatch.setattr(lifelines, "_TICK_SECONDS", 0.1)
+    with Lifelines("127.0.0.1", run=RUN) as server, connect(server) as silent, introduced(server, Member("a", 0)) as member:
+        assert answer(member) == {"welcome": 1} and closed(silent) and server.heard().keys() == {Member("a", 0)}
+
+
+def test_a_member_that_talks_nonsense_is_dropped_and_told_of(server):
+    member = Member("a", 0)
+    with introduced(server, member) as peer:
+        expect(server, server.hello)
+        peer.sendall(b"nonsense\n")
+        assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(member, End.MALFORMED)]
+
+
+def test_lines_may_come_in_pieces_and_together(server):
+    member = Member("a", 0)
+    text = json.dumps(hello(member)).encode() + b"\n\n\n" + b'{"aborted":3,"seconds":0.25}\n\n{"abor'
+    with connect(server, text[:20]) as peer:
+        for byte in text[20:-30]:
+            peer.sendall(bytes([byte]))
+        peer.sendall(text[-30:])
+        expect(server, server.hello)
+        assert server.aborted([member], 3, 10.0) == {member: 0.25}
+        peer.sendall(b'ted":4,"seconds":1}\n')
+        assert server.aborted([member], 4, 10.0) == {member: 1.0}
+
+
+def test_of_two_incarnations_the_newer_has_the_place(server):
+    old, new = Member("a", 0, 1), Member("a", 0, 2)
+    with introduced(server, old) as first:
+        expect(server, server.hello)
+        with introduced(server, new, pid=2) as second:
+            assert answer(second) == {"welcome": 1} and server.heard().keys() == {new}
+            assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(old, End.REPLACED)]
+            assert answer(first) == {"welcome": 1} and closed(first)
+            with introduced(server, old) as again:
+                assert answer(again) == {"refused": "incarnation 2 is in its place"} and closed(again)
+        assert expect(server, server.ended)[0][0] == new
+        with introduced(server, old) as again:  # also when the newer one is gone
+            assert "refused" in answer(again)
+    assert [member for member, _ in server.hello()] == [new]
+
+
+def test_the_same_process_may_come_again_another_may_not(server):
+    member = Member("a", 0)
+    with introduced(server, member) as first:
+        expect(server, server.hello)
+        with introduced(server, member, pid=2) as other:
+            assert answer(other) == {"refused": "process 1 on somewhere is this member"}
+        with introduced(server, member) as second:
+            assert answer(second) == {"welcome": 1}
+            assert [found for found, _ in expect(server, server.hello)] == [member]
+            assert server.ended() == [] and server.heard().keys() == {member}
+            assert answer(first) == {"welcome": 1} and closed(first)
+
+
+def test_other_runs_members_are_refused_and_rest_until_they_move(server):
+    reasons, asked = [], threading.Event()
+
+    def refused(reason):
+        reasons.append(reason)
+        asked.set()
+
+    with Lifelines("127.0.0.1", run="other") as other, Lifeline(other.address, Member("a", 0), print, BEAT, refused=refused,
+                                                                run=RUN) as line:
+        assert asked.wait(10) and reasons == ["this is run 'other'"]
+        line.move(server.address)
+        assert expect(server, server.hello)[0][0] == Member("a", 0) and len(reasons) == 1
+
+
+def test_who_does_not_read_is_dropped_and_holds_up_nobody(server, monkeypatch):
+    monkeypatch.setattr(lifeline_wire, "_UNACKNOWLEDGED_SECONDS", 100.0)  # which would drop it too
+    reader, deaf = Member("a", 0), Member("a", 1)
+    with socket.socket() as peer, Lifeline(server.address, reader, lambda generation: None, BEAT, run=RUN):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.connect(server.address)
+        peer.sendall(json.dumps(hello(deaf)).encode() + b"\n")
+        while server.heard().keys() != {reader, deaf}:
+            expect(server, server.hello)
+        started, ended = time.monotonic(), []
+        while not ended and time.monotonic() - started < 30:
+            server.abort([deaf] * 20_000, 1)
+            server.abort([reader], 2)
+            assert server.aborted([reader], 2, 20.0).keys() == {reader}
+            ended = server.ended()
+        assert [(lost, how) for lost, _, how in ended] == [(deaf, End.UNREAD)]
+
+
+def test_what_comes_together_with_the_welcome_is_not_lost():
+    told = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, Lifeline(listener.getsockname(), Member("a", 0),
+                                                                      lambda generation: told.set(), BEAT):
+        peer, _ = listener.accept()
+        with peer, peer.makefile() as lines:
+            assert json.loads(lines.readline())["member"] == ["a", 0, 0]
+            peer.sendall(b'{"welcome":1}\n{"abort":3}\n')
+            assert json.loads(lines.readline())["aborted"] == 3 and told.is_set()
