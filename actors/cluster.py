@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -64,8 +65,20 @@ def _ranks(offered: float, kind: str, wanted: int | str) -> int:
     return min(int(wanted), int(offered)) if kind != "CPU" else int(wanted)
 
 
+def wanted_bundles(config: RunConfig, table: Iterable[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """What an autoscaler is to provide: `elastic.max_nodes` nodes, or `min_nodes` where there is no limit, with as many ranks as the
+    largest has at present. Nothing where ranks are not a resource of Ray's, or no node is there to tell how large they are."""
+    table = [node for node in table if node["Alive"]]
+    kind = rank_kind(node["Resources"] for node in table)
+    ranks = max((node.ranks for node in _offered(table, config.topology.ranks_per_node)), default=0)
+    elastic = config.elastic
+    count = elastic.min_nodes if elastic.max_nodes == "auto" else elastic.max_nodes
+    return [{kind: ranks}] * count if ranks and kind != "CPU" and count > 1 else []
+
+
 class NodeWatch:
-    """Asks Ray a few times a second who is there and who drains, on a thread of its own: that may take as long as it takes."""
+    """Asks Ray a few times a second who is there and who drains, on a thread of its own: that may take as long as it takes. An
+    autoscaler, if there is one, is told first how many nodes are wanted."""
 
     def __init__(self, config: RunConfig):
         self._config, self._lock, self._news = config, threading.Lock(), []
@@ -86,6 +99,8 @@ class NodeWatch:
         self._closed.set()
 
     def _watch(self) -> None:
+        if wanted := wanted_bundles(self._config, ray.nodes()):
+            request_resources(bundles=wanted)
         while not self._closed.wait(WATCH_SECONDS):
             try:
                 table, draining = ray.nodes(), dict(state.get_draining_nodes())

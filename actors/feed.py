@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ _LEG_BYTES = 16 << 20
 _READER_BYTES = 64 << 20
 _MOST_READERS = 4
 _CLOSE_SECONDS = 5.0
+PATIENCE_SECONDS = 15.0
+"""For one leg: many times what it takes, and no more than a run may be without data."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,7 @@ class _Reader:
 
 
 class Feed:
-    """The batches of steps first_step .. end_step-1, one per `next()`.
+    """The batches of steps first_step .. end_step-1, one per `next()`. `read_here`: how often Ray Data was of no use.
 
     Raises DatasetError at once when the training split is empty; what goes wrong later is raised by `next()`.
     """
@@ -97,6 +101,7 @@ class Feed:
         self._changed = threading.Condition()
         self._room, self._closed = config.data.prefetch_steps, False
         self._failure: Exception | None = None
+        self.read_here = 0
         self._thread = threading.Thread(target=self._produce, args=(first_step,), name="feed", daemon=True)
         self._thread.start()
 
@@ -176,12 +181,51 @@ class Feed:
             yield from self._run(leg)
 
     def _run(self, leg: list[dict[str, int]]) -> list[pyarrow.Table]:
+        """By Ray Data; or, where that fails or is late, here: a node that reads for us may be lost, cut off or frozen, of which Ray
+        may hear after a minute, and training must not wait for it."""
+        reading = _Reading(lambda: self._read(leg))
+        try:
+            found = reading.result(PATIENCE_SECONDS)
+        except Exception as error:  # whatever it is: reading here will do, or say why not
+            logger.warning("Ray Data could not read: %s", _line(error))
+            found = None
+        if found is None:
+            self.read_here += 1
+            logger.warning("reading %d sequences without Ray Data", sum(chunk["count"] for chunk in leg))
+            found = list(self._reader(pyarrow.Table.from_pylist(leg)))
+        return found
+
+    def _read(self, leg: list[dict[str, int]]) -> list[pyarrow.Table]:
         """Whole, by reference: `iter_batches` leaves a parked thread behind at every execution (Ray 2.60)."""
         with ray.data.DataContext.current(quiet_context(self._readers)):
             source = ray.data.from_items(leg, override_num_blocks=len(leg))
             rows = source.map_batches(self._reader.__call__, batch_size=None, batch_format="pyarrow",
                                       concurrency=min(self._readers, len(leg)))
             return ray.get(rows.to_arrow_refs())
+
+
+class _Reading:
+    """A call on a thread of its own, which may never return."""
+
+    def __init__(self, read: Callable[[], list[pyarrow.Table]]):
+        self._read, self._done = read, threading.Event()
+        self._found: list[pyarrow.Table] | None = None
+        self._error: Exception | None = None
+        threading.Thread(target=self._run, name="feed-reading", daemon=True).start()
+
+    def result(self, seconds: float) -> list[pyarrow.Table] | None:
+        """None: not within these seconds. Raises what the call raised."""
+        self._done.wait(seconds)
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def _run(self) -> None:
+        try:
+            self._found = self._read()
+        except Exception as error:  # handed over to whoever waits
+            self._error = error
+        self._done.set()
 
 
 class _Stock:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from corpus import make, texts
 
 from actors import feed as feed_module
@@ -101,6 +102,30 @@ def test_a_missing_shard_is_raised_by_next(ray_local, tmp_path, config):
         with pytest.raises(DatasetError, match=r"train/shard-00000.parquet: does not exist$"):
             feed.next(WAIT)
     feed.close()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_without_ray_data_it_reads_by_itself(corpus, config, monkeypatch, late):
+    """A node that was reading is lost, or frozen: no step is late for it, none is read twice or never."""
+    answer = threading.Event()
+
+    def read(self, leg):
+        if late:
+            answer.wait()
+        raise ray.exceptions.NodeDiedError("the node that was reading")
+
+    monkeypatch.setattr(Feed, "_read", read)
+    monkeypatch.setattr(feed_module, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(feed_module, "_CHUNK_BYTES", 8000)
+    monkeypatch.setattr(feed_module, "_LEG_BYTES", 20000)
+    feed = Feed(corpus, config, 3, 20)
+    try:
+        for step in range(3, 20):
+            assert feed.next(WAIT).sequence_ids.tolist() == expected(corpus, config, step)
+        assert feed.read_here > 1
+    finally:
+        answer.set()
+        feed.close()
 
 
 def test_waits_are_bounded_and_close_wakes_a_waiter(corpus, config, monkeypatch):
