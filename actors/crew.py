@@ -54,6 +54,11 @@ class Crew:
         self.about: dict[Member, dict[str, Any]] = {}
 
     @property
+    def planned(self) -> tuple[Node, ...]:
+        """What the present layout was made for."""
+        return self._planned
+
+    @property
     def address(self) -> tuple[str, int]:
         """Where lifelines lead to."""
         return self._lines.address

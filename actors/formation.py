@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from actors.ahead import Ahead
 from actors.crew import Crew
 from actors.dealing import Dealer
 from actors.messages import ANY_GENERATION, Apply, Assignment, Formed, Former, Rearranged, Rearrangement, Standing
@@ -24,7 +25,6 @@ from orchestrator.membership import Member
 from orchestrator.placement import Placement, default_placement
 from orchestrator.relayout import Relaid
 from orchestrator.relayout_experts import relaid_placement
-from orchestrator.scheduling import programs_for
 from orchestrator.topology import Node
 
 FORM_TIMEOUT_SECONDS = 180.0
@@ -60,7 +60,7 @@ class Formation:
         self.placement = _default_placement(config, layout)
         self.dealer = Dealer(config, layout)
         self.base: Base | None = None
-        self._host, self._store = host, store
+        self._host, self._store, self._ahead = host, store, Ahead(config)
         self._known: set[tuple[bool, int]] = set()
 
     # --- calls ---------------------------------------------------------------------------------------------------
@@ -77,9 +77,13 @@ class Formation:
     def teach(self, microbatches: int, *, training: bool) -> None:
         """Ship each position's program the first time a number of microbatches comes up in this generation. Raises RankFailed."""
         if (training, microbatches) not in self._known:
-            programs = programs_for(self.config, self.layout.folding, microbatches, training=training)
+            programs = self._ahead.programs(self.config, self.layout.folding, microbatches, training=training)
             self.call("learn", [(programs[place.position], training) for place in self.layout.places])
             self._known.add((training, microbatches))
+
+    def prepare(self, step: int) -> None:
+        """Have the programs that the next loss would call for made beside the training."""
+        self._ahead.after_one_loss(self.crew.planned, self.layout, step)
 
     # --- generations ---------------------------------------------------------------------------------------------
 

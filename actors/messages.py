@@ -150,7 +150,7 @@ class StepReport:
     step: int
     losses: LossSums
     gradient_norm: float
-    digest: int
+    digests: tuple[int, int]  # of the sequences that entered the pipeline here, and of those whose labels were used here
     figures: Figures
     seconds: float
     bytes_sent: int

@@ -174,7 +174,10 @@ def _content(bucket: Bucket, shard: int) -> tuple:
 
 
 def _flat(length: int, dtype: torch.dtype, device: torch.device, former: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Zeros [length]; or what is in `former`, of which the first `size` count: itself where it is as long."""
+    """Zeros [length]; or what is in `former`, of which the first `size` count: itself where it is as long. One of another dtype is
+    of no use: what is in it is of another run."""
+    if former is not None and former.dtype != dtype:
+        former = None
     if former is not None and former.numel() == length:
         return former
     found = torch.zeros(length, dtype=dtype, device=device)

@@ -83,6 +83,10 @@ class ProcessRanks:
         """Raises KeyError: it has no process here."""
         return self._processes[self._of_member[member]].handle.pid
 
+    def pids_on(self, node: str) -> list[int]:
+        """Process ids of the members on a node. From any thread."""
+        return [self._processes[number].handle.pid for member, number in list(self._of_member.items()) if member.node == node]
+
     # --- who is who ----------------------------------------------------------------------------------------------
 
     def enlist(self, members: Sequence[Member]) -> None:

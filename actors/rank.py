@@ -45,7 +45,7 @@ from actors.model.weights import WeightGradients, exact_dtype
 from actors.optimizer import Optimizer, shards_of
 from actors.stages import Stages, groups_of
 from actors.state import Carried, carry_over
-from actors.step_data import digest, links, loss_sums, microbatches
+from actors.step_data import digests, links, loss_sums, microbatches
 from orchestrator import ownership, transfer
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
@@ -239,7 +239,7 @@ class Rank:
         ended = time.perf_counter()
         return StepReport(
             rank=self._assignment.rank, step=request.step, losses=loss_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
-            digest=digest(tapes, self._chunks), figures=figures(work.spans, started, ended), seconds=ended - started,
+            digests=digests(tapes, self._chunks), figures=figures(work.spans, started, ended), seconds=ended - started,
             bytes_sent=work.links.bytes_sent, exchanged=self._traffic.sent - sent_before, load=self._reported_load(),
             spans=tuple(work.spans) if request.keep_spans else (), wires=self._wires.since(), began=began)
 

@@ -57,7 +57,9 @@ def loss_sums(tapes: Mapping[Key, Microbatch]) -> LossSums:
                LossSums())
 
 
-def digest(tapes: Mapping[Key, Microbatch], chunks: Mapping[int, Chunk]) -> int:
-    """Of the sequences that entered the pipeline here: each is hashed by one rank only, after its backward."""
-    entered = [tape.tokens for (slot, _), tape in tapes.items() if chunks[slot].first and tape.tokens is not None]
-    return combine(sequence_digest(row.tobytes()) for tokens in entered for row in tokens.cpu().numpy().astype(numpy.int32))
+def digests(tapes: Mapping[Key, Microbatch], chunks: Mapping[int, Chunk]) -> tuple[int, int]:
+    """Of the sequences that entered the pipeline here, and of those whose labels were used here, after their backward. Each
+    sequence is hashed by one rank at either end."""
+    return tuple(combine(sequence_digest(row.tobytes()) for (slot, _), tape in tapes.items()
+                         if getattr(chunks[slot], end) and tape.tokens is not None
+                         for row in tape.tokens.cpu().numpy().astype(numpy.int32)) for end in ("first", "last"))

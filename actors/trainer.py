@@ -81,6 +81,7 @@ class Trainer:
         self._batches: Batches | None = None
         self._batch: Batch | None = None
         self._committed = 0
+        self._prepared = 0
         self._pending: Apply | None = None
         self._validation: Batch | None = None
         self._change: dict[str, Any] | None = None
@@ -240,6 +241,9 @@ class Trainer:
         self._through(self._meet_changes)
         self._through(self._one_step)
         step = self._committed
+        if self._prepared != self._formation.generation:
+            self._prepared = self._formation.generation
+            self._formation.prepare(step)
         if self._start.replay is None and self._due(step, self._config.placement.every) and step < training.steps:
             self._through(self._rearrange)
         if self._due(step, training.validate_every) and step < training.steps:
@@ -271,7 +275,7 @@ class Trainer:
         self._refuse_not_finite(step, losses, reports)
         self._refuse_another(step, losses["loss"])
         line = LedgerLine(step, formation.generation, order.first_position(self._config.training, step), len(batch.valid),
-                          digest_text(combine(report.digest for report in reports)), losses["loss"])
+                          _digest(step, reports), losses["loss"])
         self._folder.commit(to_json(line, self._change))
         rate = learning_rate(self._config.optimizer, step, self._config.training.steps)
         self._pending, self._committed = Apply(step, rate), step + 1
@@ -372,6 +376,14 @@ class Trainer:
 
     def _event(self, kind: str, **details: Any) -> None:
         self._watch("event", self._folder.event(kind, **details))
+
+
+def _digest(step: int, reports: list[StepReport]) -> str:
+    """Of the sequences that ranks ran. Raises TrainingFailed: other ones entered the pipeline than gave labels."""
+    entered, labelled = (digest_text(combine(report.digests[end] for report in reports)) for end in (0, 1))
+    if entered != labelled:
+        raise TrainingFailed(f"step {step}: sequences {entered} entered the pipeline, but labels are of {labelled}")
+    return entered
 
 
 def check_compatible(manifest: checkpoint.Manifest, config: RunConfig, directory: str) -> None:

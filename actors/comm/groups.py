@@ -6,6 +6,7 @@ built in living processes while the old one is dying. gloo on CPU; NCCL where th
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -88,12 +89,12 @@ class Group:
         if backend.name() != "gloo":
             backend.abort()
             return
-        # gloo's own abort does nothing. A wait that times out closes every pair of the group, which ends all operations.
-        try:
-            work = backend.recv([torch.empty(1)], (self.rank + 1) % self.size, _UNUSED_TAG)
-            work.wait(datetime.timedelta(milliseconds=1))
-        except RuntimeError:
-            pass
+        # gloo's own abort does nothing. A wait that times out closes every pair of the group, which ends all operations. On a pair
+        # that is closed already, as that to a member who was quicker to abort, the receive fails and closes none: try the others.
+        for step in range(1, self.size):
+            with contextlib.suppress(RuntimeError):
+                work = backend.recv([torch.empty(1)], (self.rank + step) % self.size, _UNUSED_TAG)
+                work.wait(datetime.timedelta(milliseconds=1))
 
     def close(self) -> None:
         """Let go of sockets and threads, whoever still holds this group."""

@@ -40,7 +40,7 @@ def serve():
 
 def report(step):
     spans = [Span(0, "compute", "F0.0", 0.0, 1.0), Span(0, "exchange", "F0.0 dispatch", 1.0, 1.5)]
-    return StepReport(rank=0, step=step, losses=LossSums(), gradient_norm=1.0, digest=0, figures=figures(spans, 0.0, 2.0),
+    return StepReport(rank=0, step=step, losses=LossSums(), gradient_norm=1.0, digests=(0, 0), figures=figures(spans, 0.0, 2.0),
                       seconds=2.0, bytes_sent=100, load={}, exchanged=Sent(across=30, inside=7))
 
 

@@ -37,7 +37,8 @@ def optimise(host, step):
     for name, weight in optimizer.weights.items():
         weight.gradient += contribution(name, weight.gradient.shape, step, rank)
     optimizer.reduce(host._generation, host._world)
-    optimizer.apply(host._generation, RATES[step])
+    optimizer.update(RATES[step])
+    optimizer.publish(host._generation)
     return optimizer.gradient_norm, list(optimizer.weights)
 
 

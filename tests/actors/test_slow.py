@@ -76,7 +76,7 @@ def test_what_crosses_nodes_is_in_the_metrics(ranks, tmp_path):
 
 
 def report(rank, *, seconds=1.0, wires=(), load=None):
-    return StepReport(rank=rank, step=0, losses=LossSums(), gradient_norm=1.0, digest=0, seconds=seconds, bytes_sent=0,
+    return StepReport(rank=rank, step=0, losses=LossSums(), gradient_norm=1.0, digests=(0, 0), seconds=seconds, bytes_sent=0,
                       figures=Figures(seconds, 0.0, 0.0, 0.0, 0.0), load=load or {}, wires=tuple(wires))
 
 

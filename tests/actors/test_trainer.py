@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 
 import pytest
-import runtime
 import torch
 from runtime import TIMEOUT_SECONDS, batch_of, configured, digest_by_hand, furthest, on_all, same, state, train
 
 from actors import checkpoint
 from actors.journal import Journal
-from actors.processes import ProcessRanks
 from actors.ranks import RankFailed
 from actors.run_folder import RunFolder
 from actors.storage import StorageError
@@ -113,15 +109,15 @@ class Counting:
     """Ranks that remember which programs they were taught."""
 
     def __init__(self, ranks):
-        self.ranks, self.size, self.taught = ranks, ranks.size, []
+        self.ranks, self.taught = ranks, []
+
+    def __getattr__(self, name):
+        return getattr(self.ranks, name)
 
     def start(self, method, arguments):
         if method == "learn":
             self.taught.append(arguments[0][0].microbatches)
         return self.ranks.start(method, arguments)
-
-    def abort(self):
-        self.ranks.abort()
 
 
 def test_a_ramp_teaches_each_program_once(ranks, tmp_path):
@@ -196,39 +192,13 @@ def break_backward(host):
 def test_a_failing_action_is_told_and_the_processes_live_on(ranks, reference, tmp_path):
     config, layout = configured()
     breaking = {1: lambda: ranks.start("do", [(break_backward,)]).results(TIMEOUT_SECONDS)}
+    started = time.monotonic()
     run = train(ranks, tmp_path / "broken", config, layout, before=breaking)
+    assert time.monotonic() - started < 20  # nobody waits for what will not come, and it is not tried again
     assert isinstance(run.error, RankFailed) and run.error.rank == 0
     assert all(part in str(run.error) for part in ("generation 1", "position 0", "action B", "no such thing"))
     again = train(ranks, tmp_path / "again", config, layout)
     assert again.losses == reference[0].losses
-
-
-def die_in_backward(host):
-    def die(action, work):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    host._executor._handlers[Kind.BACKWARD] = die
-
-
-def test_a_lost_process_ends_the_run_at_once_and_spares_the_others(tmp_path):
-    config, layout = configured("PP2", "training.steps=3")
-    with ProcessRanks(config, 2, runtime.host) as own:
-        died = []
-
-        def doom():
-            own.start("do", [(len_of_world,), (die_in_backward,)]).results(TIMEOUT_SECONDS)
-            died.append(time.monotonic())
-
-        run = train(own, tmp_path, config, layout, before={1: doom})
-        assert time.monotonic() - died[0] < 10
-        assert isinstance(run.error, RankFailed) and run.error.rank in (0, 1)
-        assert [line["step"] for line in ledger(tmp_path)] == [0]
-        with pytest.raises(RankFailed, match="rank 1: its process or node was lost"):
-            own.start("do", [(len_of_world,)] * 2).results(TIMEOUT_SECONDS)
-
-
-def len_of_world(host):
-    return host._world.size
 
 
 # --- a disk that is full ---------------------------------------------------------------------------------------------
@@ -247,7 +217,7 @@ def test_a_failed_checkpoint_does_not_end_the_run(ranks, reference, small_disk):
 def test_the_last_checkpoint_must_be_written(ranks, small_disk):
     small_disk.fill(leaving=100_000)
     run = train(ranks, small_disk.folder, *configured("PP2xEP2", "training.steps=2"))
-    assert isinstance(run.error, TrainingFailed) and "\n" not in str(run.error)
+    assert isinstance(run.error, checkpoint.CheckpointError) and "\n" not in str(run.error)
     assert "no checkpoint of step 2" in str(run.error) and "no space left" in str(run.error)
 
 
