@@ -76,6 +76,12 @@ def wanted_bundles(config: RunConfig, table: Iterable[Mapping[str, Any]]) -> lis
     return [{kind: ranks}] * count if ranks and kind != "CPU" and count > 1 else []
 
 
+def ask_for_nodes(config: RunConfig) -> None:
+    """Tell an autoscaler what is wanted. Without one, nothing comes of it."""
+    if wanted := wanted_bundles(config, ray.nodes()):
+        request_resources(bundles=wanted)
+
+
 class NodeWatch:
     """Asks Ray a few times a second who is there and who drains, on a thread of its own: that may take as long as it takes. An
     autoscaler, if there is one, is told first how many nodes are wanted."""
@@ -99,8 +105,7 @@ class NodeWatch:
         self._closed.set()
 
     def _watch(self) -> None:
-        if wanted := wanted_bundles(self._config, ray.nodes()):
-            request_resources(bundles=wanted)
+        ask_for_nodes(self._config)
         while not self._closed.wait(WATCH_SECONDS):
             try:
                 table, draining = ray.nodes(), dict(state.get_draining_nodes())

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 180.0
 """What a process may take from being asked for to its first beat: importing torch takes many seconds on a busy host."""
 
+CHECK_SECONDS = 0.1
+"""How often silence is looked for while answers are waited for. Ends are noticed at once."""
 ADOPT_SECONDS = 3.0
 """How long a coordinator that was restarted waits for processes of which it does not know whether they live."""
 
@@ -52,6 +54,7 @@ class Crew:
         self._planned: tuple[Node, ...] = ()
         self.seated: tuple[Member, ...] = ()
         self.about: dict[Member, dict[str, Any]] = {}
+        self._checked = float("-inf")
 
     @property
     def planned(self) -> tuple[Node, ...]:
@@ -130,6 +133,10 @@ class Crew:
 
     def check(self) -> RankFailed | None:
         """Whether somebody is lost who is waited for; to be asked again and again meanwhile."""
+        now = time.monotonic()
+        if not self._lines.wake.is_set() and now - self._checked < CHECK_SECONDS:
+            return None
+        self._checked = now
         decision = self.look()
         return RankFailed(self.seated.index(decision.lost[0]), LOST) if decision.lost else None
 

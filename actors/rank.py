@@ -71,6 +71,7 @@ class Rank:
         self._held, self._reduced, self._published = Held(), None, False
         self.optimizer: Optimizer | None = None
         self._abort_lock = threading.Lock()
+        self._given_up: int | None = None  # the last generation that was to be aborted: it may not have begun here
         if self._device.type == "cpu":
             settle()
             self._cores = sorted(os.sched_getaffinity(0))
@@ -110,10 +111,14 @@ class Rank:
         buckets = self._buckets_of(assignment.placement)
         generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
                                 config.training.step_timeout_seconds, assignment.form_seconds)
-        self._generation = generation
+        with self._abort_lock:
+            self._generation = generation
+            if self._given_up == assignment.generation:
+                generation.abort()
         store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
         groups, seconds = groups_of(layout, buckets, config.layout.hops)
         everybody = tuple(range(layout.size + len(former.leaving))) if former else groups[0]
+        generation.meet(store, len(everybody))
         generation.create(store, [everybody, *groups], seconds)
         grouped = time.perf_counter()
         carried = Carried(0, 0)
@@ -203,6 +208,7 @@ class Rank:
         """End every blocked communication of this rank, of that generation if one is named; safe from any thread, at any
         time."""
         with self._abort_lock:
+            self._given_up = generation
             if self._generation is not None and generation in (None, ANY_GENERATION, self._generation.number):
                 self._generation.abort()
 

@@ -42,6 +42,11 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
 
+    def wait(self, seconds: float) -> None:
+        """Raises KeyboardInterrupt: one came meanwhile."""
+        self._event.wait(seconds)
+        self.check()
+
     def _handle(self, number: int, frame: Any) -> None:
         if self._event.is_set():
             raise KeyboardInterrupt
@@ -113,7 +118,8 @@ class RunActors:
         from actors.coordinator import Coordinator
 
         self._told = 0
-        self._coordinator = Coordinator.options(**beside_the_driver()).remote(self._config, self._layout, list(self._ranks.values()), self._data, start)
+        self._coordinator = Coordinator.options(**beside_the_driver()).remote(
+            self._config, self._layout, list(self._ranks.values()), self._data, start)
 
     def _died(self, running: Any) -> bool:
         try:

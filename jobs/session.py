@@ -106,6 +106,14 @@ def nodes(config: RunConfig) -> tuple[Node, ...]:
     return nodes(config)
 
 
+def ask_for_nodes(config: RunConfig) -> None:
+    """Tell an autoscaler, if there is one, how many nodes the run wants."""
+    if not config.topology.virtual_nodes:
+        from actors.cluster import ask_for_nodes
+
+        ask_for_nodes(config)
+
+
 def create_rank(config: RunConfig, node: str, anywhere: bool = False) -> Any:
     """A StageActor, on a node or wherever there is room. The caller owns it."""
     from actors.cluster import actor_options

@@ -7,6 +7,7 @@ shows what happens. Ctrl-C or SIGTERM saves and exits 130; the same command cont
 from __future__ import annotations
 
 import sys
+import time
 import uuid
 
 from actors import storage
@@ -15,13 +16,14 @@ from actors.messages import Outcome
 from actors.run_folder import RunFolder
 from jobs import cli, corpus, session, summary
 from jobs.progress import Progress
-from jobs.running import Interrupt, RunActors
+from jobs.running import POLL_SECONDS, Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator import planner
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout, choose
 from orchestrator.replay import Replay, ReplayRefused
 from orchestrator.replay import read as read_ledger
+from orchestrator.topology import Node
 
 
 def main() -> int:
@@ -69,8 +71,11 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | None = None) -> int:
     """Everything between a connected Ray and the exit code."""
-    layout = replay.at(0).layout if replay else choose(session.nodes(config), config.layout, config.model, config.stages)
     progress = Progress(config.training.steps)
+    if replay:
+        layout = replay.at(0).layout
+    else:
+        layout = choose(_nodes(config, progress, interrupt), config.layout, config.model, config.stages)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
     folder = RunFolder(config.run.directory, config.run.name)
     with folder.held():
@@ -84,6 +89,27 @@ def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | N
         progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there")
         return cli.INTERRUPTED
     return cli.DONE
+
+
+def _nodes(config: RunConfig, progress: Progress, interrupt: Interrupt) -> tuple[Node, ...]:
+    """Those to begin with: at least `elastic.min_nodes`, which are waited for, and at most `max_nodes`.
+
+    Raises JobFailed: they do not come; ConfigError: they cannot.
+    """
+    elastic, since = config.elastic, time.monotonic()
+    if 0 < config.topology.virtual_nodes < elastic.min_nodes:
+        raise ConfigError("elastic.min_nodes", elastic.min_nodes, f"at most topology.virtual_nodes = {config.topology.virtual_nodes}")
+    found = session.nodes(config)
+    if len(found) < elastic.min_nodes:
+        progress.say(f"waiting: {len(found)} of at least {elastic.min_nodes} nodes are there")
+        session.ask_for_nodes(config)
+    while len(found) < elastic.min_nodes:
+        if elastic.wait_seconds is not None and time.monotonic() - since > elastic.wait_seconds:
+            raise cli.JobFailed(f"no more than {len(found)} of at least {elastic.min_nodes} nodes within elastic.wait_seconds = "
+                                f"{elastic.wait_seconds:g}")
+        interrupt.wait(POLL_SECONDS)
+        found = session.nodes(config)
+    return found if elastic.max_nodes == "auto" else found[: elastic.max_nodes]
 
 
 def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,

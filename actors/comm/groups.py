@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 CREATE_TIMEOUT_SECONDS = 60.0
 _UNUSED_TAG = 999_999
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.0005, 0.01  # between two looks whether all have come
 
 
 class Aborted(RuntimeError):
@@ -134,6 +136,23 @@ class Generation:
         self._create_timeout = datetime.timedelta(seconds=min(timeout_seconds, create_timeout_seconds))
         self._groups: dict[tuple[tuple[int, ...], bool], Group] = {}
         self._aborted = False
+
+    def meet(self, store: dist.Store, members: int) -> None:
+        """Wait until so many ranks are here: once one makes a group with somebody who does not come, only time ends that.
+
+        Raises Aborted: not all came in time, or `abort` was called.
+        """
+        if store.add("arrived", 1) == members:
+            store.set("complete", "")
+        deadline, pause = time.monotonic() + self._create_timeout.total_seconds(), _FIRST_PAUSE_SECONDS
+        while not self._aborted:
+            if store.check(["complete"]):
+                return
+            if time.monotonic() > deadline:
+                raise Aborted(f"generation {self.number}: not all of {members} ranks came within {self._create_timeout}")
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+        raise Aborted(f"generation {self.number} was given up before its ranks had met")
 
     def create(self, store: dist.Store, wanted: Iterable[tuple[int, ...]], seconds: Iterable[tuple[int, ...]] = ()) -> None:
         """Make the groups that contain this rank; of `seconds`, second ones. Every rank must pass the same sequences, or

@@ -19,6 +19,7 @@ CONFIG = {
     "layout": {"pipeline": 2, "expert": 1, "data": 1},
     "topology": {"virtual_nodes": 1, "ranks_per_node": 2},
     "checkpoint": {"every": 2, "keep": 2},
+    "elastic": {},
 }
 
 
