@@ -111,6 +111,13 @@ class RunMetrics:
         self._validation = Gauge("dualray_validation_loss", "Newest validation loss, nats a token", registry=self.registry)
         self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made",
                                  registry=self.registry)
+        self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
+        self._recoveries = Counter("dualray_recoveries", "Generations formed after a loss, a drain or a join", registry=self.registry)
+        self._recovery = Gauge("dualray_recovery_seconds", "From noticing the last change to its new generation",
+                               registry=self.registry)
+        self._moved = Counter("dualray_moved_state_bytes", "State that moved from rank to rank, all ranks", registry=self.registry)
+        self._waiting = Gauge("dualray_waiting_for_nodes", "1 while there are fewer nodes than elastic.min_nodes",
+                              registry=self.registry)
         self._checkpointed = Gauge("dualray_checkpoint_step", "Committed steps in the newest checkpoint", registry=self.registry)
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
@@ -128,6 +135,15 @@ class RunMetrics:
             self._checkpointed.set(values["step"])
         elif kind == "event" and values["event"] == "generation":
             self._slow.clear()  # ranks are numbered anew, and watched anew
+            self._waiting.set(0)
+            if "seconds" in values:  # it is not the first one
+                self._recoveries.inc()
+                self._recovery.set(values["seconds"])
+                self._moved.inc(values["bytes"])
+        elif kind == "event" and values["event"] == "lost":
+            self._lost.inc(len(values["members"]))
+        elif kind == "event" and values["event"] == "waiting":
+            self._waiting.set(1)
         elif kind == "event" and values["event"] == "slow":
             self._slow.labels(*_slow_labels(values)).set(values["factor"])
         elif kind == "event" and values["event"] == "slow_over":

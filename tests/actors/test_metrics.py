@@ -133,3 +133,23 @@ def test_the_next_run_takes_the_same_port_at_once(serve):
 @pytest.mark.parametrize("listen, expected", [("0.0.0.0", "10.1.1.1"), ("::", "10.1.1.1"), ("127.0.0.1", "127.0.0.1")])
 def test_where_others_reach_an_exporter(listen, expected):
     assert reachable(listen, "10.1.1.1") == expected
+
+
+def test_losses_and_recoveries_are_counted(serve):
+    metrics = RunMetrics()
+    exporter = serve(metrics)
+
+    def shown(*names):
+        found = series(read(exporter, "/metrics")[1])
+        return [found[f"dualray_{name}"] for name in names]
+
+    names = ("lost_ranks_total", "recoveries_total", "recovery_seconds", "moved_state_bytes_total", "waiting_for_nodes")
+    metrics.observe("event", {"event": "generation", "time": 1.0, "step": 0})
+    assert shown(*names) == [0, 0, 0, 0, 0]
+    metrics.observe("event", {"event": "lost", "members": ["a/0", "a/1"]})
+    metrics.observe("event", {"event": "waiting", "reason": "1 of at least 2 nodes can be used"})
+    assert shown(*names) == [2, 0, 0, 0, 1]
+    metrics.observe("event", {"event": "generation", "step": 3, "seconds": 0.75, "bytes": 4096})
+    metrics.observe("event", {"event": "lost", "members": ["b/0"]})
+    metrics.observe("event", {"event": "generation", "step": 5, "seconds": 0.5, "bytes": 1024})
+    assert shown(*names) == [3, 2, 0.5, 5120, 0]
