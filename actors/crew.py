@@ -84,13 +84,18 @@ class Crew:
 
     def adopt(self, members: Sequence[Member]) -> None:
         """Take over processes that another coordinator has left behind. Those who answer are seated, however many; the others
-        may come later."""
+        are replaced."""
         self._take_on(members)
         deadline = time.monotonic() + ADOPT_SECONDS
         while time.monotonic() < deadline and not all(map(self._membership.trusts, members)):
             self._listen()
             self._lines.wake.wait(POLL_SECONDS)
-        self.use([member for member in members if self._membership.trusts(member)])
+        present = [member for member in members if self._membership.trusts(member)]
+        for member in members:
+            if member not in present:
+                self._membership = self._membership.ended(member, time.monotonic(), f"{NO_ANSWER} {ADOPT_SECONDS:g} s")
+                self._starting.pop(member, None)
+        self.use(present)
 
     def _take_on(self, members: Sequence[Member]) -> None:
         now, counts = time.monotonic(), _counts(members)

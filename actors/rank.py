@@ -91,6 +91,7 @@ class Rank:
         """Keep a lifeline to the coordinator at `address`, as this member of `run`; safe from any thread. target: host:port of this
         rank's metrics."""
         warm_up()
+        self._given_up = None  # another coordinator counts generations anew
         if self._lifeline is not None:
             self._lifeline.close()
         self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run,

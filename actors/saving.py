@@ -59,7 +59,10 @@ class Saver:
         self._under_way = _UnderWay(step, directory, pieces, time.perf_counter())
 
     def collect(self, *, wait: bool, last: bool = False) -> None:
-        """Make a finished checkpoint count. One that failed is dropped and told. Raises CheckpointError: it was the last one."""
+        """Make a finished checkpoint count. One that failed is dropped and told.
+
+        Raises, if it is the last one, RankFailed: whoever wrote a part of it was lost; CheckpointError: it cannot be written.
+        """
         if self._under_way is None:
             return
         saving = self._under_way
@@ -69,8 +72,11 @@ class Saver:
             self._commit(saving)
         except (RankFailed, checkpoint.CheckpointError) as error:
             self._drop(saving)
-            self.wanted |= isinstance(error, RankFailed) and error.lost
+            lost = isinstance(error, RankFailed) and error.lost
+            self.wanted |= lost
             self._tell("checkpoint_failed", step=saving.step, reason=str(error))
+            if last and lost:
+                raise
             if last:
                 raise checkpoint.CheckpointError(f"no checkpoint of step {saving.step}: {error}") from error
             return
@@ -87,7 +93,7 @@ class Saver:
             self._drop(self._under_way)
 
     def _commit(self, saving: _UnderWay) -> None:
-        found = saving.pieces.results(self._config.training.step_timeout_seconds)
+        found = saving.pieces.results(self._config.training.step_timeout_seconds, self._formation.crew.check)
         pieces = tuple(piece for of_rank in found for piece in of_rank)
         model = self._config.model.model_dump(mode="json")
         checkpoint.commit(saving.directory, checkpoint.Manifest(saving.step, model, self._config.training.dtype, pieces))

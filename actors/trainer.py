@@ -254,9 +254,7 @@ class Trainer:
         interrupted, losses = self._committed < self._goal, None
         if not interrupted:
             losses = self._through(self._validate)
-        if self._saver.newest_step != self._committed:
-            self._through(self._save)
-        self._saver.collect(wait=True, last=True)
+        self._through(self._save_last)
         if self._start.replay is not None and not interrupted:
             self._event("replayed", steps=self._committed)
         return Outcome(self._committed, interrupted, losses)
@@ -363,6 +361,11 @@ class Trainer:
     def _save(self) -> None:
         self._apply()
         self._saver.begin(self._committed)
+
+    def _save_last(self) -> None:
+        if self._saver.newest_step != self._committed:
+            self._save()
+        self._saver.collect(wait=True, last=True)
 
     def _apply(self) -> None:
         if self._pending is not None:

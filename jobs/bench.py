@@ -22,8 +22,11 @@ from jobs import cli
 from orchestrator.refusal import ConfigError, refusal
 
 BENCHES = {
+    "churn": "useful time, speed and loss of a run whose nodes are killed, drain, freeze and join every half minute",
+    "commit": "step time with two owners of every optimizer shard against one, on held lanes and shaped links",
     "overlap": "dispatch and combine under compute on slow links, against none of it and torch.distributed.pipelining",
     "parity": "losses and parameters of every layout against one plain process",
+    "recovery": "what killed, cut off and frozen nodes and killed ranks cost a run, against Ray Train and torchft",
     "routing": "bytes across nodes, cost of choosing and permuting, load of ranks, against closed forms, transformers and EPLB",
     "schedule": "step time of every schedule against its simulation and torch.distributed.pipelining",
     "tokens": "tokens a second of the whole system against plain PyTorch on the same cores",

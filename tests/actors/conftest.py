@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import runtime
+from faults import Company, Stage
 
 from actors.processes import ProcessRanks
 
@@ -19,6 +20,14 @@ def ranks():
     config, _ = runtime.configured()
     with ProcessRanks(config, 4, runtime.host) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """Four rank processes that may be harmed, and runs on them."""
+    config, _ = runtime.configured()
+    with Company(config, 4) as company:
+        yield Stage(company, tmp_path_factory.mktemp("recovery"))
 
 
 @pytest.fixture

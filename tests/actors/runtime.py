@@ -15,14 +15,15 @@ import torch.distributed as dist
 
 from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.dealing import Batch
-from actors.messages import Assignment
+from actors.messages import Assignment, Outcome
 from actors.processes import ProcessRanks
 from actors.rank import Rank
 from actors.run_folder import RunFolder
-from actors.trainer import Outcome, Sources, Trainer
+from actors.trainer import Sources, Trainer
 from orchestrator import order
 from orchestrator.config import RunConfig, parse
 from orchestrator.layout import Layout, choose
+from orchestrator.placement import Placement, default_placement
 from orchestrator.topology import virtual_nodes
 
 TIMEOUT_SECONDS = 60.0
@@ -38,12 +39,14 @@ TINY = {
                  "validation_sequences": 0, "step_timeout_seconds": 40},
     "optimizer": {"learning_rate": 1e-2, "final_learning_rate": 1e-3, "warmup_steps": 2},
     "checkpoint": {"every": 0},
+    "elastic": {"silence_seconds": 15},  # the host is busy: silence of others than the frozen is no loss
 }
 LAYOUTS = {  # name: (pipeline, expert, data, nodes, ranks per node)
-    "PP2xEP2": (2, 2, 1, 2, 2), "PP4": (4, 1, 1, 2, 2), "EP4": (1, 4, 1, 4, 1), "PP2xDP2": (2, 1, 2, 2, 2),
-    "EP2xDP2": (1, 2, 2, 4, 1), "two hops": (1, 4, 1, 2, 2),
+    "PP2xEP2": (2, 2, 1, 2, 2), "PP4": (4, 1, 1, 2, 2), "EP4": (1, 4, 1, 4, 1), "EP3": (1, 3, 1, 3, 1),
+    "PP2xDP2": (2, 1, 2, 2, 2), "EP2xDP2": (1, 2, 2, 4, 1), "two hops": (1, 4, 1, 2, 2),
     "PP2": (2, 1, 1, 2, 1), "one node": (1, 2, 1, 1, 2), "one rank": (1, 1, 1, 1, 1),
 }
+EIGHT_RANKS = {"PP2xEP4": (2, 4, 1, 4, 2)}  # more than the session's processes
 
 
 class Host(Rank):
@@ -59,7 +62,7 @@ def host(config: RunConfig) -> Host:
 
 def configured(name: str = "PP2xEP2", *overrides: str) -> tuple[RunConfig, Layout]:
     """The tiny run on a layout of LAYOUTS."""
-    pipeline, expert, data, nodes, per_node = LAYOUTS[name]
+    pipeline, expert, data, nodes, per_node = (LAYOUTS | EIGHT_RANKS)[name]
     config = parse({key: dict(section) for key, section in TINY.items()},
                    [f"layout.pipeline={pipeline}", f"layout.expert={expert}", f"layout.data={data}", *overrides])
     return config, choose(virtual_nodes(nodes, per_node), config.layout, config.model, config.stages)
@@ -71,11 +74,17 @@ def meeting_place() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
+def placement_of(config: RunConfig, layout: Layout) -> Placement:
+    """The one that a run begins with."""
+    return default_placement(config.model, layout, config.layout.layers_per_stage, config.layout.group_parts)
+
+
 def form(ranks: ProcessRanks, config: RunConfig, layout: Layout, generation: int = 1) -> None:
     """A generation without a Trainer; its ranks have no state yet."""
     store = meeting_place()
     address, prefix = ("127.0.0.1", store.port), f"formation-{store.add('formations', 1)}"
-    places = [(Assignment(generation, rank, layout, address, prefix),) for rank in range(layout.size)]
+    placement = placement_of(config, layout)
+    places = [(Assignment(generation, rank, config, layout, placement, address, prefix),) for rank in range(layout.size)]
     ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
     ranks.start("form", places).results(TIMEOUT_SECONDS)
 
@@ -118,6 +127,7 @@ class Run:
     error: Exception | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    trainer: Trainer | None = None
 
     @property
     def losses(self) -> list[tuple[float, ...]]:
@@ -128,24 +138,27 @@ class Run:
 
 
 def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layout, *, stop_after: int | None = None,
-          before: Mapping[int, Callable[[], Any]] | None = None, configure: bool = True) -> Run:
-    """Run a Trainer to its end in `folder`; what it raises is in the result."""
+          before: Mapping[int, Callable[[], Any]] | None = None, configure: bool = True, run: Run | None = None,
+          watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None) -> Run:
+    """Run a Trainer to its end in `folder`; what it raises is in the result. `run`: an empty one, where this is told."""
     if configure:
         ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
-    found = Run()
+    found = Run() if run is None else run
 
-    def watch(kind: str, values: dict[str, Any]) -> None:
+    def note(kind: str, values: dict[str, Any]) -> None:
         if kind == "event":
             found.events.append(values)
         elif kind == "step":
             found.steps.append(values)
             if values["step"] + 1 == stop_after:
                 trainer.stop()
+        watch(kind, values)
 
     held_out = batch_of(config, -1) if config.training.validation_sequences else None
     sources = Sources(lambda step: Batches(config, step, before or {}), lambda: held_out)
     folder = folder if isinstance(folder, RunFolder) else RunFolder(str(folder), "run")
-    trainer = Trainer(config, layout, ranks, folder, sources, watch=watch, store=meeting_place())
+    trainer = Trainer(config, layout, ranks, folder, sources, watch=note, store=meeting_place())
+    found.trainer = trainer
     try:
         found.outcome = trainer.run()
     except Exception as error:

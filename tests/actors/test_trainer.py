@@ -245,7 +245,7 @@ class Slow:
     def done(self):
         return bool(self._ready) and self._pending.done()
 
-    def results(self, timeout_seconds):
+    def results(self, timeout_seconds, check=None):
         assert self._ready, "training waited for a checkpoint that was still being written"
         return self._pending.results(timeout_seconds)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 
 import pytest
 
-from jobs.session import rank_kind
+from actors import checkpoint
+from actors.cluster import rank_kind
 from tests.cluster import eventually
 
 
@@ -32,23 +32,54 @@ def two_nodes(cluster, ray_local):
     eventually(lambda: not ray_local.cluster_resources().get("rank"), 60, "the nodes are gone")
 
 
-def test_rows_on_two_raylets_and_a_lost_rank_ends_the_run_in_one_line(cluster, settings, two_nodes, ray_local):
-    """EP over two nodes; then the SIGKILL of one rank in mid-run: exit 1 within seconds, state kept, no actor left."""
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def test_rows_on_two_raylets_and_a_lost_rank_is_replaced(cluster, settings, two_nodes, ray_local):
+    """EP over two nodes. The SIGKILL of one rank in mid-run: on with the other, then with both again; the other was never
+    restarted. Ctrl-C saves; no actor is left."""
     nodes = {"layout__pipeline": 1, "layout__expert": 2, "layout__data": 1, "topology__virtual_nodes": 0,
              "topology__ranks_per_node": "auto"}
-    done = cluster.run(*settings("whole", **nodes))
-    assert done.returncode == 0, done.stderr
-    layout = json.loads((settings.runs / "whole" / "ledger.jsonl").read_text().splitlines()[0])["layout"]
-    offering = {node["NodeID"] for node in ray_local.nodes() if node["Alive"] and node["Resources"].get("rank")}
-    assert set(layout["nodes"]) == offering and len(offering) == 2
     process = cluster.start(*settings("lost", **nodes, training__steps=100_000, training__validate_every=0))
-    metrics = settings.runs / "lost" / "metrics.jsonl"
-    eventually(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 3), 90, "three steps")
-    rank = next(pid for pid, command in cluster.processes() if command.startswith(b"ray::StageActor"))
-    os.kill(rank, signal.SIGKILL)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 1, (out, err)
-    told = [line for line in err.splitlines() if line.strip()]
-    assert len(told) == 1 and re.search(r"^rank \d: its process or node was lost$", told[0]), err
+    folder, out, err = settings.runs / "lost", "", ""
+    ledger = folder / "ledger.jsonl"
+
+    def until(condition, what, seconds=90):
+        eventually(lambda: process.poll() is not None or condition(), seconds, what)
+        assert process.poll() is None, process.communicate()
+
+    def generations():
+        return [event for event in lines(folder / "events.jsonl") if event["event"] == "generation"]
+
+    def ranks():
+        return {pid for pid, command in cluster.processes() if command.startswith(b"ray::StageActor")}
+
+    try:
+        until(lambda: len(lines(ledger)) >= 3, "three steps")
+        layout = lines(ledger)[0]["layout"]
+        offering = {node["NodeID"] for node in ray_local.nodes() if node["Alive"] and node["Resources"].get("rank")}
+        assert set(layout["nodes"]) == offering and len(offering) == 2
+        killed, spared = ranks()
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: len(generations()) >= 3, "a generation without it, and one with another in its place")
+        committed = len(lines(ledger))
+        until(lambda: len(lines(ledger)) >= committed + 3, "three more steps")
+        assert spared in ranks() and killed not in ranks() and len(ranks()) == 2
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, (out, err)
+    first, without, again = generations()[:3]
+    assert [event["nodes"] for event in (first, without, again)] == [2, 1, 2] and first["layout"] == again["layout"]
+    lost, = [event for event in lines(folder / "events.jsonl") if event["event"] == "lost"]
+    assert len(lost["members"]) == 1 and lost["members"][0].rpartition("/")[0] in offering
+    steps = [line["step"] for line in lines(ledger)]
+    assert steps == list(range(len(steps))) and [line["step"] for line in lines(folder / "metrics.jsonl")] == steps
+    newest = checkpoint.complete(f"{folder}/checkpoints")[-1]
+    assert checkpoint.read_manifest(newest).step == len(steps)
     assert "Traceback" not in out + err and "worker" not in out, out  # nor Ray's own paragraph about it
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
