@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from actors.comm.groups import Group, wait
+from actors.comm.waiting import Operation
 from actors.optimizer import OwnedShard
 from orchestrator.transfer import Message, Plan
 
@@ -35,7 +35,7 @@ class Carried:
 class _OnItsWay:
     message: Message
     buffer: torch.Tensor
-    work: dist.Work
+    work: Operation
 
 
 def carry_over(plan: Plan, rank: int, world: Group, former: Sequence[OwnedShard], shards: Sequence[OwnedShard],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,27 +16,25 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from actors.comm.waiting import Aborted, Collective, Operation, Receive, first_line
+
 CREATE_TIMEOUT_SECONDS = 60.0
 _UNUSED_TAG = 999_999
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.0005, 0.01  # between two looks whether all have come
-
-
-class Aborted(RuntimeError):
-    """A communication ended because its group was aborted, timed out, or lost a member."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
     """An all-to-all under way; `sent` is kept until it is done."""
 
-    work: dist.Work | None
+    work: Operation | None
     sent: torch.Tensor
     received: torch.Tensor
 
     def wait(self) -> torch.Tensor:
         """Block until the rows received are there. Raises Aborted."""
         if self.work is not None:
-            wait(self.work)
+            self.work.wait()
         return self.received
 
 
@@ -44,19 +43,19 @@ class Group:
 
     def __init__(self, ranks: Sequence[int], rank: int, backend: dist.Backend | None):
         self.ranks, self.size, self.rank = tuple(ranks), len(ranks), tuple(ranks).index(rank)
-        self._backend = backend
+        self._backend, self._aborted, self._waiting = backend, threading.Event(), set()
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """In place; every member ends with the same bits."""
         if self.size > 1 and tensor.numel():
             options = dist.AllreduceOptions()
             options.reduceOp = op
-            wait(self._start(lambda backend: backend.allreduce([tensor], options)))
+            self._start(lambda backend: backend.allreduce([tensor], options)).wait()
 
     def all_gather(self, output: torch.Tensor, part: torch.Tensor) -> None:
         """`output` [size * n] receives every member's `part` [n], in member order. `part` may be a slice of `output`."""
         if self.size > 1:
-            wait(self._start(lambda backend: backend._allgather_base(output, part.clone())))
+            self._start(lambda backend: backend._allgather_base(output, part.clone())).wait()
         elif output.data_ptr() != part.data_ptr():
             output.copy_(part)
 
@@ -76,48 +75,58 @@ class Group:
         return Exchanged(self._start(lambda backend: backend.alltoall_base(
             landed, sent, receive_counts, send_counts, dist.AllToAllOptions())), rows, received)
 
-    def send(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
-        """Start a send; the tensor must stay unchanged until the work is done. Raises Aborted."""
-        return self._start(lambda backend: backend.send([tensor], member, tag))
+    def send(self, tensor: torch.Tensor, member: int, tag: int) -> Operation:
+        """Start a send; the tensor must stay unchanged until it is done. Raises Aborted."""
+        return Operation(self._work(lambda backend: backend.send([tensor], member, tag)))
 
-    def receive(self, tensor: torch.Tensor, member: int, tag: int) -> dist.Work:
+    def receive(self, tensor: torch.Tensor, member: int, tag: int) -> Operation:
         """Post a receive into `tensor`. Raises Aborted."""
-        return self._start(lambda backend: backend.recv([tensor], member, tag))
+        work = self._work(lambda backend: backend.recv([tensor], member, tag))
+        return Receive(work, self._aborted, self._waiting) if _is_gloo(self._backend) else Operation(work)
 
     def abort(self) -> None:
         """End every blocked operation of this group within milliseconds; each raises in the thread that waits for it."""
         if (backend := self._backend) is None:
             return
-        if backend.name() != "gloo":
+        if not _is_gloo(backend):
             backend.abort()
             return
-        # gloo's own abort does nothing. A wait that times out closes every pair of the group, which ends all operations. On a pair
-        # that is closed already, as that to a member who was quicker to abort, the receive fails and closes none: try the others.
+        self._aborted.set()
+        # gloo's own abort does nothing. A wait that times out closes every pair of the group, which ends all operations. On a
+        # pair that is closed already, as that to a member who was quicker to abort, the receive fails and closes none: try the others.
         for step in range(1, self.size):
             with contextlib.suppress(RuntimeError):
                 work = backend.recv([torch.empty(1)], (self.rank + step) % self.size, _UNUSED_TAG)
                 work.wait(datetime.timedelta(milliseconds=1))
+        for receive in list(self._waiting):
+            receive.let_go()
 
     def close(self) -> None:
         """Let go of sockets and threads, whoever still holds this group."""
         self._backend = None
 
-    def _start(self, operation: Callable[[dist.Backend], dist.Work]) -> dist.Work:
+    def _start(self, operation: Callable[[dist.Backend], dist.Work]) -> Operation:
+        """A collective. Raises Aborted."""
+        work, backend = self._work(operation), self._backend
+        return Collective(work, backend, self._aborted) if _is_gloo(backend) else Operation(work)
+
+    def _work(self, operation: Callable[[dist.Backend], dist.Work]) -> dist.Work:
         """A group that was aborted refuses an operation when it is started, one that is aborted later when it is waited for."""
         if (backend := self._backend) is None:
             raise Aborted(f"the group of ranks {self.ranks} is closed")
         try:
             return operation(backend)
         except RuntimeError as error:
-            raise Aborted(_first_line(error)) from error
+            raise Aborted(first_line(error)) from error
 
 
-def wait(work: dist.Work) -> None:
+def wait(operation: Operation) -> None:
     """Block until done. Raises Aborted."""
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise Aborted(_first_line(error)) from error
+    operation.wait()
+
+
+def _is_gloo(backend: dist.Backend | None) -> bool:
+    return backend is not None and backend.name() == "gloo"
 
 
 class Generation:
@@ -158,7 +167,8 @@ class Generation:
         """Make the groups that contain this rank; of `seconds`, second ones. Every rank must pass the same sequences, or
         creation would deadlock.
 
-        Raises Aborted when a member does not come in time, or `abort` was called: at the next group, for making one cannot be ended.
+        Raises Aborted when a member does not come in time, or `abort` was called: at the next group, for making one cannot be
+        ended.
         """
         keys = [*((ranks, False) for ranks in wanted), *((ranks, True) for ranks in seconds)]
         for index, (ranks, second) in enumerate(dict.fromkeys(keys)):
@@ -199,10 +209,6 @@ class Generation:
         try:
             backend = dist.ProcessGroupGloo(store, rank, size, options)
         except RuntimeError as error:
-            raise Aborted(f"group of {size} ranks did not form: {_first_line(error)}") from error
+            raise Aborted(f"group of {size} ranks did not form: {first_line(error)}") from error
         backend._set_default_timeout(self._timeout)
         return backend
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
