@@ -223,7 +223,8 @@ class Stage:
         self._count += 1
         return Folder(str(self._folder / str(self._count)))
 
-    def with_faults(self, name: str, faults: Sequence[Fault], *overrides: str, regrown: Sequence[int] = (), **options: Any) -> Run:
+    def with_faults(self, name: str, faults: Sequence[Fault], *overrides: str, regrown: Sequence[int] = (),
+                    **options: Any) -> Run:
         """A run on which these fall. Right before the steps `regrown` all ranks of the first layout are waited for."""
         run, folder = Run(), self.folder()
         size = configured(name, *overrides)[1].size
@@ -259,7 +260,8 @@ class Stage:
             torch.testing.assert_close(exactly(losses), wanted.losses[step["step"]], rtol=RELATIVE, atol=SMALLEST)
         assert after.keys() == wanted.state.keys()
         for key, values in after.items():
-            torch.testing.assert_close(values, wanted.state[key], rtol=RELATIVE, atol=SMALLEST, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(values, wanted.state[key], rtol=RELATIVE, atol=SMALLEST,
+                                       msg=lambda text, key=key: f"{key}: {text}")
         lines = [json.loads(line) for line in Path(run.trainer._folder.path, "ledger.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(len(wanted.losses)))
         assert {line["step"]: line["loss"] for line in lines} == {step["step"]: step["loss"] for step in run.steps}

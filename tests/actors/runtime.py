@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +24,7 @@ from actors.trainer import Sources, Trainer
 from orchestrator import order
 from orchestrator.config import RunConfig, parse
 from orchestrator.layout import Layout, choose
+from orchestrator.membership import Member
 from orchestrator.placement import Placement, default_placement
 from orchestrator.topology import virtual_nodes
 
@@ -68,6 +70,9 @@ def configured(name: str = "PP2xEP2", *overrides: str) -> tuple[RunConfig, Layou
     return config, choose(virtual_nodes(nodes, per_node), config.layout, config.model, config.stages)
 
 
+_NUMBERS = itertools.count(1000)
+
+
 @cache
 def meeting_place() -> dist.TCPStore:
     """One for all tests: connecting to one looks names up, which takes seconds where DNS does."""
@@ -79,8 +84,10 @@ def placement_of(config: RunConfig, layout: Layout) -> Placement:
     return default_placement(config.model, layout, config.layout.layers_per_stage, config.layout.group_parts)
 
 
-def form(ranks: ProcessRanks, config: RunConfig, layout: Layout, generation: int = 1) -> None:
-    """A generation without a Trainer; its ranks have no state yet."""
+def form(ranks: ProcessRanks, config: RunConfig, layout: Layout, generation: int | None = None) -> None:
+    """A generation without a Trainer, of a number that no other has; its ranks have no state yet."""
+    generation = next(_NUMBERS) if generation is None else generation
+    ranks.enlist([Member(place.node, place.local) for place in layout.places])  # a run before may have left others seated
     store = meeting_place()
     address, prefix = ("127.0.0.1", store.port), f"formation-{store.add('formations', 1)}"
     placement = placement_of(config, layout)

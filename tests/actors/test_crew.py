@@ -50,8 +50,10 @@ class Host:
 
 
 def settings(*more: str):
-    return parse({"layout": {"pipeline": 1, "expert": 4, "data": 1}, "model": {"n_routed_experts": 8}, "topology": {"ranks_per_node": 2},
-                  "elastic": {"silence_seconds": 20, "cool_down_seconds": 0.2, "abort_seconds": 0.5, "beat_seconds": 0.1}}, list(more))
+    return parse({"layout": {"pipeline": 1, "expert": 4, "data": 1}, "model": {"n_routed_experts": 8},
+                  "topology": {"ranks_per_node": 2},
+                  "elastic": {"silence_seconds": 20, "cool_down_seconds": 0.2, "abort_seconds": 0.5, "beat_seconds": 0.1}},
+                 list(more))
 
 
 def layout_of(config, *nodes):

@@ -19,8 +19,8 @@ CHECKED = ("training.validate_every=3", "training.validation_sequences=6")
 SAVED = ("checkpoint.every=2",)
 PLACES = {  # of a step: how often a rank comes there at least, and what the run needs for it
     "compute": (16, ()), "communication": (24, ()), "reduce": (3, ()), "uncommitted": (1, ()), "committed": (1, ()),
-    "between": (1, ()), "update": (1, ()), "publish": (1, ()), "gather": (3, ()), "validation": (5, CHECKED), "snapshot": (1, SAVED),
-    "write": (1, SAVED),
+    "between": (1, ()), "update": (1, ()), "publish": (1, ()), "gather": (3, ()), "validation": (5, CHECKED),
+    "snapshot": (1, SAVED), "write": (1, SAVED),
 }
 FOUR = ("PP2xEP2", "PP4", "EP4", "PP2xDP2", "EP2xDP2", "two hops")
 
@@ -66,7 +66,8 @@ def test_loss_after_loss(stage):
     """Nodes leave one after another, without notice, until one is left."""
     more = ("training.steps=14",)
     leaving = {5: 3, 8: 1, 11: 0}
-    news = {step: (lambda number=number: stage.company.tell(News("left", node(number), "gone"))) for step, number in leaving.items()}
+    news = {step: (lambda number=number: stage.company.tell(News("left", node(number), "gone")))
+            for step, number in leaving.items()}
     run = stage.with_faults("EP4", [], *more, before=news)
     stage.check(run, "EP4", *more, redone=3)
     assert [event["nodes"] for event in run.told("generation")] == [4, 3, 2, 1]
@@ -173,7 +174,8 @@ def test_a_draining_node_hands_over_what_nobody_else_has(stage, name, number, ra
 
 def test_a_node_drains_leaves_and_comes_back(stage):
     gone, run = node(1, 2), Run()
-    news = {2: says(stage, "draining", gone), 4: says(stage, "left", gone), 5: says(stage, "joined", gone), 6: lambda: whole(run, 4)}
+    news = {2: says(stage, "draining", gone), 4: says(stage, "left", gone), 5: says(stage, "joined", gone),
+            6: lambda: whole(run, 4)}
     run = stage.run("PP2xEP2", STEPS, "elastic.cool_down_seconds=0.1", before=news, run=run)
     stage.check(run, "PP2xEP2", STEPS, redone=0)
     assert [event["nodes"] for event in run.told("generation")] == [2, 1, 2]

@@ -63,8 +63,8 @@ def once(action):
 
 
 def test_a_file_written_after_its_rank_was_given_up_spoils_no_checkpoint(stage):
-    """It thaws in the middle of a checkpoint's writing, and finishes its piece. That checkpoint does not count; a later one of the
-    same run is whole."""
+    """It thaws in the middle of a checkpoint's writing, and finishes its piece. That checkpoint does not count; a later one of
+    the same run is whole."""
     more, run, frozen_one = (STEPS, *FROZEN, "checkpoint.every=3", "elastic.cool_down_seconds=60"), Run(), []
 
     def freeze() -> None:
@@ -74,7 +74,7 @@ def test_a_file_written_after_its_rank_was_given_up_spoils_no_checkpoint(stage):
     def thaw() -> None:
         os.kill(frozen_one[0].handle.pid, signal.SIGCONT)
         checkpoints = run.trainer._folder.checkpoints
-        until(lambda: any("generation-1-rank-00002" in name for _, _, names in os.walk(checkpoints) for name in names), "its file")
+        until(lambda: any("generation-1-rank-00002" in name for *_, names in os.walk(checkpoints) for name in names), "its file")
 
     run = stage.run("EP4", *more, before={2: once(freeze), 5: thaw}, run=run)
     stage.check(run, "EP4", *more)

@@ -47,7 +47,8 @@ class Cluster:
 
     def start(self, *arguments: str, cwd: Path | str = REPOSITORY, **environment: str) -> subprocess.Popen:
         """`python *arguments` connected to this cluster, in a process group of its own."""
-        return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=self.environment | {"RAY_ADDRESS": self.address} | environment,
+        return subprocess.Popen([sys.executable, *arguments], cwd=cwd,
+                                env=self.environment | {"RAY_ADDRESS": self.address} | environment,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def run(self, *arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
@@ -66,7 +67,8 @@ class Cluster:
 
         before = len([node for node in ray.nodes() if node["Alive"]])
         process = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1", f"--resources={json.dumps(resources)}",
+            [str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1",
+             f"--resources={json.dumps(resources)}",
              "--object-store-memory=80000000"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)
         eventually(lambda: len([node for node in ray.nodes() if node["Alive"]]) > before, 60, "the new node joins")

@@ -23,11 +23,12 @@ SECONDS = 90.0
 """Bound on what a busy machine takes to go on, or to bring a node back."""
 LENGTH = 32
 CONFIG = {
-    "model": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8,
-              "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16,
-              "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "initializer_range": 0.02},
-    "training": {"steps": 100_000, "batch_sequences": 16, "microbatch_sequences": 1, "validation_sequences": 4, "validate_every": 25,
-                 "dtype": "float64"},
+    "model": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+              "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "num_attention_heads": 2,
+              "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+              "initializer_range": 0.02},
+    "training": {"steps": 100_000, "batch_sequences": 16, "microbatch_sequences": 1, "validation_sequences": 4,
+                 "validate_every": 25, "dtype": "float64"},
     "optimizer": {"learning_rate": 1e-3, "final_learning_rate": 1e-3, "warmup_steps": 2},  # the same however long the run gets
     "layout": {"pipeline": 2, "expert": 2, "data": 1},
     "topology": {"virtual_nodes": 0, "ranks_per_node": "auto"},
@@ -39,8 +40,8 @@ CONFIG = {
 def tokens(cluster: RayletCluster, folder: Path) -> str:
     """The data of all runs: a few files of the standard library."""
     inputs = sorted(str(path) for path in Path(sysconfig.get_path("stdlib")).glob("c*.py"))
-    finished(cluster, folder, "tokenize", "jobs.tokenize", "--input", *inputs, "--tokenizer", "byte", "--output", f"{folder}/tokens",
-             "--set", f"data.sequence_length={LENGTH}", "--set", "data.validation_fraction=0.2")
+    finished(cluster, folder, "tokenize", "jobs.tokenize", "--input", *inputs, "--tokenizer", "byte",
+             "--output", f"{folder}/tokens", "--set", f"data.sequence_length={LENGTH}", "--set", "data.validation_fraction=0.2")
     return f"{folder}/tokens"
 
 
@@ -157,11 +158,9 @@ class Chaos:
 
     def _drain(self, node: int, other: int) -> None:
         """The notice comes as from Ray's autoscaler; at its deadline the node is gone, and another one takes its place."""
-        before, seconds = len(self.told("draining")), 20.0
-        deadline = time.time() + seconds
-        drain(self.cluster, node, deadline)
-        self._until(lambda: len(self.told("draining")) > before and self.generation > self.told("draining")[-1].get("generation", 0)
-                    and self.told("generation")[-1]["time"] >= self.told("draining")[-1]["time"], "the node is left", seconds)
+        before, generation, seconds = len(self.told("draining")), self.generation, 20.0
+        drain(self.cluster, node, time.time() + seconds)
+        self._until(lambda: len(self.told("draining")) > before and self.generation > generation, "the node is left", seconds)
         self.cluster.kill(node)
         self._bring_back(node)
 

@@ -13,7 +13,7 @@ import pytest
 from jobs.benches.raylets import RayletCluster
 from tests.cluster.chaos import CONFIG, NODES, Chaos, command_of, finished, lines, tokens
 
-KINDS = ("rank", "cut", "drain", "two_at_once", "frozen", "again_while_it_recovers", "node")
+KINDS = ("rank", "cut", "drain", "two_at_once", "frozen", "again_while_it_recovers", "node", "coordinator")
 NUMBER, SEED = int(os.environ.get("DUALRAY_CHAOS", len(KINDS))), int(os.environ.get("DUALRAY_CHAOS_SEED", 1))
 COMPARED = 200
 """Steps until which rounding errors stay where they are: training multiplies them."""
