@@ -92,7 +92,6 @@ def form(ranks: ProcessRanks, config: RunConfig, layout: Layout, generation: int
     address, prefix = ("127.0.0.1", store.port), f"formation-{store.add('formations', 1)}"
     placement = placement_of(config, layout)
     places = [(Assignment(generation, rank, config, layout, placement, address, prefix),) for rank in range(layout.size)]
-    ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
     ranks.start("form", places).results(TIMEOUT_SECONDS)
 
 
@@ -145,11 +144,9 @@ class Run:
 
 
 def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layout, *, stop_after: int | None = None,
-          before: Mapping[int, Callable[[], Any]] | None = None, configure: bool = True, run: Run | None = None,
+          before: Mapping[int, Callable[[], Any]] | None = None, run: Run | None = None,
           watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None) -> Run:
     """Run a Trainer to its end in `folder`; what it raises is in the result. `run`: an empty one, where this is told."""
-    if configure:
-        ranks.start("configure", [(config,)] * layout.size).results(TIMEOUT_SECONDS)
     found = Run() if run is None else run
 
     def note(kind: str, values: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def take_place(host, rank, config, old_layout, layout, came_from, place, publish
     world = generation.group(tuple(range(layout.size)))
     carried = carry_over(plan, rank, world, former.shards if former else [], shards, biases, mine)
     host.optimizer = Optimizer(rank, new, settings, exact, cpu, shards, former)
-    host._held.add(2, State(new, shards, mine, applied=2))
+    host._held.add(2, State(host._assignment, new, shards, mine, applied=2))
     host.optimizer.publish(generation, plan.fresh if published else ())
     host._assignment = replace(host._assignment, rank=rank, layout=layout)
     host._generation.close()
