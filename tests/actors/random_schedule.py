@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from itertools import combinations, count, product
 
+import pytest
+
+from orchestrator import scheduling
 from orchestrator.schedule.actions import Compute, Kind, Pair, Schedule, Split, Work
 from orchestrator.schedule.stages import SEARCHED, Stages
 
@@ -41,6 +45,22 @@ def varied_schedule(stages: Stages, microbatches: int) -> Schedule:
     """The first drawn one with pairs of all kinds, splits of all kinds, and every way to meet a split again: forward and
     backward each alone, in a pair or split."""
     return next(found for seed in count() if _says_everything(found := random_schedule(stages, microbatches, seed)))
+
+
+def draw_schedules(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
+    """From here on a run's schedule is a varied one of 12 microbatches. Returns a list of those that runs were given."""
+    used, planned = [], scheduling.schedule_of
+
+    def drawn(config, stages, microbatches, *, training):
+        if threading.current_thread() is not threading.main_thread():
+            # it prepares for losses, and what they leave may be too small for a schedule that says everything
+            return planned(config, stages, microbatches, training=training)
+        used.append(varied_schedule(stages, microbatches))
+        return used[-1]
+
+    monkeypatch.setattr(scheduling, "schedule_of", drawn)
+    monkeypatch.setattr("actors.dealing.smallest_microbatches", lambda *arguments, training: 12)
+    return used
 
 
 def _says_everything(schedule: Schedule) -> bool:

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from random_schedule import varied_schedule
+from random_schedule import draw_schedules
 from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, state, train
 
 from actors.dealing import Dealer
@@ -41,14 +41,7 @@ def test_overlap_changes_no_bit(ranks, tmp_path, name, further):
 
 def test_overlap_changes_no_bit_of_halves_and_pairs_of_all_kinds(ranks, tmp_path, monkeypatch):
     """The order of pieces is the program's, so the sums of gradients are the same also with split microbatches."""
-    used = []
-
-    def drawn(config, stages, microbatches, *, training):
-        used.append(varied_schedule(stages, microbatches))
-        return used[-1]
-
-    monkeypatch.setattr(scheduling, "schedule_of", drawn)
-    monkeypatch.setattr("actors.dealing.smallest_microbatches", lambda *arguments, training: 12)
+    used = draw_schedules(monkeypatch)
     further = "schedule.kind=searched", "schedule.placement=both", "training.batch_sequences=61"
     (one, weights), (other, others) = both_ways(ranks, tmp_path, "PP2xEP2", *further)
     assert one.losses == other.losses and same(weights, others)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from functools import cache
 
 import pytest
 import torch
-from random_schedule import varied_schedule
+from random_schedule import draw_schedules
 from runtime import batch_of, configured, digest_by_hand, state, train
 
 from actors.checkpoint import MASTER
@@ -91,16 +90,7 @@ def test_pairs_of_all_kinds_and_halves_train_as_one_plain_process_does(ranks, tm
     none, of 65 it is 2 and 1; so a half of one rank meets an empty half of the other."""
     config, layout = configured(name, "schedule.kind=searched", f"schedule.placement={placement}", *FOLDINGS[placement],
                                 *steps_of(sequences))
-    used = []
-
-    def drawn(config, stages, microbatches, *, training):
-        schedule = varied_schedule(stages, microbatches)
-        if threading.current_thread() is threading.main_thread():  # another makes those that a loss would leave
-            used.append(schedule)
-        return schedule
-
-    monkeypatch.setattr(scheduling, "schedule_of", drawn)
-    monkeypatch.setattr("actors.dealing.smallest_microbatches", lambda *arguments, training: 12)
+    used = draw_schedules(monkeypatch)
     run = train(ranks, tmp_path, config, layout)
     assert_as_plain(run, ranks, layout, *steps_of(sequences))
     assert len(used) == 1
