@@ -55,6 +55,7 @@ class RayletCluster:
         self.folder = tempfile.mkdtemp(prefix="dr", dir="/tmp")  # short: paths of sockets may have 107 bytes
         self._environment = os.environ | {
             "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": self.folder, "OMP_NUM_THREADS": "1",
+            "RAY_memory_monitor_refresh_ms": "0",  # every raylet would take the machine's memory for its own, and kill for all
             "RAY_raylet_start_wait_time_s": "60", "RES_OPTIONS": "timeout:1 attempts:1", "PYTHONDONTWRITEBYTECODE": "1",
             "PATH": f"{_BIN}:{os.environ['PATH']}",
             **{f"RAY_health_check_{name}": str(value) for name, value in health_checks.items()}, **(environment or {})}

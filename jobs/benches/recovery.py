@@ -91,7 +91,8 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
     if recovery_peers.RAY_TRAIN + recovery_peers.TUNED in ratio:
         for kind, found in ratio[recovery_peers.RAY_TRAIN + recovery_peers.TUNED].items():
             checks[f"{kind}: a step of the whole batch at least {PEER_BAR:g} times sooner than Ray Train tuned"] = found >= PEER_BAR
-    return {"settings": settings.model_dump(), "ray_health_checks": CHECKS, "environment": NICENESS, "results": results, "slope": slope, "fit": fitted,
+    return {"settings": settings.model_dump(), "ray_health_checks": CHECKS, "environment": NICENESS,
+            "results": results, "slope": slope, "fit": fitted,
             "peers": {name: found.summary() for name, found in peers.items()}, "seconds": _seconds(results), "ratio": ratio,
             "run_seconds": time.perf_counter() - started, "checks": checks, "valid": all(checks.values())}
 
