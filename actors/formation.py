@@ -228,7 +228,7 @@ def _default_placement(config: RunConfig, layout: Layout) -> Placement:
 
 
 def _buckets(config: RunConfig, layout: Layout, placement: Placement) -> tuple[ownership.Bucket, ...]:
-    return ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage, placement)
+    return ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage, placement, config.precision)
 
 
 def _gates(config: RunConfig, layout: Layout) -> Mapping[int, tuple[int, ...]]:

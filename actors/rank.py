@@ -41,7 +41,7 @@ from actors.messages import (
     StepRequest,
 )
 from actors.model.chunk import LossScales
-from actors.model.weights import WeightGradients, exact_dtype
+from actors.model.weights import DTYPES, WeightGradients, exact_dtype
 from actors.optimizer import Optimizer, shards_of
 from actors.stages import Stages, groups_of
 from actors.state import Carried, carry_over
@@ -54,7 +54,6 @@ from orchestrator.placement import Placement
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import figures
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 class Rank:
@@ -84,6 +83,7 @@ class Rank:
     def configure(self, config: RunConfig) -> None:
         """Another configuration, from the next `form` on."""
         self._config, self._dtype = config, DTYPES[config.training.dtype]
+        self._blocks: dict[str, torch.Tensor] = {}
 
     # --- generations ---------------------------------------------------------------------------------------------
 
@@ -129,6 +129,7 @@ class Rank:
         self._stay_on_a_core(layout, assignment.rank)
         self._place = layout.places[assignment.rank]
         self._queue, self._traffic, self._wires = WeightGradients(), Traffic(), Wires()
+        self._blocks.clear()
         self._lasting = frozenset(groups_of(layout, (), config.layout.hops)[0])
         self._world = generation.group(groups[0])
         self._stage_group = generation.group(layout.peers(self._place.position))
@@ -143,7 +144,8 @@ class Rank:
         self.optimizer = Optimizer(assignment.rank, buckets, config.optimizer, self._dtype, self._device, new.shards,
                                    self.optimizer)
         self._load: dict[int, torch.Tensor] = {}
-        self._stages = Stages(config, layout, self._place, generation, self._device, new.biases, self._queue, self._traffic)
+        self._stages = Stages(config, layout, self._place, generation, self._device, new.biases, self._queue, self._traffic,
+                              self._blocks)
         self._lane = lane_for(self._device) if config.schedule.overlap else None
         self._set_up(assignment.placement)
         self._programs: dict[tuple[bool, int], Program] = {}
@@ -232,6 +234,7 @@ class Rank:
         if request.apply is not None:
             self.apply(request.apply)
         self._reduced = None
+        self._blocks.clear()  # weights have changed
         self.optimizer.zero_gradients()
         sent_before = self._traffic.sent
         tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=True)
@@ -273,6 +276,7 @@ class Rank:
 
     def evaluate(self, request: StepRequest) -> LossSums:
         """Loss sums over a batch, forward only; changes nothing."""
+        self._blocks.clear()
         tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=False)
         work = StepWork(tapes, self._links(request), lambda: None)
         with torch.no_grad():
@@ -323,7 +327,7 @@ class Rank:
 
     def _buckets_of(self, placement: Placement) -> tuple[ownership.Bucket, ...]:
         config = self._config
-        return ownership.buckets(config.model, self._layout, config.elastic.copies, config.layout.layers_per_stage, placement)
+        return ownership.buckets(config.model, self._layout, config.elastic.copies, config.layout.layers_per_stage, placement, config.precision)
 
     def _biases_of(self, state: State | None) -> dict[int, torch.Tensor]:
         """Of the gates of all layers that this rank hosts: those of `state`, and zeros where it has none."""

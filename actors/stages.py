@@ -12,7 +12,8 @@ from actors.comm.exchange import ExpertExchange, TwoHops
 from actors.comm.groups import Generation
 from actors.comm.traffic import Traffic
 from actors.model.chunk import Chunk
-from actors.model.weights import Weight, WeightGradients
+from actors.model.float8 import in8_of
+from actors.model.weights import DTYPES, Weight, WeightGradients
 from actors.optimizer import Optimizer
 from orchestrator.balance import Ranks
 from orchestrator.config import RunConfig
@@ -43,13 +44,13 @@ def groups_of(layout: Layout, buckets: Sequence[Bucket], hops: int | str) -> tup
 class Stages:
     """Makes the chunks of one rank, for one placement after the other.
 
-    biases: of the gate of every layer with experts. queue, traffic: what all chunks use.
+    biases: of the gate of every layer with experts. queue, traffic: what all chunks use. blocks: FP8 weights by name.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, place: Place, generation: Generation, device: torch.device,
-                 biases: Mapping[int, Tensor], queue: WeightGradients, traffic: Traffic):
+                 biases: Mapping[int, Tensor], queue: WeightGradients, traffic: Traffic, blocks: dict[str, Tensor]):
         self._config, self._layout, self._place, self._generation = config, layout, place, generation
-        self._device, self._biases, self._queue, self._traffic = device, biases, queue, traffic
+        self._device, self._biases, self._queue, self._traffic, self._in8 = device, biases, queue, traffic, in8_of(config.precision, blocks)
 
     def chunks(self, weights: Mapping[str, Weight], placement: Placement) -> dict[int, Chunk]:
         """By slot. Layers that are placed alike share an exchange."""
@@ -68,7 +69,8 @@ class Stages:
                 config.model, layers=layers, first=stage == 0, last=last, weights=weights, biases=self._biases,
                 exchanges={layer: made[experts] for layer, experts in placed.items()},
                 local_experts={layer: list(experts[place.expert_rank]) for layer, experts in placed.items()},
-                queue=self._queue, recompute=config.training.recompute)
+                queue=self._queue, recompute=config.training.recompute, dtype=DTYPES[config.training.dtype],
+                in8=self._in8)
         return chunks
 
     def _exchange(self, placed: Ranks) -> ExpertExchange:

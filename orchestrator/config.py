@@ -8,33 +8,21 @@ Keys under `model:` are those of DeepSeek-V3's `config.json`, with the same mean
 from __future__ import annotations
 
 import copy
-import re
 from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, Strict, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 
+from orchestrator.precision import PrecisionSection, check_precision
 from orchestrator.refusal import ConfigError, refusal
 from orchestrator.schedule.kinds import smallest_microbatches
 from orchestrator.schedule.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
+from orchestrator.section import Real, Section
 from orchestrator.settings import apply_override, read_tree
 
-_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-
-
-def _real(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 and 2.2e5 (without a dot, without a sign) as text; a person means a number."""
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
 Auto = Literal["auto"]
-Real = Annotated[float, BeforeValidator(_real)]
 Pair = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]  # YAML has lists only
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RopeScaling(Section):
@@ -228,6 +216,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
+    precision: PrecisionSection = PrecisionSection()
     optimizer: OptimizerSection = OptimizerSection()
     layout: LayoutSection = LayoutSection()
     placement: PlacementSection = PlacementSection()
@@ -292,6 +281,7 @@ def check(config: RunConfig) -> None:
     if training.dispatch_precision == "float8" and config.model.hidden_size % 128:
         raise ConfigError("training.dispatch_precision", "float8",
                           f"same: model.hidden_size = {config.model.hidden_size} is not a multiple of 128, the channels of a scale")
+    check_precision(config.precision, training.dtype)
     _check_elastic(config.elastic)
     if late := [step for step in config.telemetry.trace_steps if step >= training.steps]:
         raise ConfigError("telemetry.trace_steps", late[0], f"below training.steps = {training.steps}: steps count from 0")

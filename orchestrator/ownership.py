@@ -16,6 +16,7 @@ from orchestrator.config import ModelConfig
 from orchestrator.layout import Layout
 from orchestrator.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
 from orchestrator.placement import Placement, default_placement
+from orchestrator.precision import PrecisionSection, exact
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Bucket:
 
 
 def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: list[int] | str = "auto",
-            placement: Placement | None = None) -> tuple[Bucket, ...]:
+            placement: Placement | None = None, precision: PrecisionSection = PrecisionSection()) -> tuple[Bucket, ...]:
     """All buckets of a layout, in the one order in which every rank reduces them. `placement`: None: the default one."""
     placement = placement or default_placement(model, layout, layers_per_stage)
     grouped: dict[tuple, list[ParameterSpec]] = {}
     for spec, holders in _holders(model, layout, layers_per_stage, placement):
-        grouped.setdefault((holders, spec.decay, spec.precise), []).append(spec)
+        grouped.setdefault((holders, spec.decay, spec.precise or exact(precision, spec.name)), []).append(spec)
     found = []
     for index, ((holders, decay, precise), specs) in enumerate(grouped.items()):
         members = holders + _extra_owners(layout, holders, copies)

@@ -64,7 +64,7 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
     (first, first_empty), (last, last_empty) = (_microbatches(config, layout, step) for step in (0, config.training.steps - 1))
     per_stage = config.layout.layers_per_stage
     placement = default_placement(config.model, layout, per_stage, config.layout.group_parts)
-    buckets = ownership.buckets(config.model, layout, config.elastic.copies, per_stage, placement)
+    buckets = ownership.buckets(config.model, layout, config.elastic.copies, per_stage, placement, config.precision)
     peaks = peak_activations(scheduling.schedule_of(config, layout.folding, max(first, last), training=True))
     ranks = cost.memory(config, layout, buckets, peaks)
     at_position = ([ranks[place.rank] for place in layout.places if place.position == p] for p in range(layout.pipeline))

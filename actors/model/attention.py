@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.model.linear import Scope, linear, rms_norm
+from actors.model.float8 import Float8
+from actors.model.linear import Scope, linear, linear_forward, rms_norm
 from actors.model.rope import Rotary, rotate, softmax_scale
 from actors.model.weights import Weight
 from orchestrator.config import ModelConfig
@@ -21,7 +22,7 @@ from orchestrator.config import ModelConfig
 class Attention:
     """The attention of layer `n`; holds views of its weights only."""
 
-    def __init__(self, model: ModelConfig, n: int, weights: Mapping[str, Weight], rotary: Rotary):
+    def __init__(self, model: ModelConfig, n: int, weights: Mapping[str, Weight], rotary: Rotary, in8: Float8 | None = None):
         self._model, self._rotary, self._scale = model, rotary, softmax_scale(model)
         found = {name: weights.get(f"model.layers.{n}.self_attn.{name}.weight") for name in (
             "q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")}
@@ -29,6 +30,7 @@ class Attention:
         self._q_up = found["q_proj"] if model.q_lora_rank is None else found["q_b_proj"]
         self._kv_down, self._kv_norm, self._kv_up = (found[k] for k in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
         self._out = found["o_proj"]
+        self._in8, self._out_in8 = in8, in8 and in8.with_powers_of_two()
 
     def __call__(self, x: Tensor, scope: Scope) -> Tensor:
         """x [b, s, h], already normed, to [b, s, h]."""
@@ -37,23 +39,24 @@ class Attention:
         k, v = self._keys_values(x, table, scope)
         out_basd = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._scale)
         out = out_basd[..., : self._model.v_head_dim].transpose(1, 2)
-        return linear(out.reshape(*x.shape[:2], -1), self._out, scope)
+        return linear(out.reshape(*x.shape[:2], -1), self._out, scope, self._out_in8)
 
     def _queries(self, x: Tensor, table: Tensor, scope: Scope) -> Tensor:
-        model, up = self._model, self._q_up
-        latent = x if self._q_down is None else rms_norm(linear(x, self._q_down, scope), self._q_norm, model.rms_norm_eps, scope)
+        model, up, in8 = self._model, self._q_up, self._in8
+        latent = x if self._q_down is None else rms_norm(
+            linear(x, self._q_down, scope, in8), self._q_norm, model.rms_norm_eps, scope)
         sizes = (model.num_attention_heads, model.qk_nope_head_dim)
-        q = _Queries.apply(linear(latent, up, scope), table, *sizes)
-        scope.recomputable((q,), lambda latent: _queries(F.linear(latent, up.value), table, *sizes), latent)
+        q = _Queries.apply(linear(latent, up, scope, in8), table, *sizes)
+        scope.recomputable((q,), lambda latent: _queries(linear_forward(latent, up, in8), table, *sizes), latent)
         return q
 
     def _keys_values(self, x: Tensor, table: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
-        model, up = self._model, self._kv_up
-        latent, k_rope = linear(x, self._kv_down, scope).split([model.kv_lora_rank, model.qk_rope_head_dim], dim=-1)
+        model, up, in8 = self._model, self._kv_up, self._in8
+        latent, k_rope = linear(x, self._kv_down, scope, in8).split([model.kv_lora_rank, model.qk_rope_head_dim], dim=-1)
         latent = rms_norm(latent, self._kv_norm, model.rms_norm_eps, scope)
         sizes = (model.num_attention_heads, model.qk_nope_head_dim, model.v_head_dim)
-        k, v = _KeysValues.apply(linear(latent, up, scope), k_rope, table, *sizes)
-        scope.recomputable((k, v), lambda latent, k_rope: _keys_values(F.linear(latent, up.value), k_rope, table, *sizes),
+        k, v = _KeysValues.apply(linear(latent, up, scope, in8), k_rope, table, *sizes)
+        scope.recomputable((k, v), lambda latent, k_rope: _keys_values(linear_forward(latent, up, in8), k_rope, table, *sizes),
                            latent, k_rope)
         return k, v
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.comm.exchange import ExpertExchange
+from actors.model.float8 import Float8
 from actors.model.island import Island
 from actors.model.layer import DenseLayer, ExpertLayer, Parts
 from actors.model.linear import Scope, embed, embed_backward, linear, rms_norm
@@ -33,22 +34,25 @@ class Chunk:
         biases: gate bias [e] of every layer with experts, FP32 (FP64); changed in place between steps by its owner.
         exchanges, local_experts: of every layer with experts; expert ids in slot order.
         recompute: none, selective or full, as `training.recompute`.
+        dtype: of activations; None: that of the weights. in8: how modules multiply, by kind, of those that do so in FP8.
     `scales` is read by backward; its owner sets it before every step.
     `load[layer]` int64 [e] counts choices of experts since its owner last zeroed it.
     """
 
     def __init__(self, model: ModelConfig, *, layers: range, first: bool, last: bool, weights: Mapping[str, Weight],
                  biases: Mapping[int, Tensor], exchanges: Mapping[int, ExpertExchange],
-                 local_experts: Mapping[int, list[int]], queue: WeightGradients, recompute: str = "none"):
+                 local_experts: Mapping[int, list[int]], queue: WeightGradients, recompute: str = "none",
+                 dtype: torch.dtype | None = None, in8: Mapping[str, Float8] | None = None):
         self.model, self.first, self.last, self.scales = model, first, last, LossScales()
         self._weights, self._queue = weights, queue
-        self._parts = parts = Parts(model, weights, Rotary(model), queue, recompute)
         self._mtp = mtp_layer(model) if last and model.num_nextn_predict_layers else None
         wanted = [*layers, self._mtp] if self._mtp is not None else [*layers]
-        dtype = weights[f"model.layers.{wanted[0]}.self_attn.o_proj.weight"].value.dtype
+        if dtype is None:
+            dtype = weights[f"model.layers.{wanted[0]}.self_attn.o_proj.weight"].value.dtype
+        self._parts = parts = Parts(model, weights, Rotary(model), queue, recompute, dtype, in8 or {})
         with_experts = set(moe_layers(model, layers, last=last))
         self._layers = {
-            n: ExpertLayer(parts, n, exchanges[n], local_experts[n], biases[n], dtype) if n in with_experts
+            n: ExpertLayer(parts, n, exchanges[n], local_experts[n], biases[n]) if n in with_experts
             else DenseLayer(parts, n) for n in wanted}
         self._order = [n for n in wanted if n != self._mtp]
         self.load = {n: layer.load for n, layer in self._layers.items() if isinstance(layer, ExpertLayer)}
@@ -85,7 +89,10 @@ class Chunk:
     def _enter(self, tape: Microbatch) -> None:
         if not tape.sequences:
             return
-        tape.hidden = embed(tape.tokens[:, :-1], self._weights["model.embed_tokens.weight"]) if self.first else tape.input
+        tape.hidden = self._embedded(tape.tokens[:, :-1]) if self.first else tape.input
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        return embed(tokens, self._weights["model.embed_tokens.weight"]).to(self._parts.dtype)
 
     def _leave(self, tape: Microbatch) -> None:
         crossed(tape.hidden)
@@ -130,7 +137,7 @@ class Chunk:
     def _mtp_input_forward(self, tape: Microbatch) -> None:
         """Position i meets the embedding of token i+1, and the hidden state after the model's last norm."""
         if tape.sequences:
-            following = embed(tape.tokens[:, 1:], self._weights["model.embed_tokens.weight"])
+            following = self._embedded(tape.tokens[:, 1:])
             (tape.hidden,) = self._island(tape, "mtp_input", self._mtp_project).forward(following, tape.hidden)
 
     def _mtp_input_backward(self, tape: Microbatch) -> None:
@@ -144,7 +151,7 @@ class Chunk:
                  for x, norm in ((following, "enorm.weight"), (hidden, "hnorm.weight"))]
         both = torch.cat(parts, dim=-1)
         scope.recomputable((both,), lambda a, b: torch.cat([a, b], dim=-1), *parts)
-        return (linear(both, self._weights[prefix + "eh_proj.weight"], scope),)
+        return (linear(both, self._weights[prefix + "eh_proj.weight"], scope).to(hidden.dtype),)
 
     def _head(self, norm: str, labels: Tensor) -> Callable[..., tuple[Tensor, ...]]:
         def run(hidden: Tensor, scope: Scope) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ before it and may run meanwhile, on another thread: both read the same tensors, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from actors.comm.exchange import ExpertExchange
 from actors.model.attention import Attention
 from actors.model.gate import balance_loss, choose_experts, expert_weights
+from actors.model.float8 import Float8
 from actors.model.island import Island, Keep
 from actors.model.linear import Scope, expert_mlp, linear, mlp, rms_norm
 from actors.model.recompute import Recipes
@@ -32,13 +33,15 @@ from orchestrator.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What all layers of a stage share."""
+    """What all layers of a stage share. dtype: of activations. in8: how modules multiply, by kind, of those that do so in FP8."""
 
     model: ModelConfig
     weights: Mapping[str, Weight]
     rotary: Rotary
     queue: WeightGradients
     recompute: str
+    dtype: torch.dtype
+    in8: Mapping[str, Float8] = field(default_factory=dict)
 
     def scope(self, tape: Microbatch) -> Scope:
         return Scope(self.queue, Recipes() if tape.keep and self.recompute == "selective" else None)
@@ -59,13 +62,13 @@ class _Layer:
 
     def __init__(self, parts: Parts, n: int):
         self.parts, self.n, self.prefix = parts, n, f"model.layers.{n}."
-        self._attention = Attention(parts.model, n, parts.weights, parts.rotary)
+        self._attention = Attention(parts.model, n, parts.weights, parts.rotary, parts.in8.get("attention"))
         self._input_norm = parts.weights[self.prefix + "input_layernorm.weight"]
         self._mlp_norm = parts.weights[self.prefix + "post_attention_layernorm.weight"]
 
     def _attend(self, x: Tensor, scope: Scope) -> Tensor:
         eps = self.parts.model.rms_norm_eps
-        return x + self._attention(rms_norm(x, self._input_norm, eps, scope), scope)
+        return x + self._attention(rms_norm(x, self._input_norm, eps, scope), scope).to(x.dtype)
 
     def _normed(self, x: Tensor, scope: Scope) -> Tensor:
         return rms_norm(x, self._mlp_norm, self.parts.model.rms_norm_eps, scope)
@@ -97,9 +100,9 @@ class DenseLayer(_Layer):
 
     def _mlp_forward(self, tape: Microbatch) -> None:
         record = tape.records[self.n]
-        scope = Scope(self.parts.queue, record.recipes)
+        scope, in8 = Scope(self.parts.queue, record.recipes), self.parts.in8.get("mlp")
         if tape.sequences:
-            record.mlp = Island(lambda x: (x + mlp(self._normed(x, scope), self._gate_up, self._down, scope),),
+            record.mlp = Island(lambda x: (x + mlp(self._normed(x, scope), self._gate_up, self._down, scope, in8).to(x.dtype),),
                                 self.parts.keep(tape), scope.recipes)
             (tape.hidden,) = record.mlp.forward(tape.hidden)
         if record.recipes is not None:
@@ -120,16 +123,16 @@ class DenseLayer(_Layer):
 class ExpertLayer(_Layer):
     """A layer with routed experts. `load` int64 [e] counts how often each was chosen; `bias` [e] steers the choice.
 
-    Args: `experts`: ids of the experts that this rank holds, in slot order. `dtype`: of activations.
+    Args: `experts`: ids of the experts that this rank holds, in slot order.
     """
 
-    def __init__(self, parts: Parts, n: int, exchange: ExpertExchange, experts: list[int], bias: Tensor,
-                 dtype: torch.dtype):
+    def __init__(self, parts: Parts, n: int, exchange: ExpertExchange, experts: list[int], bias: Tensor):
         super().__init__(parts, n)
-        model, self._exchange, self._bias, self._dtype = parts.model, exchange, bias, dtype
+        model, self._exchange, self._bias, self._dtype = parts.model, exchange, bias, parts.dtype
         self._gate = parts.weights[self.prefix + "mlp.gate.weight"]
         pairs = [parts.gate_up_down(f"{self.prefix}mlp.experts.{e}") for e in experts]
         self._expert_gate_up, self._expert_down = [up for up, _ in pairs], [down for _, down in pairs]
+        self._in8 = parts.in8["experts"].with_powers_of_two() if "experts" in parts.in8 else None
         self._shared = parts.gate_up_down(self.prefix + "mlp.shared_experts") if model.n_shared_experts else None
         self.load = torch.zeros(model.n_routed_experts, dtype=torch.int64, device=bias.device)
 
@@ -192,8 +195,9 @@ class ExpertLayer(_Layer):
         if not tape.sequences:
             return
         record = tape.records[self.n]
-        scope = Scope(self.parts.queue, record.recipes)
-        record.shared_mlp = Island(lambda normed: (mlp(normed, *self._shared, scope),), self.parts.keep(tape), scope.recipes)
+        scope, in8 = Scope(self.parts.queue, record.recipes), self.parts.in8.get("shared_experts")
+        record.shared_mlp = Island(lambda normed: (mlp(normed, *self._shared, scope, in8).to(normed.dtype),), self.parts.keep(tape),
+                                   scope.recipes)
         (record.shared,) = record.shared_mlp.forward(record.normed)
 
     def _experts_forward(self, tape: Microbatch) -> None:
@@ -205,7 +209,7 @@ class ExpertLayer(_Layer):
             record.rows = sent.rows
         else:
             record.mlp = Island(
-                lambda rows, weights: (expert_mlp(rows, weights, self._expert_gate_up, self._expert_down, counts, scope),),
+                lambda rows, weights: (expert_mlp(rows, weights, self._expert_gate_up, self._expert_down, counts, scope, self._in8),),
                 self.parts.keep(tape), scope.recipes)
             (record.rows,) = record.mlp.forward(sent.rows, sent.weights)
         if record.recipes is not None:

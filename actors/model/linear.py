@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.model import float8
+from actors.model.float8 import Float8
 from actors.model.recompute import Recipes
+from actors.model.swiglu import SwiGlu, WeightedSwiGlu, swiglu_of, weighted_swiglu_of
 from actors.model.weights import Weight, WeightGradients
 
 
@@ -31,9 +34,14 @@ class Scope:
             self.recipes.add(outputs, make, *sources)
 
 
-def linear(x: Tensor, weight: Weight, scope: Scope) -> Tensor:
-    """x [..., i] times weight [o, i] transposed: [..., o], computed in the weight's dtype."""
-    return _Linear.apply(x, weight, scope.queue)
+def linear(x: Tensor, weight: Weight, scope: Scope, in8: Float8 | None = None) -> Tensor:
+    """x [..., i] times weight [o, i] transposed: [..., o], computed in the weight's dtype, or in FP8 and then in x's."""
+    return _Linear.apply(x, weight, scope.queue) if in8 is None else float8.linear(x, weight, scope.queue, in8)
+
+
+def linear_forward(x: Tensor, weight: Weight, in8: Float8 | None = None) -> Tensor:
+    """The same, without autograd: for those who make an output again."""
+    return _product(x, weight) if in8 is None else float8.linear_forward(x, weight, in8)
 
 
 def grouped_linear(x_ni: Tensor, weights: Sequence[Weight], counts: Sequence[int], scope: Scope) -> Tensor:
@@ -51,25 +59,30 @@ def rms_norm(x: Tensor, weight: Weight, eps: float, scope: Scope) -> Tensor:
 def swiglu(gate_up: Tensor, scope: Scope, row_weight: Tensor | None = None) -> Tensor:
     """silu(gate) * up, times a weight per row if given. `gate_up` [n, 2i], gate first; `row_weight` [n]. Returns [n, i]."""
     if row_weight is None:
-        out = _SwiGlu.apply(gate_up)
-        scope.recomputable((out,), _swiglu, gate_up)
+        out = SwiGlu.apply(gate_up)
+        scope.recomputable((out,), swiglu_of, gate_up)
     else:
-        out = _WeightedSwiGlu.apply(gate_up, row_weight)
-        scope.recomputable((out,), _weighted_swiglu, gate_up, row_weight)
+        out = WeightedSwiGlu.apply(gate_up, row_weight)
+        scope.recomputable((out,), weighted_swiglu_of, gate_up, row_weight)
     return out
 
 
-def mlp(x: Tensor, gate_up: Weight, down: Weight, scope: Scope) -> Tensor:
-    """The SwiGLU MLP of a dense layer or a shared expert: [..., h] to [..., h]."""
+def mlp(x: Tensor, gate_up: Weight, down: Weight, scope: Scope, in8: Float8 | None = None) -> Tensor:
+    """The SwiGLU MLP of a dense layer or a shared expert: [..., h] to [..., h], in x's dtype."""
+    if in8 is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        return float8.mlp(rows, None, [gate_up], [down], [rows.shape[0]], scope.queue, in8).view(x.shape)
     return linear(swiglu(linear(x, gate_up, scope), scope), down, scope)
 
 
 def expert_mlp(rows: Tensor, row_weight: Tensor, gate_up: Sequence[Weight], down: Sequence[Weight], counts: Sequence[int],
-               scope: Scope) -> Tensor:
-    """The routed experts over rows [r, h] sorted by expert. The routing weight enters before the down-projection, where
-    rows are narrowest, so that combining is a plain sum."""
-    hidden = swiglu(grouped_linear(rows, gate_up, counts, scope), scope, row_weight)
-    return grouped_linear(hidden, down, counts, scope)
+               scope: Scope, in8: Float8 | None = None) -> Tensor:
+    """The routed experts over rows [r, h] sorted by expert, in their dtype. The routing weight enters before the down-projection,
+    where rows are narrowest, so that combining is a plain sum."""
+    if in8 is not None:
+        return float8.mlp(rows, row_weight, gate_up, down, counts, scope.queue, in8)
+    inner = grouped_linear(rows.to(gate_up[0].value.dtype), gate_up, counts, scope)
+    return grouped_linear(swiglu(inner, scope, row_weight), down, counts, scope).to(rows.dtype)
 
 
 def embed(tokens: Tensor, weight: Weight) -> Tensor:
@@ -100,12 +113,16 @@ def detached(ctx: torch.autograd.function.FunctionCtx) -> list[Tensor]:
     return [saved.detach() for saved in ctx.saved_tensors]
 
 
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    return F.linear(x.to(weight.value.dtype), weight.value)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight, queue: WeightGradients) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.queue = weight, queue
-        return F.linear(x.to(weight.value.dtype), weight.value)
+        return _product(x, weight)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,49 +197,3 @@ class _RmsNorm(torch.autograd.Function):
         along = (product @ weight.value).unsqueeze(-1).div_(x.shape[-1])
         out = (gradient * weight.value).sub_(unit.mul_(along)).mul_(inverse)
         return out.to(x.dtype), None, None, None
-
-
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _weighted_swiglu(gate_up: Tensor, row_weight: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate) * up).mul_(row_weight.unsqueeze(-1))
-
-
-def _swiglu_backward(gate_up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of gate_up, silu(gate)) for the gradient of silu(gate) * up."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    activated, out = F.silu(gate), torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    out_gate, out_up = out.chunk(2, dim=-1)
-    torch.ops.aten.silu_backward(gradient * up, gate, grad_input=out_gate)
-    torch.mul(gradient, activated, out=out_up)
-    return out, activated
-
-
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return _swiglu(gate_up)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        return _swiglu_backward(gate_up, gradient)[0]
-
-
-class _WeightedSwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up: Tensor, row_weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, row_weight)
-        return _weighted_swiglu(gate_up, row_weight)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, row_weight = ctx.saved_tensors
-        out, activated = _swiglu_backward(gate_up, gradient * row_weight.unsqueeze(-1).to(gradient.dtype))
-        up = gate_up.chunk(2, dim=-1)[1]
-        return out, torch.linalg.vecdot((activated * up).to(row_weight.dtype), gradient.to(row_weight.dtype))

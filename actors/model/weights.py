@@ -17,16 +17,20 @@ from torch import Tensor
 from orchestrator.parameters import ParameterSpec
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
 class Weight:
     """`value` in the compute dtype, or FP32 where the spec is precise (FP64 when computing in float64).
 
     `gradient`, same shape, FP32 (FP64 when computing in float64), is only ever added to.
+    `rows`: how many each of the matrices has that it is made of.
     """
 
-    __slots__ = ("gradient", "name", "value")
+    __slots__ = ("gradient", "name", "rows", "value")
 
-    def __init__(self, name: str, value: Tensor, gradient: Tensor):
-        self.name, self.value, self.gradient = name, value, gradient
+    def __init__(self, name: str, value: Tensor, gradient: Tensor, rows: tuple[int, ...] = ()):
+        self.name, self.value, self.gradient, self.rows = name, value, gradient, rows or (value.shape[0],)
 
 
 class WeightGradients:
@@ -61,7 +65,7 @@ def fused(weights: Mapping[str, Weight], names: Sequence[str]) -> Weight:
     """
     parts = [weights[name] for name in names]
     value = _joined([part.value for part in parts], names)
-    return Weight("+".join(names), value, _joined([part.gradient for part in parts], names))
+    return Weight("+".join(names), value, _joined([part.gradient for part in parts], names), tuple(len(part.value) for part in parts))
 
 
 def _joined(parts: Sequence[Tensor], names: Sequence[str]) -> Tensor:

@@ -24,7 +24,7 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("overrides, line", [
     # keys
-    (["modl.x=3"], ('modl = {"x": 3}: unknown key; allowed here: run, model, data, training, optimizer, layout, placement, '
+    (["modl.x=3"], ('modl = {"x": 3}: unknown key; allowed here: run, model, data, training, precision, optimizer, layout, placement, '
                    "schedule, topology, elastic, checkpoint, telemetry")),
     (["run.nme=a"], "run.nme = a: unknown key; allowed here: name, directory, seed"),
     (["training.batch_ramp={start_sequence: 1, steps: 2}"],
