@@ -45,7 +45,7 @@ def tiny(config: RunConfig, steps: int, megabits: float) -> dict[str, Any]:
     losses: dict[str, list[float]] = {}
     with Network(2, megabits) as network:
         own = [(interface.namespace, interface.address) for interface in network.interfaces]
-        with ProcessRanks(base, 2, rank_inside, own) as ranks:
+        with ProcessRanks(base, 2, rank_inside, own, start_method="forkserver") as ranks:
             for name in list(found) * _ROUNDS:
                 way = parse(base.model_dump(), [f"schedule.overlap={'true' if name == 'overlap' else 'false'}"])
                 call(ranks, "configure", [(way,)] * 2, _TIMEOUT_SECONDS)
