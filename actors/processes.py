@@ -44,18 +44,25 @@ class _Process:
     control: Connection
 
 
+_PRELOADED = ["actors.rank", "torch._dynamo", "safetensors.torch"]
+"""torch imports the second when AdamW steps for the first time."""
+
+
 class ProcessRanks:
     """`size` fresh processes, each with what `host(config, *its own)` makes there: a Rank, or something with more methods.
 
     own: further arguments of `host`, by rank. It is called before its process has opened a socket or started a thread.
     Whatever takes a process's place is made with the same.
-    start_method: of multiprocessing: "spawn" or "forkserver".
+    start_method: of multiprocessing: "spawn"; or "forkserver": forked from one that has imported torch, so that a new process is
+    there in a fraction of a second.
     """
 
     def __init__(self, config: RunConfig, size: int, host: Callable[..., Any] = rank_here, own: Sequence[tuple] | None = None,
                  start_method: str = "spawn"):
         self._config, self._host, self._call, self._made = config, host, 0, 0
         self._alike, self._context = own is None, multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            self._context.set_forkserver_preload(_PRELOADED)
         self._news: list[News] = []
         self._own: dict[tuple[str, int], tuple] = {}
         self._processes: dict[int, _Process] = {}

@@ -10,7 +10,6 @@ undisturbed: that is the speed to compare with, and the curve.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -57,7 +56,6 @@ class Settings(Section):
 def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
     """Shares of time and speed, the audit, the curve, and whether the bars hold."""
     started, load = time.perf_counter(), [os.getloadavg()]
-    multiprocessing.set_forkserver_preload(["jobs.benches.churn_rank"])
     data = session.data_path(config)
     corpus.prepare(config, data)
     config, dataset = _configured(config, settings, data), Dataset.open(data)

@@ -84,7 +84,8 @@ def _measure(config: RunConfig, settings: Settings, dataset: Dataset) -> dict[st
     losses: set[tuple[float, ...]] = set()
     with Network(settings.nodes, settings.megabits, settings.ranks) as network:
         homes = [_home(network, layout, rank) for rank in range(layout.size)]
-        with ProcessRanks(config, layout.size, held_rank, [(settings.milliseconds / 1000, home) for home in homes]) as ranks:
+        own = [(settings.milliseconds / 1000, home) for home in homes]
+        with ProcessRanks(config, layout.size, held_rank, own, start_method="forkserver") as ranks:
             for repeat in range(settings.repeats):
                 for copies in (0, 1) if repeat % 2 == 0 else (1, 0):
                     mine = parse(config.model_dump(), [f"elastic.copies={copies}"])

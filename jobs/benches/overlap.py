@@ -48,6 +48,7 @@ class Settings(Section):
     layers: int = Field(4, ge=2, multiple_of=2, description="of a position; two stages may share them")
     microbatches: int = Field(8, ge=2, description="times the positions of a pipeline: of a step")
     tokens: int = Field(8, ge=1, description="of a microbatch on a rank")
+    alone: int = Field(80, ge=10, description="exchanges of each size that are timed while nothing else runs")
     ratio: Real = Field(EXCHANGE_RATIO, gt=0, description="communication over compute of a pair")
     repeats: int = Field(3, ge=1)
     effort: int = Field(EFFORT, ge=1, description="of each search")
@@ -149,24 +150,24 @@ def _calibrated(cluster: Cluster, settings: Settings, hold: float) -> tuple[Payl
     wanted = settings.ratio * 6 * hold  # of a layer: half a layer twice, in each of F, I and W; four exchanges
     copies = cluster.shape.members - cluster.shape.width
     hidden = max(4, round(wanted / 4 * settings.megabits * 1e6 / 1.6 / (32 * settings.tokens * copies)))  # a first guess
-    _layer(cluster, Payload(settings.tokens, hidden))  # connections and buffers are warm after it
-    taken = {width: _layer(cluster, Payload(settings.tokens, width)) for width in (hidden // 2, hidden)}
+    _layer(cluster, Payload(settings.tokens, hidden), settings.alone)  # connections and buffers are warm after it
+    taken = {width: _layer(cluster, Payload(settings.tokens, width), settings.alone) for width in (hidden // 2, hidden)}
     for _ in range(_TRIALS):
         one, other = sorted(taken, key=lambda width: abs(taken[width] - wanted))[:2]
         slope = (taken[one] - taken[other]) / (one - other)
         hidden = max(2, round(one + (wanted - taken[one]) / slope)) if slope > 0 else one
         if hidden in taken:
             break
-        taken[hidden] = _layer(cluster, Payload(settings.tokens, hidden))
+        taken[hidden] = _layer(cluster, Payload(settings.tokens, hidden), settings.alone)
     payload = Payload(settings.tokens, min(taken, key=lambda width: abs(taken[width] - wanted)))
-    alone = cluster.alone(payload, hold, 120)
+    alone = cluster.alone(payload, hold, 3 * settings.alone // 2)
     say(f"{cluster.shape.name}: {payload}, {alone}")
     return payload, alone
 
 
-def _layer(cluster: Cluster, payload: Payload) -> float:
+def _layer(cluster: Cluster, payload: Payload, repeats: int) -> float:
     """Seconds of the four exchanges of a layer, mean over positions."""
-    found = cluster.exchange(payload, 80)
+    found = cluster.exchange(payload, repeats)
     return sum(sum(times.values()) for times in found) / len(found)
 
 

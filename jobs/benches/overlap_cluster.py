@@ -108,7 +108,7 @@ class Cluster:
             self._interfaces = [self.network.interface(node, local) for node in range(shape.nodes)
                                 for local in range(shape.ranks_per_node)]
             own = [(found.namespace, found.address) for found in self._interfaces]
-            self._ranks = stack.enter_context(ProcessRanks(config, self.layout.size, overlap_rank, own))
+            self._ranks = stack.enter_context(ProcessRanks(config, self.layout.size, overlap_rank, own, start_method="forkserver"))
             meeting = self._interfaces[0].address
             self._everywhere("open", each=[(rank, self.layout, meeting) for rank in range(self.layout.size)])
             self._stack = stack.pop_all()

@@ -7,7 +7,6 @@ import tempfile
 from typing import Any
 
 from actors.processes import ProcessRanks
-from actors.ranks import call
 from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs.benches.networks import Network, enter
@@ -19,7 +18,6 @@ from orchestrator.topology import virtual_nodes
 
 _WARM_UP = 2
 _ROUNDS = 2
-_TIMEOUT_SECONDS = 300.0
 
 
 def rank_inside(config: RunConfig, namespace: str, address: str) -> Any:
@@ -45,10 +43,9 @@ def tiny(config: RunConfig, steps: int, megabits: float) -> dict[str, Any]:
     losses: dict[str, list[float]] = {}
     with Network(2, megabits) as network:
         own = [(interface.namespace, interface.address) for interface in network.interfaces]
-        with ProcessRanks(base, 2, rank_inside, own) as ranks:
+        with ProcessRanks(base, 2, rank_inside, own, start_method="forkserver") as ranks:
             for name in list(found) * _ROUNDS:
                 way = parse(base.model_dump(), [f"schedule.overlap={'true' if name == 'overlap' else 'false'}"])
-                call(ranks, "configure", [(way,)] * 2, _TIMEOUT_SECONDS)
                 lines: list[dict[str, Any]] = []
 
                 def watch(kind: str, values: dict[str, Any], lines: list = lines) -> None:

@@ -77,7 +77,7 @@ def compare(config: RunConfig, layouts: list[str], dtypes: list[str], steps: int
     most = max(LAYOUTS[name][3] * LAYOUTS[name][4] for name in layouts)
     results: dict[str, dict] = {}
     started = time.perf_counter()
-    with ProcessRanks(base, most) as ranks:
+    with ProcessRanks(base, most, start_method="forkserver") as ranks:
         for dtype in dtypes:
             config = parse(base.model_dump(), [f"training.dtype={dtype}"])
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

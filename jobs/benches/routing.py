@@ -71,7 +71,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
         raise ConfigError("limits", wrong[0], f"1 to {GROUPS} expert groups")
     layout = _layout(settings)
     plain = in_order(EXPERTS, GROUPS, settings.nodes, settings.ranks_per_node)
-    with ProcessRanks(config, layout.size, routing_rank) as ranks:
+    with ProcessRanks(config, layout.size, routing_rank, start_method="forkserver") as ranks:
         call(ranks, "open", [(rank, layout, port) for port in [_free_port()] for rank in range(layout.size)], _TIMEOUT_SECONDS)
         across = {}
         for case in _cases(settings):

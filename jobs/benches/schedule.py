@@ -93,7 +93,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
     searches = _searches(settings)
     bounds: dict[int, float] = {}
     schedules = {m: {kind: generate(kind, settings.ranks, m) for kind in settings.kinds} for m in settings.microbatches}
-    with ProcessRanks(config, settings.ranks, schedule_rank) as ranks:
+    with ProcessRanks(config, settings.ranks, schedule_rank, start_method="forkserver") as ranks:
         _everywhere(ranks, "open", settings.ranks, _free_port(), numbered=True)
         costs = _costs(ranks, settings)
         hops = {kibibytes: costs["hop_seconds"][f"{kibibytes} KiB"]["ours"] for kibibytes in settings.kibibytes}

@@ -18,7 +18,7 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 def ranks():
     """Four rank processes for the whole session: importing torch takes seconds, forming a new generation milliseconds."""
     config, _ = runtime.configured()
-    with ProcessRanks(config, 4, runtime.host) as found:
+    with ProcessRanks(config, 4, runtime.host, start_method="forkserver") as found:
         yield found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -38,7 +37,6 @@ class Company(ProcessRanks):
     """
 
     def __init__(self, config: RunConfig, size: int):
-        multiprocessing.set_forkserver_preload(["actors.rank", "torch._dynamo", "safetensors.torch"])
         self.steps: Counter[int] = Counter()
         super().__init__(config, size, runtime.host, start_method="forkserver")
 

@@ -173,7 +173,7 @@ def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layou
 def owned_state(host: Host) -> list[tuple[str, str, int, int, torch.Tensor, bool]]:
     """(name, kind, start, stop, values, is primary) of all that a rank owns, and its gate biases."""
     found = []
-    for owned in host.optimizer.shards:
+    for owned in host._held.current.shards:
         primary = owned.bucket.owners[owned.shard][0] == host._assignment.rank
         for spec, start, stop, offset in owned.bucket.pieces(owned.shard):
             for kind, flat in ((MASTER, owned.master), (EXP_AVG, owned.moment(EXP_AVG)), (EXP_AVG_SQ, owned.moment(EXP_AVG_SQ))):
@@ -196,8 +196,10 @@ def state(ranks: ProcessRanks, layout: Layout) -> dict[tuple[str, str], torch.Te
 
 
 def same(a: dict[Any, torch.Tensor], b: dict[Any, torch.Tensor]) -> bool:
-    """Bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+    """Bit for bit. Prints what is not."""
+    apart = {key: float((value - b[key]).abs().max()) for key, value in a.items() if key in b and not torch.equal(value, b[key])}
+    print({key: apart[key] for key in list(apart)[:9]}, f"{len(apart)} of {len(a)} differ", *(a.keys() ^ b.keys()))
+    return a.keys() == b.keys() and not apart
 
 
 def furthest(a: dict[Any, torch.Tensor], b: dict[Any, torch.Tensor]) -> float:

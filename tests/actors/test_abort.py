@@ -85,7 +85,7 @@ def test_an_abort_ends_the_wait_for_a_message_of_which_a_part_has_come():
     """gloo itself would wait for the rest until the group's timeout."""
     config, layout = configured("PP2")
     for _ in range(5):  # all of it may have come by the time that its sender is frozen
-        with ProcessRanks(config, 2, host) as own:
+        with ProcessRanks(config, 2, host, start_method="forkserver") as own:
             form(own, config, layout, 22)
             seats, sender = own._seats, own.pids[1]
             own._seats = seats[1:]

@@ -57,7 +57,7 @@ def told(tmp_path_factory):
                   SLOW_UNTIL: lambda: network.set_rate(slow, MEGABITS)}
         sources = Sources(lambda step: Batches(config, step, before), lambda: None)
         own = [(interface.namespace, interface.address) for interface in network.interfaces]
-        with ProcessRanks(config, NODES, rank_inside, own) as ranks:
+        with ProcessRanks(config, NODES, rank_inside, own, start_method="forkserver") as ranks:
             Trainer(config, layout, ranks, RunFolder(str(folder), "run"), sources, host=network.host, watch=watch).run()
     events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
     # the cores are shared, also with others, so a rank may well compute slowly: that is another test's

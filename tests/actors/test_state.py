@@ -70,7 +70,9 @@ def change(ranks, old_name, name, came_from, *overrides, published=True):
     config, old_layout = configured(old_name, *overrides)
     _, layout = configured(name, *overrides)
     form(ranks, *configured("PP4"))  # every process has a place, also those that come later
+    everybody = list(ranks._seats)
     form(ranks, config, old_layout)
+    ranks._seats += [number for number in everybody if number not in ranks._seats]
     ranks.start("initialise", [()] * old_layout.size).results(60)
     on_all(ranks, train, old_layout.size)
     before = state(ranks, old_layout)

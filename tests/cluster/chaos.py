@@ -119,7 +119,8 @@ class Chaos:
 
     def befall(self, kind: str) -> None:
         """One thing, and wait until the run goes on. What is lost comes back by itself later on."""
-        before, steps, nodes = self.generation, self.steps, self._pick(2)
+        nodes = self._pick(2)  # waits
+        before, steps = self.generation, self.steps
         self.happened.append(f"step {steps}: {kind} {nodes[: 2 if 'two' in kind or 'again' in kind else 1]}")
         print(self.happened[-1], flush=True)
         getattr(self, f"_{kind}")(*nodes)

@@ -48,8 +48,8 @@ def test_shares_of_time_and_the_curve():
 
 
 def test_a_short_churn(config):
-    """A change every five seconds: a node frozen, and others killed, drained or joined; on six processes."""
-    settings = churn.Settings(seconds=16, every=5, nodes=3, sequences=6, milliseconds=5, seed=1, silence_seconds=2.0, curve_steps=12,
+    """Two changes, five seconds apart, of a run on six processes."""
+    settings = churn.Settings(seconds=11, every=5, nodes=3, sequences=6, milliseconds=5, seed=1, silence_seconds=2.0, curve_steps=12,
                               alone_steps=6)
     found = churn.run(config, settings)
     timed = [name for name in found["checks"] if "time" in name.split("(")[0] or "throughput" in name or "steps take" in name]

@@ -28,7 +28,7 @@ from jobs.benches.overlap_figures import shares
 from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Tokens
 from jobs.benches.overlap_plan import durations_of, task_of
 from jobs.benches.schedule_held import HeldLane
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config import ConfigError, RunConfig, parse
 from orchestrator.schedule.actions import Compute, Kind, Pair
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.kinds import generate
@@ -44,7 +44,7 @@ COMMUNICATING = CONTESTANTS[1:]
 
 def settings(**changes) -> Settings:
     small = {"shapes": [NAME], "nodes": 2, "milliseconds": [1000 * HOLD], "layers": LAYERS, "microbatches": MICROBATCHES // 2,
-             "repeats": 1, "effort": 20_000, "slow_repeats": 1, "tiny_steps": 1}
+             "repeats": 1, "alone": 15, "effort": 20_000, "slow_repeats": 1, "tiny_steps": 1}
     return Settings(**(small | changes))
 
 
@@ -53,7 +53,7 @@ def settings(**changes) -> Settings:
 
 @pytest.fixture(scope="module")
 def found():
-    return overlap.run(RunConfig(), settings())
+    return overlap.run(parse({}, ["training.batch_sequences=8"]), settings())
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def config(dataset):
 
 @pytest.fixture(scope="module")
 def two_ranks(config):
-    with ProcessRanks(config, 2, host) as found:
+    with ProcessRanks(config, 2, host, start_method="forkserver") as found:
         yield found
 
 

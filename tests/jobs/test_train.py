@@ -68,7 +68,7 @@ def test_a_run_leaves_what_the_contract_says(cluster, settings):
 def test_other_schedules_train(cluster, settings):
     """Their curves are one, that of their validation too."""
     found = {}
-    for kind in ("zbv", "interleaved_1f1b", "gpipe"):
+    for kind in ("zbv", "gpipe"):
         command = settings(kind, model__num_hidden_layers=4, training__steps=3, checkpoint__every=0)
         done = cluster.run(*command, "--set", f"schedule.kind={kind}")
         assert done.returncode == 0, done.stderr
