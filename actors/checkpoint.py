@@ -20,11 +20,13 @@ import torch
 from actors import storage
 from actors.messages import SavedPiece
 from actors.optimizer import OwnedShard, owned_by_name
+from actors.tensor_files import TensorFiles
+from orchestrator.config import ModelConfig
+from orchestrator.parameters import stage_parameters
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MASTER, EXP_AVG, EXP_AVG_SQ, BIAS = "master", "exp_avg", "exp_avg_sq", "bias"
-_DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class CheckpointError(RuntimeError):
@@ -108,15 +110,35 @@ def restore_shards(directory: str, pieces: Iterable[SavedPiece], shards: Iterabl
         _fill(bias, 0, index.get((bias_name(layer), BIAS), []), reader, bias_name(layer))
 
 
+class WholeTensors:
+    """Weights and gate biases of a checkpoint, one after the other. `step`, `model`: as in its manifest. Raises CheckpointError."""
+
+    def __init__(self, directory: str):
+        manifest = read_manifest(directory)
+        self.step, self.model, self._reader = manifest.step, manifest.model, _Reader(directory)
+        self._pieces: dict[str, list[SavedPiece]] = {}
+        for piece in manifest.pieces:
+            if piece.kind in (MASTER, BIAS):
+                self._pieces.setdefault(piece.name, []).append(piece)
+        config = ModelConfig.model_validate(manifest.model)
+        specs = stage_parameters(config, range(config.num_hidden_layers), first=True, last=True)
+        self._shapes = {spec.name: spec.shape for spec in specs}
+        self._experts, self._dtype = config.n_routed_experts, torch.float64 if manifest.dtype == "float64" else torch.float32
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes.get(name, (self._experts,))
+
+    def read(self, name: str) -> torch.Tensor:
+        """In the dtype of the masters. Raises CheckpointError."""
+        whole = torch.empty(torch.Size(self.shape(name)).numel(), dtype=self._dtype)
+        _fill(whole, 0, self._pieces.get(name, []), self._reader, name)
+        return whole.view(self.shape(name))
+
+
 def read_parameters(directory: str) -> dict[str, numpy.ndarray]:
-    """Every weight's master values, flat and in float64, by name: for comparing and exporting small models."""
-    manifest, reader = read_manifest(directory), _Reader(directory)
-    pieces: dict[str, list[SavedPiece]] = {}
-    for piece in manifest.pieces:
-        if piece.kind == MASTER:
-            pieces.setdefault(piece.name, []).append(piece)
-    return {name: numpy.concatenate([reader.read(piece).double().numpy() for piece in sorted(found, key=lambda p: p.start)])
-            for name, found in pieces.items()}
+    """Every weight's master values, flat and in float64, by name: for comparing small models."""
+    tensors = WholeTensors(directory)
+    return {name: tensors.read(name).flatten().double().numpy() for name in tensors._shapes}
 
 
 def bias_name(layer: int) -> str:
@@ -194,35 +216,21 @@ class _Reader:
     """Reads pieces by range, each file's header once, each piece's hash always."""
 
     def __init__(self, directory: str):
-        self._directory = directory
-        self._headers: dict[str, tuple[dict, int]] = {}
+        self._directory, self._files = directory, TensorFiles(directory)
 
     def read(self, piece: SavedPiece) -> torch.Tensor:
         path = storage.join(self._directory, piece.file)
         try:
-            with storage.open_input(path, random_access=True) as stream:
-                header, base = self._header(piece.file, stream)
-                entry = header[_key(piece.name, piece.kind, piece.start, piece.stop)]
-                dtype, (begin, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-                if end - begin != (piece.stop - piece.start) * dtype.itemsize:
-                    raise ValueError(entry)
-                stream.seek(base + begin)
-                raw = bytes(stream.read(end - begin))
+            found = self._files.read(piece.file, _key(piece.name, piece.kind, piece.start, piece.stop))
+            if found.shape != (piece.stop - piece.start,):
+                raise ValueError(found.shape)
         except (storage.StorageError, OSError) as error:
             raise CheckpointError(f"checkpoint file {path}: {_reason(error)}") from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(f"checkpoint file {path}: truncated or corrupt header") from error
-        if hashlib.sha256(raw).hexdigest() != piece.sha256:
+        if hashlib.sha256(found.raw).hexdigest() != piece.sha256:
             raise CheckpointError(f"checkpoint file {path}: {piece.name} ({piece.kind}) is truncated or corrupt (hash differs)")
-        return torch.frombuffer(bytearray(raw), dtype=dtype)
-
-    def _header(self, file: str, stream) -> tuple[dict, int]:
-        if file not in self._headers:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length < 1 << 30:
-                raise ValueError(length)
-            self._headers[file] = (json.loads(bytes(stream.read(length))), 8 + length)
-        return self._headers[file]
+        return found.tensor()
 
 
 def _fill(target: torch.Tensor, start: int, pieces: list[SavedPiece], reader: _Reader, label: str) -> None:

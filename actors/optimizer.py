@@ -7,13 +7,13 @@ bits and do the same arithmetic, so copies of state stay equal without being cop
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from actors.comm.groups import Generation, Group
-from actors.model.weights import Weight, exact_dtype, initial_value
+from actors.model.weights import Weight, exact_dtype
 from orchestrator.config import OptimizerSection
 from orchestrator.ownership import Bucket
 from orchestrator.parameters import ParameterSpec
@@ -94,11 +94,11 @@ class Optimizer:
         """Process groups that the buckets need, in the order every rank makes them."""
         return [ranks for b in buckets for ranks in (tuple(sorted(b.members)), tuple(sorted(b.holders)))]
 
-    def initialise(self, seed: int, std: float) -> None:
-        """Fill the owned master weights with their initial values, the same on any layout."""
+    def initialise(self, value_of: Callable[[ParameterSpec], torch.Tensor]) -> None:
+        """Fill the owned master weights. value_of: a whole weight, the same on any layout."""
         for owned in self.shards:
             for spec, start, stop, offset in owned.bucket.pieces(owned.shard):
-                whole = initial_value(spec.name, spec.shape, seed, std).flatten()
+                whole = value_of(spec).flatten()
                 owned.master[offset : offset + stop - start] = whole[start:stop].to(owned.master)
 
     def zero_gradients(self) -> None:

@@ -22,6 +22,7 @@ from actors.comm.traffic import Traffic
 from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.held import Held, State
+from actors.hugging_face import ModelFolder
 from actors.host import settle, warm_up
 from actors.lane import ExchangeLane, lane_for
 from actors.lifeline import Lifeline
@@ -41,7 +42,7 @@ from actors.messages import (
     StepRequest,
 )
 from actors.model.chunk import LossScales
-from actors.model.weights import DTYPES, WeightGradients, exact_dtype
+from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
 from actors.optimizer import Optimizer, shards_of
 from actors.stages import Stages, groups_of
 from actors.state import Carried, carry_over
@@ -195,9 +196,16 @@ class Rank:
         self._programs[training, program.microbatches] = program
 
     def initialise(self) -> None:
-        """State of step 0, the same on any layout."""
+        """State of step 0, the same on any layout: random weights, or those of a folder. Raises FolderError."""
         self._held.settle()
-        self.optimizer.initialise(self._config.run.seed, self._config.model.initializer_range)
+        config, model = self._config, self._config.model
+        if config.training.init_from is None:
+            self.optimizer.initialise(lambda spec: initial_value(spec.name, spec.shape, config.run.seed, model.initializer_range))
+        else:
+            folder = ModelFolder(config.training.init_from)
+            self.optimizer.initialise(folder.weight)
+            for layer, bias in self.biases.items():
+                bias.copy_(folder.bias(layer, model.n_routed_experts))
         self._publish()
 
     def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:

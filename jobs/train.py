@@ -45,6 +45,8 @@ def main() -> int:
     try:
         if config.data.path != "auto":
             _checked_dataset(config, data)  # before Ray takes its seconds to start
+        if config.training.init_from is not None:
+            _check_model_folder(config)
         session.connect()
         interrupt.install()  # Ray has put its own handlers in place
         return train(config, data, interrupt, replay)
@@ -144,6 +146,16 @@ def _checked_dataset(config: RunConfig, data: str) -> Dataset:
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check(config.data.tokenizer, tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)
     return dataset
+
+
+def _check_model_folder(config: RunConfig) -> None:
+    """Raises ConfigError: there is no model, or another one."""
+    from actors.hugging_face import FolderError, ModelFolder  # it needs torch, which takes seconds
+
+    try:
+        ModelFolder(config.training.init_from).check(config.model)
+    except FolderError as error:
+        raise ConfigError("training.init_from", config.training.init_from, f"a folder with this model ({error})") from None
 
 
 def _summarise(config: RunConfig, folder: RunFolder, dataset: Dataset, progress: Progress) -> None:

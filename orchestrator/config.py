@@ -119,6 +119,8 @@ class TrainingSection(Section):
     bias_update_speed: Real = Field(0.001, ge=0, description="gate bias step per optimizer step (report, section 2.1.2)")
     validate_every: int = Field(50, ge=0, description="steps between validations; 0: only at the end")
     validation_sequences: int = Field(64, ge=0, description="0: no validation at all")
+    init_from: str | None = Field(None, description="folder with a model to begin with, as Hugging Face keeps DeepSeek-V3: a path or "
+                                                    "URI; null: random weights")
     step_timeout_seconds: Real = Field(600.0, gt=0, description="bound on every wait inside a step")
 
 
