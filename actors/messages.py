@@ -137,9 +137,12 @@ class LossSums:
     next_token: float = 0.0
     mtp: float = 0.0
     balance: float = 0.0
+    correct: int = 0
+    accepted: int = 0
 
     def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(self.next_token + other.next_token, self.mtp + other.mtp, self.balance + other.balance)
+        return LossSums(self.next_token + other.next_token, self.mtp + other.mtp, self.balance + other.balance,
+                        self.correct + other.correct, self.accepted + other.accepted)
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ class Outcome:
     step: int
     interrupted: bool
     validation_loss: float | None
+    scores: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,9 +198,10 @@ class Start:
     """How a run begins. members: the processes there are, where they are more than the first layout has places; None: as many.
 
     left_behind: another coordinator of this run has died, and these are what it left. replay: layouts to repeat, and losses that
-    must come out.
+    must come out. evaluate: a checkpoint of which nothing is wanted but the losses of the held-out text.
     """
 
     members: tuple[Member, ...] | None = None
     left_behind: bool = False
     replay: Replay | None = None
+    evaluate: str | None = None

@@ -48,6 +48,15 @@ def losses_of(sums: LossSums, batch: Batch, config: RunConfig) -> dict[str, floa
     return found
 
 
+def scores_of(sums: LossSums, batch: Batch, config: RunConfig) -> dict[str, float]:
+    """`accuracy`: share of next tokens that are the likeliest ones. `mtp_acceptance`: share of tokens after them that multi-token
+    prediction would be believed."""
+    found = {"accuracy": sums.correct / batch.divisors.next_token}
+    if config.model.num_nextn_predict_layers:
+        found["mtp_acceptance"] = sums.accepted / batch.divisors.mtp
+    return found
+
+
 def mean_figures(reports: Sequence[StepReport]) -> Figures:
     """Every figure as the mean over ranks."""
     columns = zip(*(astuple(report.figures) for report in reports))

@@ -53,7 +53,7 @@ def links(request: StepRequest, line: Group, config: RunConfig, dtype: torch.dty
 
 
 def loss_sums(tapes: Mapping[Key, Microbatch]) -> LossSums:
-    return sum((LossSums(float(t.loss_sum), float(t.mtp_loss_sum), float(t.balance_loss_sum)) for t in tapes.values()),
+    return sum((LossSums(float(t.loss_sum), float(t.mtp_loss_sum), float(t.balance_loss_sum), int(t.correct), int(t.accepted)) for t in tapes.values()),
                LossSums())
 
 

@@ -37,6 +37,8 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: numpy.ndarray) -> str: ...
 
+    def decode_bytes(self, tokens: numpy.ndarray) -> bytes: ...
+
 
 class ByteTokenizer:
     """256 byte values, and 256 for end of document."""
@@ -52,8 +54,11 @@ class ByteTokenizer:
 
     def decode(self, tokens: numpy.ndarray) -> str:
         """Text without end-of-document ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
+
+    def decode_bytes(self, tokens: numpy.ndarray) -> bytes:
         tokens = numpy.asarray(tokens)
-        return tokens[tokens < 256].astype(numpy.uint8).tobytes().decode("utf-8", "replace")
+        return tokens[tokens < 256].astype(numpy.uint8).tobytes()
 
 
 class JsonTokenizer:
@@ -88,6 +93,10 @@ class JsonTokenizer:
     def decode(self, tokens: numpy.ndarray) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(numpy.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def decode_bytes(self, tokens: numpy.ndarray) -> bytes:
+        """Of that text."""
+        return self.decode(tokens).encode("utf-8", "replace")
 
 
 def load(name: str, end_token: str | None = None) -> Tokenizer:

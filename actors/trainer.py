@@ -20,7 +20,7 @@ from actors.dealing import Batch
 from actors.formation import FORM_TIMEOUT_SECONDS, Formation
 from actors.messages import Apply, LossSums, Outcome, Start, StepReport
 from actors.ranks import RankFailed, Ranks
-from actors.records import generation_record, loads_of, losses_of, step_metrics
+from actors.records import generation_record, loads_of, losses_of, scores_of, step_metrics
 from actors.recovery import CannotGoOn, Recovery
 from actors.run_folder import RunFolder
 from actors.saving import Saver
@@ -84,6 +84,7 @@ class Trainer:
         self._prepared = 0
         self._pending: Apply | None = None
         self._validation: Batch | None = None
+        self._scores: dict[str, float] | None = None
         self._change: dict[str, Any] | None = None
         self._traced: dict[int, list[Span]] = {}
         self._traced_places: dict[int, tuple[Place, ...]] = {}
@@ -200,6 +201,8 @@ class Trainer:
 
     def _load(self) -> int:
         """Initial state, or that of the newest checkpoint. Returns the first step to run."""
+        if self._start.evaluate is not None:
+            return self._restore(self._start.evaluate)
         checkpoint.clear_unfinished(self._folder.checkpoints)
         found = checkpoint.complete(self._folder.checkpoints)
         if not found:
@@ -207,12 +210,16 @@ class Trainer:
             if lost := self._folder.trim(0):
                 self._event("started_over", reason="no checkpoint", steps_to_redo=lost)
             return 0
-        directory = found[-1]
+        step = self._restore(found[-1])
+        redone = self._folder.trim(step)
+        self._event("resumed", step=step, checkpoint=found[-1], steps_to_redo=redone)
+        return step
+
+    def _restore(self, directory: str) -> int:
+        """Committed steps in that checkpoint. Raises CheckpointError."""
         manifest = checkpoint.read_manifest(directory)
         check_compatible(manifest, self._config, directory)
         self._formation.everywhere("restore", directory, manifest.pieces, manifest.step, timeout_seconds=FORM_TIMEOUT_SECONDS)
-        redone = self._folder.trim(manifest.step)
-        self._event("resumed", step=manifest.step, checkpoint=directory, steps_to_redo=redone)
         return manifest.step
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -220,6 +227,8 @@ class Trainer:
     @property
     def _goal(self) -> int:
         """Steps to be committed in the end."""
+        if self._start.evaluate is not None:
+            return 0
         steps, replay = self._config.training.steps, self._start.replay
         return steps if replay is None else min(steps, replay.steps)
 
@@ -254,10 +263,11 @@ class Trainer:
         interrupted, losses = self._committed < self._goal, None
         if not interrupted:
             losses = self._through(self._validate)
-        self._through(self._save_last)
+        if self._start.evaluate is None:
+            self._through(self._save_last)
         if self._start.replay is not None and not interrupted:
             self._event("replayed", steps=self._committed)
-        return Outcome(self._committed, interrupted, losses)
+        return Outcome(self._committed, interrupted, losses, self._scores)
 
     def _one_step(self) -> None:
         started, formation, step = time.perf_counter(), self._formation, self._committed
@@ -346,7 +356,9 @@ class Trainer:
         self._formation.teach(requests[0].microbatches, training=False)
         sums = sum(self._formation.call("evaluate", [(request,) for request in requests]), LossSums())
         losses = losses_of(sums, self._validation, self._config)
-        self._event("validation", step=self._committed, loss=losses["loss"], seconds=round(time.perf_counter() - started, 3))
+        self._scores = losses | scores_of(sums, self._validation, self._config)
+        self._event("validation", step=self._committed, loss=losses["loss"], accuracy=self._scores["accuracy"],
+                    seconds=round(time.perf_counter() - started, 3))
         return losses["loss"]
 
     def _save_when_due(self) -> None:

@@ -26,6 +26,7 @@ BENCHES = {
     "commit": "step time with two owners of every optimizer shard against one, on held lanes and shaped links",
     "overlap": "dispatch and combine under compute on slow links, against none of it and torch.distributed.pipelining",
     "parity": "losses and parameters of every layout against one plain process",
+    "precision": "losses in FP8 and FP32 against BF16, and errors of FP8 products, as published and coarser",
     "recovery": "what killed, cut off and frozen nodes and killed ranks cost a run, against Ray Train and torchft",
     "routing": "bytes across nodes, cost of choosing and permuting, load of ranks, against closed forms, transformers and EPLB",
     "schedule": "step time of every schedule against its simulation and torch.distributed.pipelining",

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--output", options.output, "a folder without a model in it")
     try:
         tensors = WholeTensors(options.checkpoint)
-        config = _configuration(options, tensors.model)
+        config = configuration(options, tensors.model)
         shards, total = export(tensors, options.output, options.precision, int(options.shard_megabytes * 1e6))
         _copy_tokenizer(config, options.output)
     except (CheckpointError, storage.StorageError) as error:
@@ -99,8 +99,8 @@ def _stays_exact(name: str) -> bool:
     return name.endswith("e_score_correction_bias")
 
 
-def _configuration(options: Any, model: dict) -> RunConfig:
-    """The run's. Raises ConfigError: it is of another model."""
+def configuration(options: Any, model: dict) -> RunConfig:
+    """Of the run that `options.checkpoint` is of, or of `options.config`. Raises ConfigError: it is of another model."""
     beside = storage.join(options.checkpoint.rstrip("/"), "..", "..", "config.yaml")
     if options.config:
         config = load(options.config, options.overrides)

@@ -59,15 +59,15 @@ class RunActors:
     Ranks do not end with the coordinator. Where that dies, another one goes on with them.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None = None):
+    def __init__(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None = None, evaluate: str | None = None):
         import ray
 
         from jobs.session import create_rank
 
         self._ray, self._config, self._layout, self._data = ray, config, layout, data
-        members = _members(layout, replay)
+        self._evaluate, members = evaluate, _members(layout, replay)
         self._ranks = {member: create_rank(config, member.node, replay is not None) for member in members}
-        self._start(Start(members if replay else None, replay=replay))
+        self._start(Start(members if replay else None, replay=replay, evaluate=evaluate))
 
     def __enter__(self) -> RunActors:
         try:
@@ -133,6 +133,8 @@ class RunActors:
     def _restart(self, progress: Progress) -> Any:
         """Another coordinator for the ranks that there are; those that do not live will not answer it."""
 
+        if self._evaluate is not None:
+            raise cli.JobFailed("the coordinator was lost")
         progress.say("the coordinator was lost: another one takes over")
         self._start(Start(tuple(self._ranks), left_behind=True))
         self.address = self._get(self._coordinator.open.remote())

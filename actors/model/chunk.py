@@ -113,7 +113,8 @@ class Chunk:
     def _head_forward(self, tape: Microbatch) -> None:
         crossed(tape.hidden)
         if tape.sequences:
-            loss, tape.hidden = self._island(tape, "head", self._head("model.norm.weight", tape.labels(1))).forward(tape.hidden)
+            loss, tape.hidden = self._island(tape, "head", self._head("model.norm.weight", tape.labels(1), _correct, tape)).forward(
+                tape.hidden)
             tape.loss_sum = tape.loss_sum + loss
         if self._mtp is None:
             tape.hidden = None
@@ -126,7 +127,7 @@ class Chunk:
         crossed(tape.hidden)
         if tape.sequences:
             norm = f"model.layers.{self._mtp}.shared_head.norm.weight"
-            loss, _ = self._island(tape, "mtp_head", self._head(norm, tape.labels(2))).forward(tape.hidden)
+            loss, _ = self._island(tape, "mtp_head", self._head(norm, tape.labels(2), _accepted, tape)).forward(tape.hidden)
             tape.mtp_loss_sum = tape.mtp_loss_sum + loss
         tape.hidden = None
 
@@ -153,11 +154,14 @@ class Chunk:
         scope.recomputable((both,), lambda a, b: torch.cat([a, b], dim=-1), *parts)
         return (linear(both, self._weights[prefix + "eh_proj.weight"], scope).to(hidden.dtype),)
 
-    def _head(self, norm: str, labels: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    def _head(self, norm: str, labels: Tensor, look: Callable[[Microbatch, Tensor, Tensor], None], tape: Microbatch
+              ) -> Callable[..., tuple[Tensor, ...]]:
         def run(hidden: Tensor, scope: Scope) -> tuple[Tensor, ...]:
             """(summed cross-entropy in float64, normed hidden state)."""
             normed = rms_norm(hidden, self._weights[norm], self.model.rms_norm_eps, scope)
             logits = linear(normed, self._weights["lm_head.weight"], scope)
+            if not tape.keep:
+                look(tape, logits, labels)
             return cross_entropy_sum(logits, labels), normed
         return run
 
@@ -185,6 +189,17 @@ class Chunk:
 def _seed(scale: float, tape: Microbatch) -> Tensor:
     """Gradient of a loss sum."""
     return torch.tensor(scale, dtype=torch.float64, device=tape.tokens.device)
+
+
+def _correct(tape: Microbatch, logits: Tensor, labels: Tensor) -> None:
+    tape.predicted = logits.argmax(-1)
+    tape.correct = tape.correct + (tape.predicted == labels).sum()
+
+
+def _accepted(tape: Microbatch, logits: Tensor, labels: Tensor) -> None:
+    """Position i of multi-token prediction and position i+1 of the model itself both predict token i+2."""
+    same = logits.argmax(-1)[:, :-1] == tape.predicted[:, 1:]
+    tape.accepted, tape.predicted = tape.accepted + (same & (labels[:, :-1] >= 0)).sum(), None
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ class Microbatch:
     Sums over the microbatch, not divided by any count (float64 scalars where this stage computes them):
         loss_sum: cross-entropy of next tokens, in nats. mtp_loss_sum: the same of the token after it.
         balance_loss_sum: over the sequences and this stage's layers with experts.
+        correct, accepted: only where `keep` is False: next tokens that are the likeliest ones; and tokens after them of which
+            multi-token prediction says the same as the model itself one position on, so that speculation would be accepted.
     """
 
     sequences: int
@@ -74,7 +76,10 @@ class Microbatch:
     loss_sum: Tensor | float = 0.0
     mtp_loss_sum: Tensor | float = 0.0
     balance_loss_sum: Tensor | float = 0.0
+    correct: Tensor | int = 0
+    accepted: Tensor | int = 0
 
+    predicted: Tensor | None = field(default=None, repr=False)
     hidden: Tensor | None = field(default=None, repr=False)
     gradient: Tensor | None = field(default=None, repr=False)
     records: dict[int, Record] = field(default_factory=dict, repr=False)
@@ -119,6 +124,7 @@ class Microbatch:
             self.loss_sum = self.loss_sum + part.loss_sum
             self.mtp_loss_sum = self.mtp_loss_sum + part.mtp_loss_sum
             self.balance_loss_sum = self.balance_loss_sum + part.balance_loss_sum
+            self.correct, self.accepted = self.correct + part.correct, self.accepted + part.accepted
             part.output = None
 
     def join_backward(self, parts: Sequence[Microbatch]) -> None:
