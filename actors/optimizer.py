@@ -21,17 +21,30 @@ from orchestrator.parameters import ParameterSpec
 
 @dataclass(slots=True)
 class OwnedShard:
-    """State of one shard: flat master weights; AdamW keeps its moments for them."""
+    """State of one shard: flat master weights; AdamW keeps its moments for them, from step to step in the dtype `kept`."""
 
     bucket: Bucket
     shard: int
     master: torch.Tensor
     adam: torch.optim.AdamW
+    kept: torch.dtype
 
     def moment(self, kind: str) -> torch.Tensor:
-        """`exp_avg` or `exp_avg_sq`, zeros before the first update."""
+        """`exp_avg` or `exp_avg_sq` in the dtype of the masters, zeros before the first update."""
         state = self.adam.state[self.master]
-        return state[kind] if kind in state else torch.zeros_like(self.master)
+        return state[kind].to(self.master.dtype) if kind in state else torch.zeros_like(self.master)
+
+    def update(self) -> None:
+        """One step of AdamW, which wants moments as wide as the masters."""
+        self._hold(self.master.dtype)
+        self.adam.step()
+        self._hold(self.kept)
+
+    def _hold(self, dtype: torch.dtype) -> None:
+        state = self.adam.state[self.master]
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if kind in state:
+                state[kind] = state[kind].to(dtype)
 
     @property
     def steps(self) -> int:
@@ -40,7 +53,7 @@ class OwnedShard:
 
     def set_moments(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, steps: int) -> None:
         step = torch.tensor(float(steps), device=self.master.device)  # fused AdamW wants it beside the moments
-        self.adam.state[self.master] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        self.adam.state[self.master] = {"step": step, "exp_avg": exp_avg.to(self.kept), "exp_avg_sq": exp_avg_sq.to(self.kept)}
 
 
 class BucketBuffers:
@@ -125,7 +138,7 @@ class Optimizer:
             buffers = by_bucket[owned.bucket.index]
             owned.master.grad = buffers.shard(buffers.gradient, owned.shard) * clip
             owned.adam.param_groups[0]["lr"] = learning_rate
-            owned.adam.step()
+            owned.update()
             owned.master.grad = None
 
     def publish(self, groups: Generation, only: Collection[int] | None = None) -> None:
@@ -165,7 +178,7 @@ def _zeros(bucket: Bucket, shard: int, settings: OptimizerSection, exact: torch.
     adam = torch.optim.AdamW(
         [master], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon,
         weight_decay=settings.weight_decay if bucket.decay else 0.0, fused=True)
-    return OwnedShard(bucket, shard, master, adam)
+    return OwnedShard(bucket, shard, master, adam, torch.bfloat16 if settings.moments == "bf16" else exact)
 
 
 def _content(bucket: Bucket, shard: int) -> tuple:

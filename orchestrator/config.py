@@ -132,6 +132,8 @@ class OptimizerSection(Section):
     beta1: Real = Field(0.9, ge=0, lt=1)
     beta2: Real = Field(0.95, ge=0, lt=1)
     epsilon: Real = Field(1e-8, gt=0)
+    moments: Literal["exact", "bf16"] = Field("exact", description="of AdamW, as they are kept from step to step: as the master weights, "
+                                                                   "or rounded (DeepSeek-V3 report, section 3.3.3)")
     weight_decay: Real = Field(0.1, ge=0)
     clip_norm: Real = Field(1.0, gt=0)
 

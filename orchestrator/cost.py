@@ -68,7 +68,7 @@ def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], in_fl
         for rank in bucket.members:
             gradients[rank] += flat * exact
         for rank in (rank for owners in bucket.owners for rank in owners):
-            optimizer[rank] += 3 * bucket.shard_size * exact
+            optimizer[rank] += bucket.shard_size * (exact + 2 * (2 if config.optimizer.moments == "bf16" else exact))
     kept = [count * _microbatch_bytes(config, layout, position) for position, count in enumerate(in_flight)]
     return tuple(Memory(weights[place.rank], gradients[place.rank], optimizer[place.rank], kept[place.position])
                  for place in layout.places)

@@ -50,9 +50,11 @@ def all_weights(model):
     return {spec.name: spec for spec in stage_parameters(model, range(model.num_hidden_layers), first=True, last=True)}
 
 
-@pytest.mark.parametrize("name", ["PP2xEP2", "PP2xDP2", "EP4", "one rank"])
-def test_the_same_numbers_as_adamw_on_one_process(ranks, name):
-    config, layout = begin(ranks, name, "optimizer.weight_decay=0.3")
+@pytest.mark.parametrize("name, moments", [("PP2xEP2", "exact"), ("PP2xDP2", "exact"), ("EP4", "exact"), ("one rank", "exact"),
+                                           ("PP2xEP2", "bf16")])
+def test_the_same_numbers_as_adamw_on_one_process(ranks, name, moments):
+    """bf16: as AdamW whose moments are rounded after each of its steps."""
+    config, layout = begin(ranks, name, "optimizer.weight_decay=0.3", f"optimizer.moments={moments}")
     initial = state(ranks, layout)
     specs = all_weights(config.model)
     assert {weight for weight, _ in initial} - {str(layer) for layer in range(9)} == specs.keys()
@@ -74,6 +76,8 @@ def test_the_same_numbers_as_adamw_on_one_process(ranks, name):
         for group in adam.param_groups:
             group["lr"] = RATES[step]
         adam.step()
+        for held in adam.state.values() if moments == "bf16" else ():
+            held |= {kind: held[kind].bfloat16().double() for kind in (EXP_AVG, EXP_AVG_SQ)}
     final = state(ranks, layout)  # and all owners of a shard hold the same bits
     for key, parameter in weights.items():
         moments = adam.state[parameter]
