@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.activations import BYTES, bytes_per_token
 from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ownership import Bucket
-from orchestrator.parameters import moe_layers, mtp_layer, stage_layers, stage_parameters
-
-BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+from orchestrator.parameters import mtp_layer, stage_layers, stage_parameters
 
 
 @dataclass(frozen=True)
@@ -76,33 +75,7 @@ def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], in_fl
 
 def _microbatch_bytes(config: RunConfig, layout: Layout, position: int) -> int:
     """Kept activations of one microbatch in the heavier of the position's stages."""
-    model, training = config.model, config.training
-    tokens = training.microbatch_sequences * config.data.sequence_length
-    per_stage = stage_layers(model, layout.folding.count, config.layout.layers_per_stage)
-    heaviest = 0
-    for stage in layout.stages(position):
-        last = stage == layout.folding.count - 1
-        moe = moe_layers(model, per_stage[stage], last=last)
-        dense = [n for n in per_stage[stage] if not model.is_moe(n)]
-        values = sum(len(layers) * _layer_values(model, training.recompute, moe=layers is moe) for layers in (moe, dense))
-        if last:
-            values += (1 + model.num_nextn_predict_layers) * (2 * model.hidden_size + model.vocab_size)
-        heaviest = max(heaviest, values)
-    return tokens * heaviest * BYTES[training.dtype]
-
-
-def _layer_values(model: ModelConfig, recompute: str, *, moe: bool) -> int:
-    """Values kept a token in one layer, by what backward needs: segment inputs always; the rest unless recomputed."""
-    h, heads = model.hidden_size, model.num_attention_heads
-    copies = model.num_experts_per_tok if moe else 0
-    inner = copies * model.moe_intermediate_size if moe else model.intermediate_size
-    if moe:
-        inner += model.n_shared_experts * model.moe_intermediate_size
-    inputs = 3 * h + copies * h  # layer input, residual, MLP input, dispatched rows
-    if recompute == "full":
-        return inputs
-    latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    kept = inputs + latents + heads * model.v_head_dim + 2 * inner  # attention output, gate and up projections
-    if recompute == "selective":
-        return kept
-    return kept + h + latents + 2 * heads * model.qk_head_dim + heads * model.v_head_dim + inner
+    per_stage = stage_layers(config.model, layout.folding.count, config.layout.layers_per_stage)
+    tokens = config.training.microbatch_sequences * config.data.sequence_length
+    return round(tokens * max(bytes_per_token(config, per_stage[stage], last=stage == layout.folding.count - 1)
+                              for stage in layout.stages(position)))

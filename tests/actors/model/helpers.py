@@ -46,7 +46,7 @@ class Pipeline:
     """The stages of a model on one rank, in one thread."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype = torch.float64, *, stages: int = 1, recompute: str = "none",
-                 group=None, experts_of_rank: list[list[int]] | None = None):
+                 group=None, experts_of_rank: list[list[int]] | None = None, in8: dict | None = None):
         placed = experts_of_rank or [list(range(model.n_routed_experts))]
         mine = placed[group.rank if group else 0]
         slots = torch.empty(model.n_routed_experts, dtype=torch.int64)
@@ -57,7 +57,7 @@ class Pipeline:
         self.chunks = [
             Chunk(model, layers=layers, first=s == 0, last=s == stages - 1, weights=self.weights, biases=self.biases,
                   exchanges=dict.fromkeys(self.biases, self.exchange), local_experts=dict.fromkeys(self.biases, mine),
-                  queue=self.queue, recompute=recompute)
+                  queue=self.queue, recompute=recompute, in8=in8)
             for s, layers in enumerate(stage_layers(model, stages))]
         self.scale(SCALES)
 
