@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.optim.adamw import adamw
 
 from actors.comm.groups import Generation, Group
 from actors.model.weights import Weight, exact_dtype
@@ -21,39 +22,36 @@ from orchestrator.parameters import ParameterSpec
 
 @dataclass(slots=True)
 class OwnedShard:
-    """State of one shard: flat master weights; AdamW keeps its moments for them, from step to step in the dtype `kept`."""
+    """State of one shard: flat master weights; AdamW's moments, from step to step in the dtype `kept`; `steps`: its updates."""
 
     bucket: Bucket
     shard: int
     master: torch.Tensor
-    adam: torch.optim.AdamW
     kept: torch.dtype
+    steps: int = 0
+    _moments: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def moment(self, kind: str) -> torch.Tensor:
         """`exp_avg` or `exp_avg_sq` in the dtype of the masters, zeros before the first update."""
-        state = self.adam.state[self.master]
-        return state[kind].to(self.master.dtype) if kind in state else torch.zeros_like(self.master)
-
-    def update(self) -> None:
-        """One step of AdamW, which wants moments as wide as the masters."""
-        self._hold(self.master.dtype)
-        self.adam.step()
-        self._hold(self.kept)
-
-    def _hold(self, dtype: torch.dtype) -> None:
-        state = self.adam.state[self.master]
-        for kind in ("exp_avg", "exp_avg_sq"):
-            if kind in state:
-                state[kind] = state[kind].to(dtype)
-
-    @property
-    def steps(self) -> int:
-        """Updates that the moments have seen."""
-        return int(self.adam.state[self.master].get("step", 0))
+        return self._exact()[kind == "exp_avg_sq"]
 
     def set_moments(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, steps: int) -> None:
-        step = torch.tensor(float(steps), device=self.master.device)  # fused AdamW wants it beside the moments
-        self.adam.state[self.master] = {"step": step, "exp_avg": exp_avg.to(self.kept), "exp_avg_sq": exp_avg_sq.to(self.kept)}
+        self._moments, self.steps = (exp_avg.to(self.kept), exp_avg_sq.to(self.kept)), steps
+
+    def update(self, gradient: torch.Tensor, learning_rate: float, settings: OptimizerSection) -> None:
+        """One step of AdamW. torch's function, not its class: that imports torch._dynamo, which takes a new process seconds."""
+        exp_avg, exp_avg_sq = self._exact()
+        count = torch.tensor(float(self.steps), device=self.master.device)  # the fused kernel wants it beside the moments
+        adamw([self.master], [gradient], [exp_avg], [exp_avg_sq], [], [count], fused=True, amsgrad=False, beta1=settings.beta1,
+              beta2=settings.beta2, lr=learning_rate, eps=settings.epsilon, maximize=False,
+              weight_decay=settings.weight_decay if self.bucket.decay else 0.0)
+        self.set_moments(exp_avg, exp_avg_sq, self.steps + 1)
+
+    def _exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._moments is None:
+            return torch.zeros_like(self.master), torch.zeros_like(self.master)
+        first, second = self._moments
+        return first.to(self.master.dtype), second.to(self.master.dtype)
 
 
 class BucketBuffers:
@@ -136,10 +134,7 @@ class Optimizer:
         by_bucket = {buffers.bucket.index: buffers for buffers in self._buffers}
         for owned in self.shards:
             buffers = by_bucket[owned.bucket.index]
-            owned.master.grad = buffers.shard(buffers.gradient, owned.shard) * clip
-            owned.adam.param_groups[0]["lr"] = learning_rate
-            owned.update()
-            owned.master.grad = None
+            owned.update(buffers.shard(buffers.gradient, owned.shard) * clip, learning_rate, self._settings)
 
     def publish(self, groups: Generation, only: Collection[int] | None = None) -> None:
         """Rebuild every holder's working weights from the primary owners' master shards. Raises Aborted.
@@ -175,10 +170,7 @@ def shards_of(rank: int, buckets: Iterable[Bucket], settings: OptimizerSection, 
 
 def _zeros(bucket: Bucket, shard: int, settings: OptimizerSection, exact: torch.dtype, device: torch.device) -> OwnedShard:
     master = torch.zeros(bucket.shard_size, dtype=exact, device=device)
-    adam = torch.optim.AdamW(
-        [master], lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon,
-        weight_decay=settings.weight_decay if bucket.decay else 0.0, fused=True)
-    return OwnedShard(bucket, shard, master, adam, torch.bfloat16 if settings.moments == "bf16" else exact)
+    return OwnedShard(bucket, shard, master, torch.bfloat16 if settings.moments == "bf16" else exact)
 
 
 def _content(bucket: Bucket, shard: int) -> tuple:

@@ -44,8 +44,7 @@ class _Process:
     control: Connection
 
 
-_PRELOADED = ["actors.rank", "torch._dynamo", "safetensors.torch"]
-"""torch imports the second when AdamW steps for the first time."""
+_PRELOADED = ["actors.rank", "safetensors.torch"]
 
 
 class ProcessRanks:

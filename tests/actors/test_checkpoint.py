@@ -60,7 +60,7 @@ def load(directory):
     assert torch.equal(shards[0].master, expected[0].master) and torch.equal(biases[LAYER], expected_biases[LAYER])
     for kind in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(shards[0].moment(kind), expected[0].moment(kind))
-    assert shards[0].adam.state[shards[0].master]["step"] == manifest.step
+    assert shards[0].steps == manifest.step
     return manifest
 
 

@@ -61,8 +61,7 @@ def test_bytes_are_those_of_the_real_buffers(ranks, pipeline, dtype):
         assert estimate.gradients == sum(buffers["held gradients"].values()) + exact * foreign
         state = 0
         for owned in real.shards:
-            owned.master.grad = torch.ones_like(owned.master)
-            owned.update()
+            owned.update(torch.ones_like(owned.master), 1e-3, config.optimizer)
             state += sum(t.nbytes for t in (owned.master, owned.moment("exp_avg"), owned.moment("exp_avg_sq")))
         assert estimate.optimizer == state
         assert estimate.total == estimate.weights + estimate.gradients + estimate.optimizer
