@@ -20,11 +20,12 @@ from actors.dealing import Batch
 from actors.formation import FORM_TIMEOUT_SECONDS, Formation
 from actors.messages import Apply, LossSums, Outcome, Start, StepReport
 from actors.ranks import RankFailed, Ranks
-from actors.records import generation_record, loads_of, losses_of, scores_of, step_metrics
+from actors.records import generation_record, loads_of, losses_of, step_metrics
 from actors.recovery import CannotGoOn, Recovery
 from actors.run_folder import RunFolder
 from actors.saving import Saver
 from actors.slow import SlowWatch
+from actors.validation import Validator
 from actors.trace import trace_json
 from orchestrator import order
 from orchestrator.config import RunConfig, dump
@@ -83,8 +84,7 @@ class Trainer:
         self._committed = 0
         self._prepared = 0
         self._pending: Apply | None = None
-        self._validation: Batch | None = None
-        self._scores: dict[str, float] | None = None
+        self._validator, self._scores = Validator(config, sources.validation), None
         self._change: dict[str, Any] | None = None
         self._traced: dict[int, list[Span]] = {}
         self._traced_places: dict[int, tuple[Place, ...]] = {}
@@ -346,20 +346,14 @@ class Trainer:
                     unevenness_before=worst_unevenness(before, load), unevenness_after=worst_unevenness(found, load))
 
     def _validate(self) -> float | None:
-        if self._validation is None:
-            self._validation = self._sources.validation()
-        if self._validation is None:
-            return None
         self._apply()
         started = time.perf_counter()
-        requests = self._formation.dealer.requests(self._validation, None, training=False)
-        self._formation.teach(requests[0].microbatches, training=False)
-        sums = sum(self._formation.call("evaluate", [(request,) for request in requests]), LossSums())
-        losses = losses_of(sums, self._validation, self._config)
-        self._scores = losses | scores_of(sums, self._validation, self._config)
-        self._event("validation", step=self._committed, loss=losses["loss"], accuracy=self._scores["accuracy"],
+        self._scores = found = self._validator.scores(self._formation)
+        if found is None:
+            return None
+        self._event("validation", step=self._committed, loss=found["loss"], accuracy=found["accuracy"],
                     seconds=round(time.perf_counter() - started, 3))
-        return losses["loss"]
+        return found["loss"]
 
     def _save_when_due(self) -> None:
         """Begin the checkpoint that is due, unless the one before is still being written: then it begins when that is done.
