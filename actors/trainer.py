@@ -25,8 +25,8 @@ from actors.recovery import CannotGoOn, Recovery
 from actors.run_folder import RunFolder
 from actors.saving import Saver
 from actors.slow import SlowWatch
-from actors.validation import Validator
 from actors.trace import trace_json
+from actors.validation import Validator
 from orchestrator import order
 from orchestrator.config import RunConfig, dump
 from orchestrator.expert_load import ExpertLoad
@@ -81,13 +81,11 @@ class Trainer:
         self._expert_load = ExpertLoad(max(1, config.placement.every))
         self._batches: Batches | None = None
         self._batch: Batch | None = None
-        self._committed = 0
-        self._prepared = 0
+        self._committed = self._prepared = 0
         self._pending: Apply | None = None
         self._validator, self._scores = Validator(config, sources.validation), None
         self._change: dict[str, Any] | None = None
-        self._traced: dict[int, list[Span]] = {}
-        self._traced_places: dict[int, tuple[Place, ...]] = {}
+        self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
 
     def stop(self) -> None:
         """Ask the loop to save and end after the step under way."""
@@ -322,9 +320,9 @@ class Trainer:
         self._watch("step", values)
         self._watch("load", loads_of(reports))
         if reports[0].spans:
-            self._traced[step] = [span for report in reports for span in report.spans]
-            self._traced_places[step] = self._layout.places
-            self._folder.write("trace.json", trace_json(self._traced, self._traced_places))
+            self._traced[step] = [span for report in reports for span in report.spans], self._layout.places
+            spans, places = ({traced: found[part] for traced, found in self._traced.items()} for part in (0, 1))
+            self._folder.write("trace.json", trace_json(spans, places))
 
     # --- placement, validation and checkpoints: between a committed step and the next ----------------------------------------
 
