@@ -13,7 +13,8 @@ import threading
 
 import torch.distributed as dist
 
-_SLICE = datetime.timedelta(milliseconds=20)
+_SLICE = datetime.timedelta(milliseconds=100)
+"""Longer than most exchanges take: a wait that times out costs an exception. An abort ends nearly all of them at once."""
 _GRACE = datetime.timedelta(milliseconds=50)
 _kept: list[tuple[dist.Work, dist.Backend]] = []
 _idle: list[_Waiter] = []

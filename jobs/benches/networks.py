@@ -27,6 +27,9 @@ _DEVICES = Path("/sys/class/net")
 _MTU = 1500  # larger packets save the kernel work, but messages of a few kilobytes then travel in lumps
 _BURST_BYTES = 2 * (_MTU + 14)  # a bucket takes one whole packet at least; a full one lets little through at once
 _QUEUE_BYTES = 32 << 20  # of a bucket: what ranks have under way fits, so nothing is dropped and sent again
+_SETTLED = {"tcp_congestion_control": "reno", "tcp_slow_start_after_idle": "0"}
+"""Nothing is lost here. A sender that probes for bandwidth, as bbr does every ten seconds, or begins anew after a pause, is a
+property of the host, not of the link."""
 _TIMEOUT_SECONDS = 30.0
 _NAME = re.compile(r"dr([0-9a-f]+)[g-z](?:b|n\d+|\d+-\d+)")  # the process, one of its networks, what it is of that
 _letters = itertools.cycle("ghijklmnopqrstuvwxyz")  # no hexadecimal digits
@@ -135,6 +138,8 @@ class Network:
             _batch(["ip", "-n", name], ["link set lo up", *itertools.chain.from_iterable(
                 self._inside(x, own) for x in mine)])
             _batch(["tc", "-n", name], [" ".join(_bucket("add", x.device, megabits)) for x in mine])
+            _run(["ip", "netns", "exec", name, "sh", "-ec",
+                  "; ".join(f"echo {value} > /proc/sys/net/ipv4/{key}" for key, value in _SETTLED.items())])
         _batch(["tc"], [" ".join(_bucket("add", x.port, megabits)) for x in self.interfaces])
 
     def _inside(self, mine: Interface, host_hardware: str) -> list[str]:
