@@ -14,7 +14,7 @@ import threading
 import torch.distributed as dist
 
 _SLICE = datetime.timedelta(milliseconds=100)
-"""Longer than most exchanges take: a wait that times out costs an exception. An abort ends nearly all of them at once."""
+"""How late an abort may be noticed by a wait that it does not end itself: one for a message of which a part has come."""
 _GRACE = datetime.timedelta(milliseconds=50)
 _kept: list[tuple[dist.Work, dist.Backend]] = []
 _idle: list[_Waiter] = []

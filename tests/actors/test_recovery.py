@@ -44,7 +44,8 @@ def test_a_rank_is_killed(stage, place, name):
     assert first == last and others, "it went on with fewer, and grew back"
 
 
-@pytest.mark.parametrize("place, name", [("compute", "PP4"), ("reduce", "EP4"), ("committed", "PP2xEP2"), ("write", "EP2xDP2")])
+@pytest.mark.parametrize("place, name", [("compute", "PP4"), ("reduce", "EP4"), ("committed", "PP2xEP2"), ("gather", "PP2xDP2"),
+                                         ("write", "EP2xDP2")])
 def test_a_rank_freezes(stage, place, name):
     more = (STEPS, *FROZEN, *PLACES[place][1])
     run = stage.with_faults(name, [seeded(place, name, FREEZE, 2)], *more, regrown=[7])
@@ -125,8 +126,8 @@ class Second:
 
 
 @pytest.mark.parametrize("name, event, more", [
-    *(("EP4", event, ("elastic.copies=2",)) for event in ("lost", "layout", "generation")),
-    ("PP2xEP2", "aborted", ()),  # while all are seated that were: on the node of the first
+    *(("EP4", event, ("elastic.copies=2",)) for event in ("lost", "aborted", "layout", "generation")),
+    ("PP2xEP2", "lost", ()), ("PP2xEP2", "aborted", ()),  # while all are seated that were: on the node of the first
 ])
 def test_another_is_killed_while_it_recovers(stage, name, event, more):
     more = (STEPS, *more)
