@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,10 @@ class Stages:
     """
 
     def __init__(self, config: RunConfig, layout: Layout, place: Place, generation: Generation, device: torch.device,
-                 biases: Mapping[int, Tensor], queue: WeightGradients, traffic: Traffic, blocks: dict[str, Tensor]):
+                 biases: Mapping[int, Tensor], queue: WeightGradients, traffic: Traffic, blocks: dict[str, Any]):
         self._config, self._layout, self._place, self._generation = config, layout, place, generation
-        self._device, self._biases, self._queue, self._traffic, self._in8 = device, biases, queue, traffic, in8_of(config.precision, blocks)
+        self._device, self._biases, self._queue, self._traffic = device, biases, queue, traffic
+        self._in8 = in8_of(config.precision, blocks, device)
 
     def chunks(self, weights: Mapping[str, Weight], placement: Placement) -> dict[int, Chunk]:
         """By slot. Layers that are placed alike share an exchange."""

@@ -41,6 +41,15 @@ class Tiled:
         return _cropped(found, self.values.shape)
 
 
+    def t(self) -> Tiled:
+        """Of the transposed matrix; tiles turn with it."""
+        return Tiled(self.values.t().contiguous(), self.scale.t().contiguous(), (self.tile[1], self.tile[0]))
+
+    def run(self, rows: slice) -> Tiled:
+        """Some of the rows, of tiles that are a row high or one for the whole."""
+        return Tiled(self.values[rows], self.scale if self.tile == WHOLE else self.scale[rows], self.tile)
+
+
 def tiled(x_nc: Tensor, tile: tuple[int, int], *, power_of_two: bool = False, form: torch.dtype = E4M3) -> Tiled:
     """Any float [n, c], rounded to FP8; edges are padded with zeros to get their scale."""
     rows, columns = _sides(tile, x_nc.shape)

@@ -12,15 +12,17 @@ Name suffixes: n rows (tokens), i inputs, o outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from actors.model import float8_units
 from actors.model.swiglu import swiglu_backward, swiglu_of
 from actors.model.weights import Weight, WeightGradients
-from actors.tiles import BLOCKS, COLUMNS, E4M3, E5M2, ROWS, WHOLE, Tiled, tiled
+from actors.tiles import BLOCKS, COLUMNS, E4M3, E5M2, ROWS, SIDE, WHOLE, Tiled, tiled
 from orchestrator.precision import PRODUCTS, PrecisionSection
 
 _FEW_BITS, _FEW_AT_ONCE = 14, 32
@@ -31,7 +33,7 @@ class Float8:
     """How one kind of module multiplies. The defaults are as published, the others are coarser, to compare with.
 
     power_of_two: scales of its input. whole: one scale for a whole tensor. gradients: the format of dy.
-    few_bits: sums of 14 bits throughout, as in FP8 units that are not promoted.
+    few_bits: sums of 14 bits throughout, as in FP8 units that are not promoted. units: the device multiplies FP8 itself.
     blocks: weights that have been cast, by name; whoever changes weights clears it.
     """
 
@@ -39,7 +41,8 @@ class Float8:
     whole: bool = False
     gradients: torch.dtype = E4M3
     few_bits: bool = False
-    blocks: dict[str, Tensor] = field(default_factory=dict)
+    units: bool = False
+    blocks: dict[str, Any] = field(default_factory=dict)
 
     def with_powers_of_two(self) -> Float8:
         return replace(self, power_of_two=True)
@@ -47,39 +50,53 @@ class Float8:
     def rows(self, x_nc: Tensor, *, power_of_two: bool = False) -> Tiled:
         return tiled(x_nc, WHOLE if self.whole else ROWS, power_of_two=power_of_two)
 
-    def gradient_rows(self, gradient_no: Tensor) -> Tensor:
-        return tiled(gradient_no, WHOLE if self.whole else ROWS, form=self.gradients).exact()
+    def gradient_rows(self, gradient_no: Tensor) -> Tiled:
+        return tiled(gradient_no, WHOLE if self.whole else ROWS, form=self.gradients)
 
-    def columns(self, x_nc: Tensor, form: torch.dtype = E4M3) -> Tensor:
-        return tiled(x_nc, WHOLE if self.whole else COLUMNS, form=form).exact()
+    def columns(self, x_nc: Tensor, form: torch.dtype = E4M3) -> Tiled:
+        return tiled(x_nc, WHOLE if self.whole else COLUMNS, form=form)
 
     def weight(self, weight: Weight) -> Tensor:
         """float32 [o, i] of what `weight` is in FP8: each matrix of a fused one by itself."""
-        found = self.blocks.get(weight.name)
-        if found is None:
-            parts = weight.value.split(weight.rows)
-            tile = WHOLE if self.whole else BLOCKS
-            found = self.blocks[weight.name] = torch.cat([tiled(part, tile).exact() for part in parts])
-        return found
+        return self._cast(weight.name, lambda: torch.cat([
+            tiled(part, WHOLE if self.whole else BLOCKS).exact() for part in weight.value.split(weight.rows)]))
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [n, k] times b [k, o], both exactly what FP8 numbers stand for. float32 [n, o]."""
-        return _few_bits_product(a, b) if self.few_bits else a @ b
+    def product(self, x: Tiled, weight: Weight, dtype: torch.dtype, *, backward: bool = False) -> Tensor:
+        """x [n, i] times weight [o, i] transposed: [n, o] in dtype; backward: x [n, o] times weight: [n, i]."""
+        if self.units and not any(rows % SIDE for rows in weight.rows[:-1]):
+            name = f"{weight.name} {'backward' if backward else 'forward'}"
+            cast = self._cast(name, lambda: tiled(weight.value, BLOCKS).t() if backward else tiled(weight.value, BLOCKS))
+            return float8_units.product(x, cast, dtype)
+        exact = self.weight(weight)
+        return self._emulated(x.exact(), exact if backward else exact.t()).to(dtype)
 
     def add_weight_gradient(self, weight: Weight, gradient_no: Tensor, x_ni: Tensor) -> None:
         """weight.gradient [o, i] += dy^T x."""
-        if gradient_no.shape[0]:
-            gradient, x = self.columns(gradient_no, self.gradients), self.columns(x_ni)
-            if self.few_bits:
-                weight.gradient.add_(self.product(gradient.t(), x))
-            else:
-                weight.gradient.addmm_(gradient.t(), x)
+        if not gradient_no.shape[0]:
+            return
+        gradient, x = self.columns(gradient_no, self.gradients), self.columns(x_ni)
+        if self.units:
+            weight.gradient.add_(float8_units.product(gradient.t(), x.t(), torch.float32))
+        elif self.few_bits:
+            weight.gradient.add_(self._emulated(gradient.exact().t(), x.exact()))
+        else:
+            weight.gradient.addmm_(gradient.exact().t(), x.exact())
+
+    def _emulated(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [n, k] times b [k, o], both exactly what FP8 numbers stand for. float32 [n, o]."""
+        return few_bits_product(a, b) if self.few_bits else a @ b
+
+    def _cast(self, name: str, make: Callable[[], Tensor | Tiled]) -> Any:
+        if name not in self.blocks:
+            self.blocks[name] = make()
+        return self.blocks[name]
 
 
-def in8_of(precision: PrecisionSection, blocks: dict[str, Tensor]) -> dict[str, Float8]:
+def in8_of(precision: PrecisionSection, blocks: dict[str, Any], device: torch.device = torch.device("cpu")) -> dict[str, Float8]:
     """How the kinds of modules multiply that do so in FP8. blocks: where all of them keep their weights."""
+    published = (precision.scales, precision.gradients, precision.accumulation) == ("tiles", "e4m3", "fp32")
     found = Float8(whole=precision.scales == "tensor", gradients=E5M2 if precision.gradients == "e5m2" else E4M3,
-                   few_bits=precision.accumulation == "14bit", blocks=blocks)
+                   few_bits=precision.accumulation == "14bit", units=published and float8_units.available(device), blocks=blocks)
     return {kind: found for kind in PRODUCTS if getattr(precision, kind) == "fp8"}
 
 
@@ -101,8 +118,7 @@ def mlp(x_nh: Tensor, row_weight: Tensor | None, gate_up: Sequence[Weight], down
 
 
 def _times(x: Tiled, weight: Weight, like: Tensor, float8: Float8) -> Tensor:
-    out = float8.product(x.exact(), float8.weight(weight).t())
-    return out.to(like.dtype).view(*like.shape[:-1], -1)
+    return float8.product(x, weight, like.dtype).reshape(*like.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
@@ -119,8 +135,8 @@ class _Linear(torch.autograd.Function):
         (shape, dtype), tile = ctx.like, ctx.tile
         gradient_no = gradient.reshape(-1, gradient.shape[-1])
         ctx.queue.defer(lambda: float8.add_weight_gradient(weight, gradient_no, Tiled(values, scale, tile).exact()))
-        out = float8.product(float8.gradient_rows(gradient_no), float8.weight(weight))
-        return out.to(dtype).view(shape), None, None, None
+        out = float8.product(float8.gradient_rows(gradient_no), weight, dtype, backward=True)
+        return out.reshape(shape), None, None, None
 
 
 class _Mlp(torch.autograd.Function):
@@ -128,13 +144,13 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx, x_nh: Tensor, row_weight: Tensor | None, gate_up: Sequence[Weight], down: Sequence[Weight],
                 counts: Sequence[int], queue: WeightGradients, float8: Float8) -> Tensor:
         x = float8.rows(x_nh, power_of_two=float8.power_of_two)
-        inner = _runs_product(x.exact(), gate_up, counts, x_nh.dtype, float8)
+        inner = _runs_product(x, gate_up, counts, x_nh.dtype, float8)
         hidden = float8.rows(_weighted(swiglu_of(inner), row_weight))
         kept = float8.rows(inner)
         ctx.save_for_backward(x.values, x.scale, kept.values, kept.scale, row_weight)
         ctx.weights, ctx.counts, ctx.queue, ctx.float8 = (gate_up, down), counts, queue, float8
         ctx.tile, ctx.dtype = x.tile, x_nh.dtype
-        return _runs_product(hidden.exact(), down, counts, x_nh.dtype, float8)
+        return _runs_product(hidden, down, counts, x_nh.dtype, float8)
 
     @staticmethod
     def backward(ctx, gradient_nh: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,18 +190,17 @@ def _runs(counts: Sequence[int], *weights: Sequence[Weight]) -> list[tuple[slice
     return found
 
 
-def _runs_product(x_ni: Tensor, weights: Sequence[Weight], counts: Sequence[int], dtype: torch.dtype, float8: Float8,
+def _runs_product(x: Tiled, weights: Sequence[Weight], counts: Sequence[int], dtype: torch.dtype, float8: Float8,
                   *, backward: bool = False) -> Tensor:
     """Each run of rows times its weight transposed; backward: times its weight."""
     width = weights[0].value.shape[1 if backward else 0]
-    out = torch.empty(x_ni.shape[0], width, dtype=dtype, device=x_ni.device)
+    out = torch.empty(x.values.shape[0], width, dtype=dtype, device=x.values.device)
     for run, (weight,) in _runs(counts, weights):
-        exact = float8.weight(weight)
-        out[run] = float8.product(x_ni[run], exact if backward else exact.t())
+        out[run] = float8.product(x.run(run), weight, dtype, backward=backward)
     return out
 
 
-def _few_bits_product(a: Tensor, b: Tensor) -> Tensor:
+def few_bits_product(a: Tensor, b: Tensor) -> Tensor:
     """FP8 units add so many products at once to a sum of which so many bits are kept (Insights, arXiv 2505.09343, 3.1)."""
     total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
     for at in range(0, a.shape[1], _FEW_AT_ONCE):

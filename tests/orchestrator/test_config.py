@@ -38,7 +38,7 @@ def refused(*overrides: str) -> str:
     (["training.steps=!!int x"], "training.steps = !!int x: a YAML value"),
     (["training.steps=" + "[" * 3000], f"training.steps = {'[' * 120}...: a YAML value"),
     (["training.steps=&a [*a]"], "training.steps = (a value that holds itself): an integer (above 0)"),
-    (['{"a\nb": 1}=3'], ('"{\\"a\\nb\\": 1}" = 3: unknown key; allowed here: run, model, data, training, optimizer, layout, '
+    (['{"a\nb": 1}=3'], ('"{\\"a\\nb\\": 1}" = 3: unknown key; allowed here: run, model, data, training, precision, optimizer, layout, '
                         "placement, schedule, topology, elastic, checkpoint, telemetry")),
     # types
     (["training.steps=x"], "training.steps = x: an integer (above 0)"),
