@@ -1,6 +1,7 @@
 """Tokens a second of the whole system (Ray, feed, coordinator, four ranks) against plain PyTorch on the same cores.
 
 Both train the same model on batches of the same shape, in turn, in one run. Ray is not up while the peer runs.
+`--option float8=true` compares the system in FP8 with itself in BF16 instead: on CPUs, what emulation costs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from pydantic import Field
+
 from actors.dealing import Batch
 from actors.messages import Failure
 from actors.run_folder import RunFolder
@@ -21,19 +24,49 @@ from jobs import corpus, session
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text
 from jobs.cli import JobFailed
-from orchestrator.config import RunConfig, parse
+from orchestrator.config import RunConfig, Section, parse
 from orchestrator.layout import choose
+from orchestrator.precision import PRODUCTS
 
 ROUNDS, STEPS, WARM_UP = 3, 16, 4
 _TIMEOUT_SECONDS = 900.0
-_AIM = 0.8
+_AIM, _MOST_TIME_IN_FLOAT8 = 0.8, 3.0
+_FLOAT8 = [f"precision.{kind}=fp8" for kind in PRODUCTS] + ["training.dispatch_precision=float8", "optimizer.moments=bf16"]
 
 
-def run(config: RunConfig) -> dict:
-    """Tokens a second at the median step, medians over rounds; `ratio` is ours divided by the peer's."""
+class Settings(Section):
+    """What `--option KEY=VALUE` sets."""
+
+    float8: bool = Field(False, description="compare FP8 with BF16, both ours")
+
+
+def run(config: RunConfig, settings: Settings) -> dict:
+    """Tokens a second at the median step, medians over rounds; `ratio` is ours divided by the peer's, or the time of FP8 by BF16's."""
     config = parse(config.model_dump(), [
         f"training.steps={STEPS}", "training.validation_sequences=0", "checkpoint.every=0", "run.name=bench-tokens"])
     data = session.data_path(config)
+    return _in_float8(config, data) if settings.float8 else _against_plain(config, data)
+
+
+def _in_float8(config: RunConfig, data: str) -> dict:
+    config = parse(config.model_dump(), ["training.dtype=bfloat16"])
+    speeds: dict[str, list[float]] = {"bf16": [], "fp8": []}
+    for index in range(ROUNDS):
+        for name, overrides in (("bf16", []), ("fp8", _FLOAT8)):
+            speed, breakdown = _system(parse(config.model_dump(), overrides), data)
+            print(f"round {index}: {name} {speed:.0f} tokens/s, {breakdown}", file=sys.stderr, flush=True)
+            speeds[name].append(speed)
+    ratio = statistics.median(speeds["bf16"]) / statistics.median(speeds["fp8"])
+    held = ratio <= _MOST_TIME_IN_FLOAT8
+    return {
+        "settings": {"rounds": ROUNDS, "steps": STEPS, "warm_up_steps": WARM_UP, "float8": _FLOAT8},
+        "seconds": {name: [_seconds(config, speed) for speed in found] for name, found in speeds.items()},
+        "tokens_per_second": speeds, "ratio": ratio, "ratios": [a / b for a, b in zip(speeds["bf16"], speeds["fp8"])],
+        "checks": {f"FP8 takes at most {_MOST_TIME_IN_FLOAT8:g} times as long as BF16": held}, "valid": held,
+    }
+
+
+def _against_plain(config: RunConfig, data: str) -> dict:
     batches = batches_of_text(config, STEPS)
     ours, peers, breakdowns = [], [], []
     for index in range(ROUNDS):
