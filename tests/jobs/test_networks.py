@@ -111,6 +111,18 @@ def test_each_direction_has_a_rate_and_it_can_be_changed(network):
         network.set_rate(slow, MEGABITS)
 
 
+def test_a_fast_link_is_not_far_below_its_rate(network):
+    """A bucket that holds a packet or two is refilled by a timer, which lets a gigabit through and no more."""
+    fast, megabits, count = [network.interface(0, 0), network.interface(1, 0)], 4000.0, 200_000_000
+    for interface in fast:
+        network.set_rate(interface, megabits)
+    try:
+        assert transfer(network, *fast, count) < seconds(count, megabits / 2)
+    finally:
+        for interface in fast:
+            network.set_rate(interface, MEGABITS)
+
+
 def test_inside_a_node_nothing_is_slowed_down(network):
     assert transfer(network, network.interface(0, 0), network.interface(0, 1)) < seconds(BYTES, MEGABITS) / 4
 
