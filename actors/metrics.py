@@ -10,9 +10,11 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, make_wsgi_app
 
 from actors.messages import StepReport
+from orchestrator.goodput import KINDS
 
 
 class PortInUse(RuntimeError):
@@ -53,6 +55,10 @@ class RankMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector("dualray_rank", registry=self.registry)
+        if torch.cuda.is_available():
+            Gauge("dualray_rank_accelerator_memory_bytes", "Memory of tensors on the accelerator",
+                  registry=self.registry).set_function(torch.cuda.memory_allocated)
         self._step = Gauge("dualray_rank_step", "Step that this rank computed last", registry=self.registry)
         self._seconds = Gauge("dualray_rank_step_seconds", "Duration of the last step on this rank", registry=self.registry)
         self._compute = Counter("dualray_rank_compute_seconds", "Time with compute", registry=self.registry)
@@ -111,6 +117,12 @@ class RunMetrics:
         self._validation = Gauge("dualray_validation_loss", "Newest validation loss, nats a token", registry=self.registry)
         self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made",
                                  registry=self.registry)
+        self._at = Gauge("dualray_committed_step_timestamp_seconds", "When the newest step was committed", registry=self.registry)
+        self._spent = Counter("dualray_spent_seconds", "Wall time by what it went to", ("on",), registry=self.registry)
+        self._not_finite = Counter("dualray_not_finite", "Steps whose loss or gradient was not finite; they end a run",
+                                   registry=self.registry)
+        for kind in KINDS:
+            self._spent.labels(kind)
         self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
         self._recoveries = Counter("dualray_recoveries", "Generations formed after a loss, a drain or a join", registry=self.registry)
         self._recovery = Gauge("dualray_recovery_seconds", "From noticing the last change to its new generation",
@@ -126,6 +138,9 @@ class RunMetrics:
             for key, gauge in self._gauges.items():
                 gauge.set(values[key])
             self._tokens.inc(values["tokens"])
+            self._at.set(values["time"])
+            for spent_on, seconds in values["spent"].items():
+                self._spent.labels(spent_on).inc(seconds)
             self._across.inc(values["bytes_across_nodes"])
             self._inside.inc(values["bytes_inside_nodes"])
         elif kind == "event" and values["event"] == "validation":
@@ -144,6 +159,8 @@ class RunMetrics:
             self._lost.inc(len(values["members"]))
         elif kind == "event" and values["event"] == "waiting":
             self._waiting.set(1)
+        elif kind == "event" and values["event"] == "not_finite":
+            self._not_finite.inc()
         elif kind == "event" and values["event"] == "slow":
             self._slow.labels(*_slow_labels(values)).set(values["factor"])
         elif kind == "event" and values["event"] == "slow_over":

@@ -20,14 +20,15 @@ from actors.dealing import Batch
 from actors.formation import FORM_TIMEOUT_SECONDS, Formation
 from actors.messages import Apply, LossSums, Outcome, Start, StepReport
 from actors.ranks import RankFailed, Ranks
-from actors.records import generation_record, loads_of, losses_of, step_metrics
+from actors.records import generation_record, loads_of, losses_of, mean_figures, step_metrics
 from actors.recovery import CannotGoOn, Recovery
 from actors.run_folder import RunFolder
 from actors.saving import Saver
 from actors.slow import SlowWatch
+from actors.spending import Spending
 from actors.trace import trace_json
 from actors.validation import Validator
-from orchestrator import order
+from orchestrator import goodput, order
 from orchestrator.config import RunConfig, dump
 from orchestrator.expert_load import ExpertLoad
 from orchestrator.layout import Layout, Place
@@ -85,6 +86,7 @@ class Trainer:
         self._pending: Apply | None = None
         self._validator, self._scores = Validator(config, sources.validation), None
         self._change: dict[str, Any] | None = None
+        self._spending = Spending()
         self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
 
     def stop(self) -> None:
@@ -163,7 +165,9 @@ class Trainer:
             try:
                 return action(*arguments)
             except RankFailed as failed:
-                self._recover(failed)
+                with self._spending.on(goodput.RECOVERY):
+                    self._spending.step_lost()
+                    self._recover(failed)
 
     def _recover(self, failed: RankFailed) -> None:
         committed = self._committed
@@ -245,17 +249,22 @@ class Trainer:
     def _advance(self) -> None:
         """One step, and what is due after it."""
         training = self._config.training
-        self._through(self._meet_changes)
-        self._through(self._one_step)
+        with self._spending.on(goodput.RECOVERY):
+            self._through(self._meet_changes)
+        with self._spending.on(goodput.STEP):
+            self._through(self._one_step)
         step = self._committed
         if self._prepared != self._formation.generation:
             self._prepared = self._formation.generation
             self._formation.prepare(step)
         if self._start.replay is None and self._due(step, self._config.placement.every) and step < training.steps:
-            self._through(self._rearrange)
+            with self._spending.on(goodput.PLACEMENT):
+                self._through(self._rearrange)
         if self._due(step, training.validate_every) and step < training.steps:
-            self._through(self._validate)
-        self._save_when_due()
+            with self._spending.on(goodput.VALIDATION):
+                self._through(self._validate)
+        with self._spending.on(goodput.CHECKPOINT):
+            self._save_when_due()
 
     def _end(self) -> Outcome:
         interrupted, losses = self._committed < self._goal, None
@@ -270,7 +279,8 @@ class Trainer:
     def _one_step(self) -> None:
         started, formation, step = time.perf_counter(), self._formation, self._committed
         if self._batch is None:
-            self._batch = self._batches.next()
+            with self._spending.on(goodput.DATA):
+                self._batch = self._batches.next()
         batch = self._batch
         requests = formation.dealer.requests(batch, self._pending, training=True,
                                              keep_spans=step in self._config.telemetry.trace_steps)
@@ -316,6 +326,7 @@ class Trainer:
     def _publish(self, step: int, batch: Batch, losses: dict[str, float], rate: float, reports: list[StepReport],
                  seconds: float) -> None:
         values = step_metrics(step, batch, losses, rate, reports, seconds, self._formation.generation, len(self._layout.nodes))
+        values["spent"] = self._spending.step_done(mean_figures(reports), values["rank_seconds"])
         self._folder.metrics(values)
         self._watch("step", values)
         self._watch("load", loads_of(reports))
