@@ -110,6 +110,14 @@ def restore_shards(directory: str, pieces: Iterable[SavedPiece], shards: Iterabl
         _fill(bias, 0, index.get((bias_name(layer), BIAS), []), reader, bias_name(layer))
 
 
+def check_model(manifest: Manifest, model: ModelConfig, directory: str) -> None:
+    """Raises CheckpointError: the checkpoint is of another model."""
+    ours = model.model_dump(mode="json")
+    for key, value in manifest.model.items():
+        if ours.get(key) != value:
+            raise CheckpointError(f"model.{key} = {ours.get(key)}: the checkpoint {directory} has {value}")
+
+
 class WholeTensors:
     """Weights and gate biases of a checkpoint, one after the other. `step`, `model`: as in its manifest. Raises CheckpointError."""
 

@@ -7,7 +7,7 @@ whose state all survivors have.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from actors.crew import Crew
 from actors.dealing import Dealer
 from actors.messages import ANY_GENERATION, Apply, Assignment, Formed, Former, Rearranged, Rearrangement, Standing
 from actors.ranks import RankFailed, Ranks
-from orchestrator import ownership, transfer
+from orchestrator import transfer
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
@@ -211,11 +211,9 @@ class Formation:
 
     def _check_state(self, seated: Sequence[Member], leaving: Sequence[Member]) -> None:
         """Raises StateLost: these do not have all of it."""
-        base, config = self.base, self.config
-        transfer.plan(_buckets(base.config, base.layout, base.placement), _buckets(config, self.layout, self.placement),
-                      _came_from([*seated, *leaving], base.members),
-                      [*(place.node for place in self.layout.places), *(member.node for member in leaving)],
-                      old_gates=_gates(base.config, base.layout), new_gates=_gates(config, self.layout))
+        base = self.base
+        transfer.plan_between((base.config, base.layout, base.placement), (self.config, self.layout, self.placement),
+                              _came_from([*seated, *leaving], base.members), [member.node for member in leaving])
 
 
 def layout_record(layout: Layout) -> dict[str, Any]:
@@ -225,14 +223,6 @@ def layout_record(layout: Layout) -> dict[str, Any]:
 
 def _default_placement(config: RunConfig, layout: Layout) -> Placement:
     return default_placement(config.model, layout, config.layout.layers_per_stage, config.layout.group_parts)
-
-
-def _buckets(config: RunConfig, layout: Layout, placement: Placement) -> tuple[ownership.Bucket, ...]:
-    return ownership.buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage, placement, config.precision)
-
-
-def _gates(config: RunConfig, layout: Layout) -> Mapping[int, tuple[int, ...]]:
-    return ownership.gates(config.model, layout, config.layout.layers_per_stage)
 
 
 def _came_from(members: Iterable[Member], before: Sequence[Member]) -> tuple[int | None, ...]:

@@ -125,7 +125,7 @@ class Rank:
         grouped = time.perf_counter()
         carried = Carried(0, 0)
         if assignment.rank >= layout.size:
-            carried, _ = self._carry_over(former, state, generation.group(everybody), buckets, None)
+            carried, _ = self._carry_over(former, state, generation.group(everybody), None)
             return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
         self._stay_on_a_core(layout, assignment.rank)
         self._place = layout.places[assignment.rank]
@@ -134,12 +134,12 @@ class Rank:
         self._lasting = frozenset(groups_of(layout, (), config.layout.hops)[0])
         self._world = generation.group(groups[0])
         self._stage_group = generation.group(layout.peers(self._place.position))
-        new = State(replace(assignment, former=None), buckets, shards_of(assignment.rank, buckets, config.optimizer, exact_dtype(self._dtype), self._device,
-                                       state.shards if state else ()),
-                    self._biases_of(state), former.applied if former else 0)
+        shards = shards_of(assignment.rank, buckets, config.optimizer, exact_dtype(self._dtype), self._device,
+                           state.shards if state else ())
+        new = State(replace(assignment, former=None), buckets, shards, self._biases_of(state), former.applied if former else 0)
         fresh: frozenset[int] = frozenset()
         if former is not None:
-            carried, fresh = self._carry_over(former, state, generation.group(everybody), buckets, new)
+            carried, fresh = self._carry_over(former, state, generation.group(everybody), new)
         self._held.add(assignment.generation, new)
         self._chunks = self._executor = None  # they hold buffers that are let go of
         self.optimizer = Optimizer(assignment.rank, buckets, config.optimizer, self._dtype, self._device, new.shards,
@@ -334,8 +334,7 @@ class Rank:
             os.sched_setaffinity(0, {self._cores[turn % len(self._cores)]})
 
     def _buckets_of(self, placement: Placement) -> tuple[ownership.Bucket, ...]:
-        config = self._config
-        return ownership.buckets(config.model, self._layout, config.elastic.copies, config.layout.layers_per_stage, placement, config.precision)
+        return ownership.buckets_of(self._config, self._layout, placement)
 
     def _biases_of(self, state: State | None) -> dict[int, torch.Tensor]:
         """Of the gates of all layers that this rank hosts: those of `state`, and zeros where it has none."""
@@ -346,17 +345,10 @@ class Rank:
                                                                        device=self._device)
                 for layer, ranks in hosts.items() if rank in ranks}
 
-    def _carry_over(self, former: Former, state: State | None, everybody: Group, buckets: tuple[ownership.Bucket, ...],
-                    new: State | None) -> tuple[Carried, frozenset[int]]:
+    def _carry_over(self, former: Former, state: State | None, everybody: Group, new: State | None) -> tuple[Carried, frozenset[int]]:
         """Fill the new state from what all have, and which new buckets need working weights. Raises Aborted."""
-        config, before, layout = self._config, former.config, self._layout
-        old_buckets = ownership.buckets(before.model, former.layout, before.elastic.copies, before.layout.layers_per_stage,
-                                        former.placement)
-        plan = transfer.plan(
-            old_buckets, buckets, former.came_from, [*(place.node for place in layout.places), *former.leaving],
-            old_gates=ownership.gates(before.model, former.layout, before.layout.layers_per_stage),
-            new_gates=ownership.gates(config.model, layout, config.layout.layers_per_stage),
-            gate_values=config.model.n_routed_experts)
+        plan = transfer.plan_between((former.config, former.layout, former.placement),
+                                     (self._config, self._layout, self._assignment.placement), former.came_from, former.leaving)
         carried = carry_over(plan, self._assignment.rank, everybody, state.shards if state else [], new.shards if new else [],
                              state.biases if state else {}, new.biases if new else {})
         return carried, plan.fresh
@@ -403,6 +395,7 @@ class Rank:
     def _reported_load(self) -> dict[int, list[int]]:
         first = self._assignment.rank == self._stage_group.ranks[0]
         return {layer: load.tolist() for layer, load in self._load.items()} if first else {}
+
 
 def _answers(store: dist.Store) -> bool:
     try:

@@ -21,7 +21,8 @@ def step_metrics(step: int, batch: Batch, losses: dict[str, float], rate: float,
     tokens, mean = int((batch.valid - 1).sum()), mean_figures(reports)
     return {
         "step": step, "time": round(time.time(), 3), "began": round(min(report.began for report in reports), 3), **losses,
-        "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds, "overlap_ratio": mean.overlap_ratio, "bubble_ratio": mean.bubble_ratio,
+        "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds,
+        "overlap_ratio": mean.overlap_ratio, "bubble_ratio": mean.bubble_ratio,
         "exposed_comm_seconds": mean.exposed_communication_seconds, "generation": generation, "nodes": nodes,
         "gradient_norm": reports[0].gradient_norm, "learning_rate": rate, "busiest_expert": busiest(reports),
         "sequences": len(batch.valid), "compute_seconds": mean.compute_seconds,

@@ -53,8 +53,8 @@ def links(request: StepRequest, line: Group, config: RunConfig, dtype: torch.dty
 
 
 def loss_sums(tapes: Mapping[Key, Microbatch]) -> LossSums:
-    return sum((LossSums(float(t.loss_sum), float(t.mtp_loss_sum), float(t.balance_loss_sum), int(t.correct), int(t.accepted)) for t in tapes.values()),
-               LossSums())
+    return sum((LossSums(float(tape.loss_sum), float(tape.mtp_loss_sum), float(tape.balance_loss_sum), int(tape.correct),
+                         int(tape.accepted)) for tape in tapes.values()), LossSums())
 
 
 def digests(tapes: Mapping[Key, Microbatch], chunks: Mapping[int, Chunk]) -> tuple[int, int]:

@@ -220,7 +220,7 @@ class Trainer:
     def _restore(self, directory: str) -> int:
         """Committed steps in that checkpoint. Raises CheckpointError."""
         manifest = checkpoint.read_manifest(directory)
-        check_compatible(manifest, self._config, directory)
+        checkpoint.check_model(manifest, self._config.model, directory)
         self._formation.everywhere("restore", directory, manifest.pieces, manifest.step, timeout_seconds=FORM_TIMEOUT_SECONDS)
         return manifest.step
 
@@ -402,11 +402,3 @@ def _digest(step: int, reports: list[StepReport]) -> str:
     if entered != labelled:
         raise TrainingFailed(f"step {step}: sequences {entered} entered the pipeline, but labels are of {labelled}")
     return entered
-
-
-def check_compatible(manifest: checkpoint.Manifest, config: RunConfig, directory: str) -> None:
-    """Raises TrainingFailed: the checkpoint is of another model."""
-    ours = config.model.model_dump(mode="json")
-    for key, value in manifest.model.items():
-        if ours.get(key) != value:
-            raise TrainingFailed(f"model.{key} = {ours.get(key)}: the checkpoint {directory} has {value}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from orchestrator.config import ModelConfig
+from orchestrator.config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
 from orchestrator.placement import Placement, default_placement
@@ -77,6 +77,11 @@ def buckets(model: ModelConfig, layout: Layout, copies: int, layers_per_stage: l
         owners = _owners(layout, holders, members, copies)
         found.append(Bucket(index, holders, members, tuple(specs), decay, precise, owners))
     return tuple(found)
+
+
+def buckets_of(config: RunConfig, layout: Layout, placement: Placement | None = None) -> tuple[Bucket, ...]:
+    """All buckets of a run in a layout."""
+    return buckets(config.model, layout, config.elastic.copies, config.layout.layers_per_stage, placement, config.precision)
 
 
 def gates(model: ModelConfig, layout: Layout, layers_per_stage: list[int] | str = "auto") -> dict[int, tuple[int, ...]]:

@@ -14,13 +14,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
 
+from orchestrator import ownership
+from orchestrator.config import RunConfig
+from orchestrator.layout import Layout
 from orchestrator.ownership import Bucket
+from orchestrator.placement import Placement
 
 STATES = 3
 """Numbers that are kept of a value of a weight: the master weight, and AdamW's two moments."""
 
 Gates = Mapping[int, tuple[int, ...]]
 """Layer -> ranks that keep the bias of its gate."""
+Held = tuple[RunConfig, Layout, Placement]
+"""What says who owns what."""
 Ranges = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 """Weight -> (start, stop, surviving owners by new rank), ascending."""
 
@@ -156,6 +162,18 @@ def plan(old: Sequence[Bucket], new: Sequence[Bucket], came_from: Sequence[int |
     gates = _gate_transfers(old_gates or {}, new_gates or {}, new_rank, sources, gate_values)
     return Plan(tuple(map(tuple, kept)), tuple(transfers), tuple(gates), _fresh(old, new, came_from),
                 needed + gate_values * len(gates), gate_values, number_bytes)
+
+
+def plan_between(before: Held, after: Held, came_from: Sequence[int | None], leaving: Sequence[str] = ()) -> Plan:
+    """The plan of a run's change. leaving: nodes of ranks that come after those of the layout, and only hand over.
+
+    Raises StateLost.
+    """
+    (old, old_layout, old_placement), (new, layout, placement) = before, after
+    return plan(ownership.buckets_of(old, old_layout, old_placement), ownership.buckets_of(new, layout, placement), came_from,
+                [*(place.node for place in layout.places), *leaving],
+                old_gates=ownership.gates(old.model, old_layout, old.layout.layers_per_stage),
+                new_gates=ownership.gates(new.model, layout, new.layout.layers_per_stage), gate_values=new.model.n_routed_experts)
 
 
 class _Sources:

@@ -45,7 +45,7 @@ class Settings(Section):
     nodes: int = Field(4, ge=2)
     ranks: int = Field(2, ge=1, description="of a node")
     least: int = Field(2, ge=1, description="nodes that are always left")
-    milliseconds: Real = Field(10.0, gt=0, description="of each compute segment of a layer, for a sequence")
+    milliseconds: Real = Field(8.0, gt=0, description="of each compute segment of a layer, for a sequence")
     sequences: int = Field(16, ge=1, description="of a step")
     silence_seconds: Real = Field(1.0, gt=0)
     cool_down_seconds: Real = Field(0.5, ge=0)

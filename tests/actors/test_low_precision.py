@@ -17,6 +17,13 @@ def losses(ranks, folder, name, *overrides):
     return [step["loss"] for step in run.steps]
 
 
+def follows(found, reference):
+    """Before the first update they differ by rounding alone; then a large learning rate carries two runs apart, whatever differs.
+    How far for long is what `jobs.bench precision` measures."""
+    assert found != reference
+    assert found[0] == pytest.approx(reference[0], rel=0.005) and found == pytest.approx(reference, rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def reference(ranks, tmp_path_factory):
     return losses(ranks, tmp_path_factory.mktemp("reference"), "PP2xEP2", "training.dtype=float32")
@@ -27,7 +34,7 @@ def reference(ranks, tmp_path_factory):
     ("one rank", ("training.recompute=full",)), ("PP2xEP2", ("schedule.kind=zbv", "optimizer.moments=bf16"))])
 def test_fp8_follows_the_curve(ranks, reference, tmp_path, name, overrides):
     found = losses(ranks, tmp_path, name, "training.dtype=bfloat16", *FLOAT8, *overrides)
-    assert found == pytest.approx(reference, rel=0.02) and found != reference
+    follows(found, reference)
     assert found[-1] < found[0]
 
 
@@ -40,4 +47,4 @@ def test_recomputation_changes_no_bit(ranks, tmp_path):
 @pytest.mark.parametrize("kind", ["attention", "mlp", "experts", "shared_experts", "mtp_projection", "embedding", "head"])
 def test_any_kind_may_be_exact(ranks, reference, tmp_path, kind):
     found = losses(ranks, tmp_path, "PP2xEP2", "training.dtype=bfloat16", f"precision.{kind}=fp32")
-    assert found == pytest.approx(reference, rel=0.02)
+    follows(found, reference)

@@ -10,7 +10,6 @@ from random_schedule import draw_schedules
 from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, state, train
 
 from actors.dealing import Dealer
-from orchestrator import scheduling
 from orchestrator.schedule.actions import Split
 from orchestrator.scheduling import programs_for
 

@@ -7,7 +7,8 @@ import random
 import time
 
 import pytest
-from faults import FREEZE, FROZEN, KILL, STEPS, Company, Fault, Stage, node, ranks_of, whole
+import torch
+from faults import FREEZE, FROZEN, KILL, STEPS, Company, Fault, Stage, exactly, node, ranks_of, whole
 from runtime import Run
 
 from actors.ranks import News, RankFailed
@@ -42,6 +43,19 @@ def test_a_rank_is_killed(stage, place, name):
     assert [len(event["members"]) for event in run.told("lost")] == [1]
     first, *others, last = ranks_of(run)
     assert first == last and others, "it went on with fewer, and grew back"
+
+
+def test_in_fp8_with_moments_in_bf16_it_goes_on(stage):
+    """Weights in other numbers than their neighbours are grouped otherwise, before and after. Sums in another order round to other
+    FP8 numbers, so from the loss on the curve is near the undisturbed one only."""
+    more = (STEPS, "training.dtype=float32", "precision.experts=fp8", "precision.attention=fp8", "optimizer.moments=bf16")
+    run = stage.with_faults("PP2xEP2", [Fault(3, "compute", 2, 5, KILL)], *more, regrown=[7])
+    assert run.error is None and run.told("lost"), run.events
+    first, *others, last = ranks_of(run)
+    assert first == last and others
+    found, undisturbed = exactly(run.losses), stage.reference("PP2xEP2", *more).losses
+    assert torch.equal(found[:3], undisturbed[:3])
+    torch.testing.assert_close(found[:, 0], undisturbed[:, 0], rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("place, name", [("compute", "PP4"), ("reduce", "EP4"), ("committed", "PP2xEP2"), ("gather", "PP2xDP2"),

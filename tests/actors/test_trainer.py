@@ -268,5 +268,5 @@ def test_training_does_not_wait_for_a_slow_disk(ranks, reference, tmp_path):
 def test_another_model_is_refused_in_one_line(ranks, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     run = train(ranks, tmp_path, *configured("PP2xEP2", "model.rope_theta=500.0"))
-    assert isinstance(run.error, TrainingFailed) and str(run.error).startswith("model.rope_theta = 500.0: the checkpoint ")
+    assert isinstance(run.error, checkpoint.CheckpointError) and str(run.error).startswith("model.rope_theta = 500.0: the checkpoint ")
     assert "\n" not in str(run.error)

@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,11 @@ class Cluster:
             out, err = process.communicate()
             raise AssertionError(f"{arguments} did not end within {timeout:g} s\n{out[-3000:]}\n{err[-3000:]}") from None
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def run_all(self, *commands: Sequence[str]) -> list[subprocess.CompletedProcess]:
+        """Commands that have nothing to do with one another, two at a time."""
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(lambda arguments: self.run(*arguments), commands))
 
     def add_node(self, resources: dict[str, int]) -> subprocess.Popen:
         """One more raylet; it ends with the cluster. Returns its process once Ray counts it as alive."""

@@ -25,12 +25,6 @@ def trained(cluster, corpus, tmp_path_factory):
     return load(f"{folder}/run.yaml"), checkpoint.complete(f"{folder}/runs/run/checkpoints")[-1]
 
 
-def evaluated(cluster, newest, *arguments):
-    done = cluster.run("-m", "jobs.evaluate", "--checkpoint", newest, "--json", *arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def by_hand(config, newest, count):
     """From one plain model and its logits, sequence by sequence."""
     tensors, model = WholeTensors(newest), PlainModel(config.model, torch.float64, 0).eval()
@@ -68,8 +62,10 @@ def test_the_same_figures_on_every_layout(cluster, trained, corpus):
     expected = by_hand(config, newest, 6)
     layouts = [[], ["layout.pipeline=1", "topology.ranks_per_node=1"], ["layout.expert=2", "topology.virtual_nodes=2", "schedule.kind=zbv"]]
     shown = set()
-    for sets in layouts:
-        found = evaluated(cluster, newest, "--data", corpus, "--sequences", "6", *(w for s in sets for w in ("--set", s)))
+    for done in cluster.run_all(*(["-m", "jobs.evaluate", "--checkpoint", newest, "--json", "--data", corpus, "--sequences", "6",
+                                   *(word for override in overrides for word in ("--set", override))] for overrides in layouts)):
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
         shown.add(found["layout"])
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-10)
         assert found["step"] == 4 and found["sequences"] == 6
@@ -86,8 +82,8 @@ def test_all_of_the_held_out_text_for_people(cluster, trained):
 
 def test_refusals(cluster, trained, tmp_path):
     _, newest = trained
-    for arguments, code, words in ((["--checkpoint", str(tmp_path)], 1, "manifest.json"),
-                                   (["--checkpoint", newest, "--sequences", "0"], 2, "--sequences = 0"),
-                                   (["--checkpoint", newest, "--set", "model.hidden_size=64"], 2, "the model of")):
-        done = cluster.run("-m", "jobs.evaluate", *arguments)
+    cases = [(["--checkpoint", str(tmp_path)], 1, "manifest.json"), (["--checkpoint", newest, "--sequences", "0"], 2, "--sequences = 0"),
+             (["--checkpoint", newest, "--set", "model.hidden_size=64"], 2, "the model of")]
+    found = cluster.run_all(*(["-m", "jobs.evaluate", *arguments] for arguments, *_ in cases))
+    for done, (_, code, words) in zip(found, cases, strict=True):
         assert done.returncode == code and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -67,10 +67,10 @@ def test_a_run_leaves_what_the_contract_says(cluster, settings):
 
 def test_other_schedules_train(cluster, settings):
     """Their curves are one, that of their validation too."""
-    found = {}
-    for kind in ("zbv", "gpipe"):
-        command = settings(kind, model__num_hidden_layers=4, training__steps=3, checkpoint__every=0)
-        done = cluster.run(*command, "--set", f"schedule.kind={kind}")
+    found, kinds = {}, ("zbv", "gpipe")
+    ended = cluster.run_all(*([*settings(kind, model__num_hidden_layers=4, training__steps=3, checkpoint__every=0), "--set",
+                               f"schedule.kind={kind}"] for kind in kinds))
+    for kind, done in zip(kinds, ended):
         assert done.returncode == 0, done.stderr
         assert f"schedule     {kind}" in done.stdout and "step 3/3" in done.stdout
         events = lines(settings.runs / kind / "events.jsonl")
@@ -150,9 +150,9 @@ def test_exporters_answer_while_it_trains(cluster, settings):
             assert re.search(rf"^{name} [0-9.e+-]+$", pages[0], re.M), pages[0]
         assert all(re.search(r"^dualray_rank_step [1-9]", page, re.M) for page in pages[1:])
         occupied = base.rpartition(":")[2]
-        done = cluster.run(*settings("other"), "--set", f"telemetry.port={occupied}")
-        refused(done, 1, f"telemetry.port = {occupied}", "0 takes any free port")
-        refused(cluster.run(*settings(), timeout=60), 1, str(settings.runs / "run"), "another run with this name is under way")
+        in_use, twice = cluster.run_all([*settings("other"), "--set", f"telemetry.port={occupied}"], settings())
+        refused(in_use, 1, f"telemetry.port = {occupied}", "0 takes any free port")
+        refused(twice, 1, str(settings.runs / "run"), "another run with this name is under way")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 130
@@ -218,17 +218,22 @@ def test_refused_before_anything_starts(cluster, settings, change, words):
 
 
 def test_data_that_cannot_be_used_is_refused_before_actors_start(cluster, settings, corpus, tmp_path):
-    refused(cluster.run(*settings(), "--set", f"data.path={tmp_path}/nowhere"), 2, f"data.path = {tmp_path}/nowhere", "jobs.tokenize")
-    refused(cluster.run(*settings(), "--set", "data.sequence_length=64"), 2, "data.sequence_length = 64", "32")
-    damaged = tmp_path / "damaged"
-    subprocess.run(["cp", "-r", corpus, str(damaged)], check=True)
+    damaged, missing = tmp_path / "damaged", tmp_path / "missing"
+    for folder in (damaged, missing):
+        subprocess.run(["cp", "-r", corpus, str(folder)], check=True)
     shard = sorted((damaged / "train").glob("*.parquet"))[0]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
     shard.write_bytes(content)
-    refused(cluster.run(*settings("damaged"), "--set", f"data.path={damaged}"), 1, shard.name)
-    shard.unlink()
-    refused(cluster.run(*settings("missing"), "--set", f"data.path={damaged}"), 1, shard.name)
+    (missing / "train" / shard.name).unlink()
+    found = cluster.run_all([*settings("nowhere"), "--set", f"data.path={tmp_path}/nowhere"],
+                            [*settings("long"), "--set", "data.sequence_length=64"],
+                            [*settings("damaged"), "--set", f"data.path={damaged}"],
+                            [*settings("missing"), "--set", f"data.path={missing}"])
+    expected = [(2, f"data.path = {tmp_path}/nowhere", "jobs.tokenize"), (2, "data.sequence_length = 64", "32"),
+                (1, shard.name), (1, shard.name)]
+    for done, (code, *words) in zip(found, expected, strict=True):
+        refused(done, code, *words)
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
 
 
@@ -241,13 +246,16 @@ def test_no_cluster_at_the_address_is_told_at_once(cluster, settings):
 
 
 def test_a_damaged_checkpoint_is_refused_and_stays_as_it_was(cluster, settings, undisturbed):
-    shutil.copytree(undisturbed, settings.runs / "run")
-    command = settings(**LARGE)
-    file = next((settings.runs / "run" / "checkpoints" / "step-00000014").glob("*.safetensors"))
-    content = file.read_bytes()
+    for name in ("cut", "other"):
+        shutil.copytree(undisturbed, settings.runs / name)
+    cut, other = settings.runs / "cut", settings.runs / "other"
+    file = next((cut / "checkpoints" / "step-00000014").glob("*.safetensors"))
+    content, settled = file.read_bytes(), [(folder / "config.yaml").read_bytes() for folder in (cut, other)]
     file.write_bytes(content[: len(content) // 2])
-    refused(cluster.run(*command, "--set", "training.steps=15"), 1, str(file))
-    settled = (settings.runs / "run" / "config.yaml").read_bytes()
-    refused(cluster.run(*command, "--set", "training.steps=15", "--set", "model.vocab_size=300"), 1, "model.vocab_size = 300", "257")
-    assert (settings.runs / "run" / "config.yaml").read_bytes() == settled and not (settings.runs / "run" / ".reachable").exists()
+    more = ["--set", "training.steps=15"]
+    found = cluster.run_all([*settings("cut", **LARGE), *more], [*settings("other", **LARGE), *more, "--set", "model.vocab_size=300"])
+    refused(found[0], 1, str(file))
+    refused(found[1], 1, "model.vocab_size = 300", "257")
+    assert settled == [(folder / "config.yaml").read_bytes() for folder in (cut, other)]
+    assert not any((folder / ".reachable").exists() for folder in (cut, other))
     assert file.stat().st_size == len(content) // 2
