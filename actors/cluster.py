@@ -45,6 +45,11 @@ def actor_options(config: RunConfig, node: str | None) -> dict[str, Any]:
     return claim if node is None else claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
+def many_hosts(config: RunConfig) -> bool:
+    """Whether ranks may be on other hosts than this one."""
+    return not config.topology.virtual_nodes and sum(node["Alive"] for node in ray.nodes()) > 1
+
+
 def beside_the_driver() -> dict[str, Any]:
     """For Ray, of an actor that is to be on this process's node: the run cannot outlive that one anyway."""
     here = ray.get_runtime_context().get_node_id()

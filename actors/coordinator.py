@@ -9,13 +9,14 @@ from typing import Any
 
 import ray
 
+from actors.board import Board
 from actors.checkpoint import CheckpointError
-from actors.cluster import NodeWatch
+from actors.cluster import NodeWatch, many_hosts
 from actors.dataset import Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
 from actors.messages import Failure, Outcome, Start
-from actors.metrics import Exporter, PortInUse, RunMetrics, reachable
+from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable, token_of_ray
 from actors.ranks import RankFailed
 from actors.ray_ranks import RayRanks
 from actors.run_folder import RunFolder
@@ -46,7 +47,7 @@ class Coordinator:
         self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
         self._count = 0
         self._lock = threading.Lock()
-        self._metrics = RunMetrics()
+        self._metrics, self._board = RunMetrics(), Board(config, lambda: self._trainer.layout if self._trainer else None)
         self._trainer: Trainer | None = None
         self._stop_requested = False
 
@@ -54,11 +55,14 @@ class Coordinator:
     def open(self) -> str | Failure:
         """Begin to export. host:port of the metrics and of the list of targets (/targets)."""
         telemetry = self._config.telemetry
+        listen = listening(telemetry.host, self._host, many_hosts(self._config))
+        routes = {"/": lambda: ("text/html; charset=utf-8", PAGE.read_bytes()), "/status.json": json_route(self._board.state),
+                  "/targets": json_route(self._targets)}
         try:
-            exporter = Exporter(self._metrics.registry, telemetry.host, telemetry.port, self._targets)
+            exporter = Exporter(self._metrics.registry, listen, telemetry.port, routes, token_of_ray())
         except PortInUse as error:
             return Failure(str(error))
-        self._address = f"{reachable(telemetry.host, self._host)}:{exporter.port}"
+        self._address = f"{reachable(listen, self._host)}:{exporter.port}"
         return self._address
 
     @ray.method(concurrency_group="training")
@@ -101,6 +105,7 @@ class Coordinator:
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
         self._metrics.observe(kind, values)
+        self._board.observe(kind, values)
         if kind in _SHOWN:
             self._update(kind, values)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hmac
 import json
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
+from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import torch
@@ -17,37 +21,71 @@ from actors.messages import StepReport
 from orchestrator.goodput import KINDS
 
 
+AUTO = "auto"
+PAGE = Path(__file__).parent / "page.html"
+_PORTS = (*range(9464, 9474), 0)
+"""What dashboards/prometheus.yml asks for targets; beyond ten runs on a host, any."""
+
+
 class PortInUse(RuntimeError):
     """The exporter's address cannot be bound. `str()` is one line."""
 
 
+Route = Callable[[], tuple[str, bytes]]
+"""A page: its content type, and its content."""
+
+
 class Exporter:
-    """Serves /metrics, and /targets where `targets` is given, from threads of its own."""
+    """Serves /metrics, and what `routes` has by path, from threads of its own. port: AUTO takes the first of _PORTS that is free.
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int,
-                 targets: Callable[[], list[dict[str, Any]]] | None = None):
-        metrics = make_wsgi_app(registry)
+    Nothing that is served changes anything. token: what clients must show (`Authorization: Bearer ...` or `?token=...`), if any.
+    """
 
-        def application(environ, start_response):
-            if targets is not None and environ["PATH_INFO"] == "/targets":
-                body = json.dumps(targets()).encode()
-                start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
-                return [body]
-            return metrics(environ, start_response)
-
-        try:
-            self._server = make_server(host, port, application, _Server, _Quiet)
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); "
-                                "0 takes any free port") from error
-            raise PortInUse(f"telemetry.host = {host}: an address of the node that listens ({error.strerror})") from error
+    def __init__(self, registry: CollectorRegistry, host: str, port: int | str, routes: Mapping[str, Route] | None = None,
+                 token: str | None = None):
+        self._metrics, self._routes, self._token = make_wsgi_app(registry), dict(routes or {}), token
+        for candidate in _PORTS if port == AUTO else (port,):
+            try:
+                self._server = make_server(host, candidate, self._answer, _Server, _Quiet)
+                break
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and port == AUTO and candidate:
+                    continue
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); "
+                                    "0 takes any free port") from error
+                raise PortInUse(f"telemetry.host = {host}: an address of the node that listens ({error.strerror})") from error
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _plain(start_response, "405 Method Not Allowed", "nothing here can be changed")
+        if self._token and not self._shown(environ):
+            return _plain(start_response, "401 Unauthorized", "Ray's token is wanted: Authorization: Bearer TOKEN, or ?token=TOKEN")
+        route = self._routes.get(environ["PATH_INFO"])
+        if route is None:
+            return self._metrics(environ, start_response)
+        kind, body = route()
+        start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")])
+        return [body]
+
+    def _shown(self, environ: dict[str, Any]) -> bool:
+        given = [environ.get("HTTP_AUTHORIZATION", "").removeprefix("Bearer "), *parse_qs(environ.get("QUERY_STRING", "")).get("token", ())]
+        return any(hmac.compare_digest(text.encode(), self._token.encode()) for text in given)
+
+
+def _plain(start_response: Callable[..., Any], status: str, text: str) -> list[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [text.encode()]
+
+
+def json_route(values: Callable[[], Any]) -> Route:
+    return lambda: ("application/json", json.dumps(values()).encode())
 
 
 class RankMetrics:
@@ -170,6 +208,23 @@ class RunMetrics:
 def _slow_labels(values: dict[str, Any]) -> tuple[str, ...]:
     peer = values["peer"]
     return str(values["rank"]), values["node"], "" if peer is None else str(peer), values["lane"]
+
+
+def listening(host: str, node: str, many_hosts: bool) -> str:
+    """What an exporter of the node `node` binds to, for `telemetry.host`."""
+    if host != AUTO:
+        return host
+    return node if many_hosts else "127.0.0.1"
+
+
+def token_of_ray() -> str | None:
+    """The token of the cluster, where Ray asks for one; None where it does not (docs.ray.io, token authentication)."""
+    if os.environ.get("RAY_AUTH_MODE", "") != "token":
+        return None
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() if path.exists() else None
 
 
 def reachable(listen: str, host: str) -> str:

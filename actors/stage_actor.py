@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from actors import storage
+from actors.cluster import many_hosts
 from actors.messages import (
     Apply,
     Assignment,
@@ -23,7 +24,7 @@ from actors.messages import (
     StepReport,
     StepRequest,
 )
-from actors.metrics import Exporter, RankMetrics, reachable
+from actors.metrics import Exporter, RankMetrics, listening, reachable, token_of_ray
 from actors.rank import Rank
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
@@ -53,10 +54,10 @@ class StageActor:
 
     def __init__(self, config: RunConfig):
         self._host = ray.util.get_node_ip_address()
-        self._listen = config.telemetry.host
+        self._listen = listening(config.telemetry.host, self._host, many_hosts(config))
         self._rank = Rank(config, self._host)
         self._metrics = RankMetrics()
-        self._exporter = Exporter(self._metrics.registry, config.telemetry.host, 0)
+        self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=token_of_ray())
 
     @ray.method(concurrency_group="control")
     def reads(self, path: str, token: str) -> bool:

@@ -20,7 +20,7 @@ from actors.dealing import Batch
 from actors.formation import FORM_TIMEOUT_SECONDS, Formation
 from actors.messages import Apply, LossSums, Outcome, Start, StepReport
 from actors.ranks import RankFailed, Ranks
-from actors.records import generation_record, loads_of, losses_of, mean_figures, step_metrics
+from actors.records import generation_record, loads_of, losses_of, mean_figures, step_metrics, timeline
 from actors.recovery import CannotGoOn, Recovery
 from actors.run_folder import RunFolder
 from actors.saving import Saver
@@ -87,6 +87,7 @@ class Trainer:
         self._validator, self._scores = Validator(config, sources.validation), None
         self._change: dict[str, Any] | None = None
         self._spending = Spending()
+        self._shown_at = 0.0
         self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
 
     def stop(self) -> None:
@@ -96,7 +97,7 @@ class Trainer:
     def targets(self) -> list[tuple[Place, str]]:
         """host:port of the metrics of every rank that has any, with its place; from any thread."""
         crew = self._formation.crew
-        found = ((place, crew.about.get(member, {}).get("target")) for place, member in zip(self._layout.places, crew.seated))
+        found = ((place, crew.about.get(member, {}).get("target")) for place, member in zip(self.layout.places, crew.seated))
         return [(place, target) for place, target in found if target]
 
     def run(self) -> Outcome:
@@ -137,8 +138,8 @@ class Trainer:
             self._batches.close()
         self._batches = self._sources.training(self._committed)
         self._generation_begins()
-        self._event("generation", generation=self._formation.generation, layout=self._layout.describe(),
-                    nodes=len(self._layout.nodes), step=self._committed)
+        self._event("generation", generation=self._formation.generation, layout=self.layout.describe(),
+                    nodes=len(self.layout.nodes), step=self._committed)
 
     def _take_over(self) -> None:
         """Go on where a coordinator that has died left its ranks: what the ledger says is committed, and what they hold."""
@@ -198,7 +199,8 @@ class Trainer:
         self._change = generation_record(formation.config, formation.layout, formation.placement)
 
     @property
-    def _layout(self) -> Layout:
+    def layout(self) -> Layout:
+        """Of the moment; from any thread."""
         return self._formation.layout
 
     def _load(self) -> int:
@@ -282,8 +284,9 @@ class Trainer:
             with self._spending.on(goodput.DATA):
                 self._batch = self._batches.next()
         batch = self._batch
-        requests = formation.dealer.requests(batch, self._pending, training=True,
-                                             keep_spans=step in self._config.telemetry.trace_steps)
+        telemetry = self._config.telemetry
+        traced, show = step in telemetry.trace_steps, time.monotonic() - self._shown_at >= telemetry.timeline_seconds
+        requests = formation.dealer.requests(batch, self._pending, training=True, keep_spans=traced or show)
         formation.teach(requests[0].microbatches, training=True)
         reports: list[StepReport] = formation.call("step", [(request,) for request in requests])
         self._pending = None
@@ -325,13 +328,16 @@ class Trainer:
 
     def _publish(self, step: int, batch: Batch, losses: dict[str, float], rate: float, reports: list[StepReport],
                  seconds: float) -> None:
-        values = step_metrics(step, batch, losses, rate, reports, seconds, self._formation.generation, len(self._layout.nodes))
+        values = step_metrics(step, batch, losses, rate, reports, seconds, self._formation.generation, len(self.layout.nodes))
         values["spent"] = self._spending.step_done(mean_figures(reports), values["rank_seconds"])
         self._folder.metrics(values)
         self._watch("step", values)
         self._watch("load", loads_of(reports))
         if reports[0].spans:
-            self._traced[step] = [span for report in reports for span in report.spans], self._layout.places
+            self._shown_at = time.monotonic()
+            self._watch("timeline", timeline(step, reports))
+        if step in self._config.telemetry.trace_steps:
+            self._traced[step] = [span for report in reports for span in report.spans], self.layout.places
             spans, places = ({traced: found[part] for traced, found in self._traced.items()} for part in (0, 1))
             self._folder.write("trace.json", trace_json(spans, places))
 

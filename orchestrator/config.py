@@ -209,8 +209,11 @@ class CheckpointSection(Section):
 
 
 class TelemetrySection(Section):
-    host: str = Field("127.0.0.1", description="address that exporters bind to")
-    port: int = Field(0, ge=0, le=65535, description="of the coordinator's target list and metrics; 0: any free port")
+    host: str = Field("auto", description="address that exporters bind to; auto: of the host itself where a run has one host only, "
+                                          "else each node's own in the cluster")
+    port: Annotated[int, Field(ge=0, le=65535)] | Literal["auto"] = Field(
+        "auto", description="of the coordinator's page, metrics and target list; auto: the first free one of 9464 to 9473, 0: any")
+    timeline_seconds: Real = Field(10.0, gt=0, description="between two steps whose spans the page shows")
     trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps, counted from 0, whose spans go to "
                                                                                 "trace.json")
 

@@ -1,0 +1,89 @@
+"""What there is to see of a run, right now: one JSON object, for the page and for `jobs.status`. Fed by what a trainer's `watch` says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator import goodput
+from orchestrator.config import RunConfig
+from orchestrator.layout import Layout
+
+_POINTS, _EVENTS = 400, 60
+_SHOWN = ("step", "time", "loss", "tokens_per_second", "seconds", "overlap_ratio", "bubble_ratio", "exposed_comm_seconds", "gradient_norm",
+          "learning_rate", "busiest_expert", "generation", "nodes", "tokens")
+
+
+class Board:
+    """layout: the one of the moment, None before the first. Safe from any thread."""
+
+    def __init__(self, config: RunConfig, layout: Callable[[], Layout | None]):
+        self._config, self._layout, self._lock = config, layout, threading.Lock()
+        self._points: deque[tuple[float, ...]] = deque(maxlen=2 * _POINTS)
+        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        self._newest: dict[str, Any] | None = None
+        self._spent = goodput.totals(())
+        self._slow: dict[int, float] = {}
+        self._lost: dict[str, float] = {}
+        self._timeline: dict[str, Any] | None = None
+        self._validation: dict[str, Any] | None = None
+        self._checkpoint: dict[str, Any] | None = None
+        self._waiting: str | None = None
+
+    def observe(self, kind: str, values: dict[str, Any]) -> None:
+        with self._lock:
+            if kind == "step":
+                self._step(values)
+            elif kind == "event":
+                self._event(values)
+            elif kind == "timeline":
+                self._timeline = values
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as JSON takes it. `goodput`: None before the first step."""
+        layout, now = self._layout(), time.time()
+        with self._lock:
+            return {
+                "run": self._config.run.name, "now": round(now, 3), "steps": self._config.training.steps, "newest": self._newest,
+                "layout": layout.describe() if layout else None, "grid": _grid(layout, self._slow) if layout else [],
+                "lost": [{"node": node, "seconds_ago": round(now - when, 1)} for node, when in self._lost.items()],
+                "goodput": goodput.goodput(self._spent), "spent": {kind: round(s, 3) for kind, s in self._spent.items()},
+                "waiting": self._waiting, "validation": self._validation, "checkpoint": self._checkpoint,
+                "points": list(self._points), "events": list(self._events), "timeline": self._timeline}
+
+    def _step(self, values: dict[str, Any]) -> None:
+        self._newest, self._waiting = {key: values[key] for key in _SHOWN if key in values}, None
+        self._spent = goodput.totals((self._spent, values.get("spent", {})))
+        self._points.append((values["step"], values["time"], values["loss"], round(values["tokens_per_second"], 1)))
+        if len(self._points) == self._points.maxlen:  # older ones at half the density, the whole run stays in sight
+            self._points = deque(list(self._points)[::2], maxlen=2 * _POINTS)
+
+    def _event(self, values: dict[str, Any]) -> None:
+        kind = values["event"]
+        self._events.append(values)
+        if kind == "generation":
+            self._slow, self._waiting = {}, None
+            seated = {place.node for place in found.places} if (found := self._layout()) else set()
+            self._lost = {node: when for node, when in self._lost.items() if node not in seated}
+        elif kind == "lost":
+            self._lost |= {member.rpartition("/")[0]: values["time"] for member in values["members"]}
+        elif kind == "slow":
+            self._slow[values["rank"]] = values["factor"]
+        elif kind == "slow_over":
+            self._slow.pop(values["rank"], None)
+        elif kind == "waiting":
+            self._waiting = values["reason"]
+        elif kind in ("validation", "checkpoint"):
+            setattr(self, f"_{kind}", values)
+
+
+def _grid(layout: Layout, slow: dict[int, float]) -> list[dict[str, Any]]:
+    """Nodes in order, each with its ranks: what they host, and how much slower than its like one is, if it is."""
+    found: dict[str, list[dict[str, Any]]] = {node: [] for node in layout.nodes}
+    for place in sorted(layout.places, key=lambda place: place.local):
+        found[place.node].append({"rank": place.rank, "position": place.position, "row": place.row, "width": place.width,
+                                  "stages": list(layout.stages(place.position)), "slow": slow.get(place.rank)})
+    return [{"node": node, "ranks": ranks} for node, ranks in found.items()]
