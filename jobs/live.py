@@ -1,0 +1,65 @@
+"""The run as its coordinator shows it: asked for over HTTP, at the address that the run has left in its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from actors import storage
+from actors.metrics import token_of_ray
+
+LIVE = "live.json"
+_ANSWER_SECONDS = 3.0
+
+
+def ask(folder: str) -> dict[str, Any] | None:
+    """What the page shows; None: nobody answers, or it is another run that does."""
+    path = storage.join(folder, LIVE)
+    if not storage.exists(path):
+        return None
+    try:
+        address = json.loads(storage.read_bytes(path))["address"]
+        request = urllib.request.Request(f"http://{address}/status.json")
+        if token := token_of_ray():
+            request.add_header("Authorization", f"Bearer {token}")
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+            found = json.loads(answer.read())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found.get("run") == folder.rstrip("/").rpartition("/")[2] else None
+
+
+def lines(state: dict[str, Any]) -> list[str]:
+    """For people: how it goes, who is there, where the time went, what happened."""
+    newest, found = state["newest"], []
+    if state["waiting"]:
+        found.append(f"waiting      {state['waiting']}")
+    if newest:
+        found.append(f"now          step {newest['step'] + 1} of {state['steps']}  loss {newest['loss']:.4f}  {newest['tokens_per_second']:,.0f} tokens/s"
+                     f"  overlap {newest['overlap_ratio']:.0%}  bubble {newest['bubble_ratio']:.0%}, {state['now'] - newest['time']:.0f} s ago")
+    if state["goodput"] is not None:
+        total = sum(state["spent"].values())
+        rest = sorted(((seconds / total, kind) for kind, seconds in state["spent"].items() if kind != "useful"), reverse=True)
+        lost = ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for share, kind in rest if share >= 0.001)
+        found.append(f"goodput      {state['goodput']:.1%} of {total:,.0f} s trained; {lost}")
+    found += _grid(state)
+    for event in state["events"][-5:]:
+        details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
+        found.append(f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}     {event['event']}: {details}"[:160])
+    return found
+
+
+def _grid(state: dict[str, Any]) -> list[str]:
+    """A node a line, a rank a cell: its number, its stages, and how slow it is."""
+    width = max((len(row["node"]) for row in state["grid"]), default=0)
+    found = []
+    for row in state["grid"]:
+        cells = []
+        for rank in row["ranks"]:
+            stages, slow = "+".join(map(str, rank["stages"])), f" {rank['slow']:g}x slow" if rank["slow"] else ""
+            cells.append(f"[{rank['rank']}: stage {stages}{slow}]")
+        found.append(f"{row['node'][:24]:<{min(width, 24)}}  {' '.join(cells)}")
+    return found + [f"{lost['node'][:24]:<{min(width, 24)}}  lost {lost['seconds_ago']:.0f} s ago" for lost in state["lost"]]

@@ -1,0 +1,93 @@
+"""What `jobs.status` says of a run that answers, and of one that does not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from actors.board import Board
+from actors.metrics import Exporter, json_route
+from jobs.live import ask, lines
+from orchestrator.config import parse
+from orchestrator.layout import choose
+from orchestrator.topology import virtual_nodes
+
+CONFIG = parse({}, ["run.name=there", "training.steps=10", "layout.pipeline=2", "layout.expert=2", "topology.virtual_nodes=2",
+                    "topology.ranks_per_node=2"])
+LAYOUT = choose(virtual_nodes(2, 2), CONFIG.layout, CONFIG.model, CONFIG.stages)
+STEP = {"step": 3, "time": 100.0, "loss": 2.5, "tokens_per_second": 1234.5, "seconds": 0.5, "overlap_ratio": 0.75, "bubble_ratio": 0.125,
+        "spent": {"useful": 3.0, "recovery": 1.0}}
+
+
+def board():
+    found = Board(CONFIG, lambda: LAYOUT)
+    found.observe("step", STEP)
+    for event in ({"event": "lost", "time": 90.0, "members": ["virtual-9/0", "virtual-9/1"]},
+                  {"event": "slow", "time": 91.0, "rank": 2, "factor": 3.5}, {"event": "checkpoint", "time": 92.0, "step": 2}):
+        found.observe("event", event)
+    return found
+
+
+def served(folder, **options):
+    exporter = Exporter(CollectorRegistry(), "127.0.0.1", 0, {"/status.json": json_route(board().state)}, **options)
+    (folder / "live.json").write_text(json.dumps({"address": f"127.0.0.1:{exporter.port}"}))
+    return exporter
+
+
+def test_a_run_that_answers(tmp_path, monkeypatch):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    exporter = served(folder)
+    try:
+        state = ask(str(folder))
+    finally:
+        exporter.close()
+    assert state["goodput"] == 0.75 and state["newest"]["loss"] == 2.5 and state["lost"][0]["node"] == "virtual-9"
+    text = "\n".join(lines(state | {"now": 104.0}))
+    for words in ("step 4 of 10", "4 s ago", "75.0% of 4 s trained; recovery 25.0%", "[2: stage ", "3.5x slow]", "virtual-9", "checkpoint: step 2"):
+        assert words in text, text
+    assert ask(str(folder)) is None  # it has ended
+
+
+def test_another_run_at_that_address_is_not_this_one(tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    exporter = served(folder)
+    try:
+        assert ask(str(folder)) is None and ask(str(tmp_path / "nowhere")) is None
+    finally:
+        exporter.close()
+
+
+def test_where_ray_asks_for_a_token_so_does_a_run(tmp_path, monkeypatch):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    exporter = served(folder, token="secret")
+    try:
+        assert ask(str(folder)) is None
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+        assert ask(str(folder))["run"] == "there"
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+        assert ask(str(folder)) is None
+    finally:
+        exporter.close()
+
+
+def test_a_lost_node_that_is_back_is_not_shown_as_lost():
+    found = board()
+    found.observe("event", {"event": "lost", "time": 93.0, "members": [f"{LAYOUT.nodes[0]}/0"]})
+    assert [row["node"] for row in found.state()["lost"]] == ["virtual-9", LAYOUT.nodes[0]]
+    found.observe("event", {"event": "generation", "time": 94.0, "generation": 2})
+    assert [row["node"] for row in found.state()["lost"]] == ["virtual-9"]
+
+
+@pytest.mark.parametrize("count", [10, 800, 5000])
+def test_the_whole_run_stays_in_sight(count):
+    found = Board(CONFIG, lambda: None)
+    for step in range(count):
+        found.observe("step", STEP | {"step": step})
+    points = [point[0] for point in found.state()["points"]]
+    assert points[0] == 0 and points[-1] == count - 1 and points == sorted(points) and len(points) <= 800
