@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from actors.messages import Failure, Outcome, Start
@@ -89,8 +90,8 @@ class RunActors:
             raise ConfigError("run.directory", self._config.run.directory,
                               f"a path or URI that every node reads; these do not: {', '.join(blind)}")
 
-    def follow(self, progress: Progress, interrupt: Interrupt) -> Outcome:
-        """Show what happens until the run ends. Raises JobFailed with the reason."""
+    def follow(self, progress: Progress, interrupt: Interrupt, moved: Callable[[str], object] = lambda address: None) -> Outcome:
+        """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason."""
         running, deadline, idle = self._coordinator.run.remote(), None, 0
         while True:
             done, _ = self._ray.wait([running], timeout=POLL_SECONDS)
@@ -106,6 +107,7 @@ class RunActors:
                     raise cli.JobFailed(f"the coordinator was lost {idle + 1} times without a step in between")
                 idle += 1
                 running = self._restart(progress)
+                moved(self.address)
                 if interrupt.requested:
                     self._coordinator.stop.remote()
             elif done:

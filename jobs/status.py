@@ -1,7 +1,8 @@
-"""`python -m jobs.status RUN_FOLDER`: what a run's files say of it. `python -m jobs.status audit RUN_FOLDER`: proves from the
-tokenized shards that each sequence of each committed step was used exactly once; one line per problem, and exit code 1.
+"""`python -m jobs.status [RUN_FOLDER] [--watch]`: where a run stands: what its files say, and where it is under way what its coordinator
+does, from any host that reaches both. Without a folder: the newest run in `run.directory`. `python -m jobs.status audit RUN_FOLDER`: proves
+from the tokenized shards that each sequence of each committed step was used exactly once; one line per problem, and exit code 1.
 
-Both read only, so a run under way may be asked. The configuration is the run folder's, unless `--config` names another;
+Both read only. The configuration is the run folder's, unless `--config` names another;
 `--set data.path=...` says where the data is if it has moved.
 """
 
@@ -19,10 +20,11 @@ import yaml
 
 from actors import storage
 from actors.dataset import Dataset, DatasetError
-from jobs import audit, cli, session
+from jobs import audit, cli, live, session
 from orchestrator.config import RunConfig, load, parse
 
 AUDIT = "audit"
+_CLEAR, _WATCH_SECONDS = "\x1b[H\x1b[2J", 1.0
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
@@ -30,11 +32,14 @@ def main() -> int:
     """The words of the command line, so that `audit` stands before the folder and plain status needs no word."""
     auditing = sys.argv[1:2] == [AUDIT]
     parser = cli.Parser(prog="python -m jobs.status" + (f" {AUDIT}" if auditing else ""), description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="a run's folder: a path or a URI")
+    parser.add_argument("folder", metavar="RUN_FOLDER", nargs=None if auditing else "?", help="a run's folder: a path or a URI")
     cli.arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    if not auditing:
+        parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C or the run's end")
     options = parser.parse_args(sys.argv[2 if auditing else 1 :])
     try:
+        options.folder = options.folder or _newest(options)
         if not storage.exists(storage.join(options.folder, audit.LEDGER)):
             raise cli.JobFailed(f"{options.folder}: no run that has committed a step; it has no {audit.LEDGER}")
         return _audit(options) if auditing else _status(options)
@@ -78,9 +83,25 @@ def configuration(options: Namespace) -> RunConfig:
 # ---- state
 
 def _status(options: Namespace) -> int:
-    state = state_of(options.folder, configuration(options))
-    print(json.dumps(state) if options.json else "\n".join(_lines(state)))
-    return cli.DONE
+    config = configuration(options)
+    while True:
+        state = state_of(options.folder, config)
+        text = json.dumps(state) if options.json else "\n".join(_lines(state))
+        print(f"{_CLEAR if options.watch and sys.stdout.isatty() else ''}{text}", flush=True)
+        if not options.watch or state["running"] is False:
+            return cli.DONE
+        time.sleep(_WATCH_SECONDS)
+
+
+def _newest(options: Namespace) -> str:
+    """Raises JobFailed: there is none."""
+    config = load(options.config, options.overrides) if options.config else parse({}, options.overrides)
+    directory = session.run_directory(config)
+    ledgers = [storage.join(entry.uri, audit.LEDGER) for entry in (storage.list_folder(directory) if storage.is_folder(directory) else ())]
+    found = [(storage.stat(path).modified, path) for path in ledgers if storage.exists(path)]
+    if not found:
+        raise cli.JobFailed(f"{directory}: no run there; name its folder, or --set run.directory=...")
+    return max(found)[1].rpartition("/")[0]
 
 
 def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
@@ -94,7 +115,7 @@ def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
         "run": folder, "running": _held(folder), "steps_committed": committed[0]["step"] + 1 if committed else 0,
         "steps": config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
         "generation": newest.get("generation"), "validation": newest.get("validation"),
-        "last_event": events[-1] if events else None,
+        "last_event": events[-1] if events else None, "live": live.ask(folder),
     }
 
 
@@ -111,6 +132,8 @@ def _lines(state: dict[str, Any]) -> list[str]:
     if validation := state["validation"]:
         found.append(f"validation   {validation['loss']:.4f} after {validation['step']} steps")
     found.append(f"checkpoints  {', '.join(f'step {step}' for step in state['checkpoints']) or 'none'}")
+    if state["live"]:
+        return found + live.lines(state["live"])
     if event := state["last_event"]:
         details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
         found.append(f"last event   {event.get('event')}: {details}")

@@ -6,6 +6,7 @@ shows what happens. Ctrl-C or SIGTERM saves and exits 130; the same command cont
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import uuid
@@ -15,6 +16,7 @@ from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.messages import Outcome
 from actors.run_folder import RunFolder
 from jobs import cli, corpus, session, summary
+from jobs.live import LIVE
 from jobs.progress import Progress
 from jobs.running import POLL_SECONDS, Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
@@ -125,8 +127,13 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
             run.check_reachable(token_path, token)
         finally:
             storage.delete(token_path)
+        progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
         progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
-        return run.follow(progress, interrupt)
+        live = folder.write(LIVE, json.dumps({"address": run.address}))
+        try:
+            return run.follow(progress, interrupt, lambda address: folder.write(LIVE, json.dumps({"address": address})))
+        finally:
+            storage.delete(live)
 
 
 def _replay(ledger: str, config: RunConfig) -> Replay:
