@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 
 from tests.cluster import start_cluster
+
+settings.register_profile("dualray", deadline=None)  # how long an example takes is not what it tests, and hosts are busy
+settings.load_profile("dualray")
 
 
 @pytest.fixture(scope="session")

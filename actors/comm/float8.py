@@ -18,7 +18,8 @@ def encode(x_nh: Tensor, *, power_of_two: bool) -> Tensor:
     power_of_two: round each scale up to one, so that scaling is exact. Infinite and undefined values come out undefined.
     """
     found = tiled(x_nh, ROWS, power_of_two=power_of_two)
-    return torch.cat([found.values.view(torch.uint8), found.scale.view(torch.uint8)], dim=1)
+    scale = found.scale.reshape(-1).view(torch.uint8)  # flat first: strides of no rows at all are not those of bytes
+    return torch.cat([found.values.view(torch.uint8), scale.view(x_nh.shape[0], x_nh.shape[1] // SIDE * 4)], dim=1)
 
 
 def decode(message: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
