@@ -15,11 +15,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: setup
 	$(VENV)/bin/python -m jobs.train --config jobs/configs/tiny.yaml $(ARGS)
 
-# The tests of orchestrator/ need a core and nothing else: they run in what the others, which mostly wait, leave of it.
 test: setup
-	@nice -n 19 $(VENV)/bin/python -m pytest tests/orchestrator $(ARGS) > $(VENV)/orchestrator.txt 2>&1 & pure=$$!; \
-	$(VENV)/bin/python -m pytest --ignore=tests/orchestrator $(ARGS); others=$$?; \
-	wait $$pure; code=$$?; cat $(VENV)/orchestrator.txt; exit $$((others || code))
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -44,7 +44,7 @@ def test_recomputation_changes_no_bit(ranks, tmp_path):
     assert kept == again == inputs
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp", "experts", "shared_experts", "mtp_projection", "embedding", "head"])
+@pytest.mark.parametrize("kind", ["attention", "experts", "mtp_projection", "head"])
 def test_any_kind_may_be_exact(ranks, reference, tmp_path, kind):
     found = losses(ranks, tmp_path, "PP2xEP2", "training.dtype=bfloat16", f"precision.{kind}=fp32")
     follows(found, reference)
