@@ -15,8 +15,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: setup
 	$(VENV)/bin/python -m jobs.train --config jobs/configs/tiny.yaml $(ARGS)
 
+# What decides is tested on every core, then what acts, one test after another: it needs the whole machine.
 test: setup
+ifdef ARGS
 	$(VENV)/bin/python -m pytest $(ARGS)
+else
+	failed=0; \
+	$(VENV)/bin/python -m pytest -n auto tests/orchestrator || failed=1; \
+	$(VENV)/bin/python -m pytest --ignore tests/orchestrator || failed=1; \
+	exit $$failed
+endif
 
 clean:
 	rm -rf $(VENV) runs

@@ -18,10 +18,10 @@ def losses(ranks, folder, name, *overrides):
 
 
 def follows(found, reference):
-    """Before the first update they differ by rounding alone; then a large learning rate carries two runs apart, whatever differs.
-    How far for long is what `jobs.bench precision` measures."""
+    """Before the first update they differ by rounding alone, 0.3 % at most as measured; then a large learning rate carries two runs
+    apart, whatever differs: 0.7 to 2.3 % in eight steps. How far for long is what `jobs.bench precision` measures."""
     assert found != reference
-    assert found[0] == pytest.approx(reference[0], rel=0.005) and found == pytest.approx(reference, rel=0.05)
+    assert found[0] == pytest.approx(reference[0], rel=0.005) and found == pytest.approx(reference, rel=0.04)
 
 
 @pytest.fixture(scope="module")
