@@ -22,7 +22,7 @@ class Board:
 
     def __init__(self, config: RunConfig, layout: Callable[[], Layout | None]):
         self._config, self._layout, self._lock = config, layout, threading.Lock()
-        self._points: deque[tuple[float, ...]] = deque(maxlen=2 * _POINTS)
+        self._points: list[tuple[float, ...]] = []
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._newest: dict[str, Any] | None = None
         self._spent = goodput.totals(())
@@ -58,8 +58,8 @@ class Board:
         self._newest, self._waiting = {key: values[key] for key in _SHOWN if key in values}, None
         self._spent = goodput.totals((self._spent, values.get("spent", {})))
         self._points.append((values["step"], values["time"], values["loss"], round(values["tokens_per_second"], 1)))
-        if len(self._points) == self._points.maxlen:  # older ones at half the density, the whole run stays in sight
-            self._points = deque(list(self._points)[::2], maxlen=2 * _POINTS)
+        if len(self._points) == 2 * _POINTS:  # older ones at half the density: the whole run stays in sight, the newest among it
+            self._points = [*self._points[:-1:2], self._points[-1]]
 
     def _event(self, values: dict[str, Any]) -> None:
         kind = values["event"]

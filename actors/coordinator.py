@@ -16,7 +16,7 @@ from actors.dataset import Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
 from actors.messages import Failure, Outcome, Start
-from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable, token_of_ray
+from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable, wanted_token
 from actors.ranks import RankFailed
 from actors.ray_ranks import RayRanks
 from actors.run_folder import RunFolder
@@ -59,10 +59,10 @@ class Coordinator:
         routes = {"/": lambda: ("text/html; charset=utf-8", PAGE.read_bytes()), "/status.json": json_route(self._board.state),
                   "/targets": json_route(self._targets)}
         try:
-            exporter = Exporter(self._metrics.registry, listen, telemetry.port, routes, token_of_ray())
+            exporter = Exporter(self._metrics.registry, listen, telemetry.port, routes, wanted_token())
         except PortInUse as error:
             return Failure(str(error))
-        self._address = f"{reachable(listen, self._host)}:{exporter.port}"
+        self._address = f"{reachable(listen[0], self._host)}:{exporter.port}"
         return self._address
 
     @ray.method(concurrency_group="training")

@@ -7,7 +7,7 @@ import hmac
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -21,7 +21,7 @@ from actors.messages import StepReport
 from orchestrator.goodput import KINDS
 
 
-AUTO = "auto"
+AUTO, _LOOPBACK = "auto", "127.0.0.1"
 PAGE = Path(__file__).parent / "page.html"
 _PORTS = (*range(9464, 9474), 0)
 """What dashboards/prometheus.yml asks for targets; beyond ten runs on a host, any."""
@@ -38,34 +38,46 @@ Route = Callable[[], tuple[str, bytes]]
 class Exporter:
     """Serves /metrics, and what `routes` has by path, from threads of its own. port: AUTO takes the first of _PORTS that is free.
 
-    Nothing that is served changes anything. token: what clients must show (`Authorization: Bearer ...` or `?token=...`), if any.
+    Nothing that is served changes anything. token: what clients must show (`Authorization: Bearer ...` or `?token=...`), if any, but
+    for `/`, the page itself, which knows nothing of the run and asks for the token.
     """
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int | str, routes: Mapping[str, Route] | None = None,
+    def __init__(self, registry: CollectorRegistry, hosts: Sequence[str], port: int | str, routes: Mapping[str, Route] | None = None,
                  token: str | None = None):
         self._metrics, self._routes, self._token = make_wsgi_app(registry), dict(routes or {}), token
+        self._servers = self._bound(hosts, port)
+        self.port = self._servers[0].server_port
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, name="exporter", daemon=True).start()
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def _bound(self, hosts: Sequence[str], port: int | str) -> list[WSGIServer]:
+        """A server for each host, all at one port."""
         for candidate in _PORTS if port == AUTO else (port,):
+            found: list[WSGIServer] = []
             try:
-                self._server = make_server(host, candidate, self._answer, _Server, _Quiet)
-                break
+                for host in hosts:
+                    found.append(make_server(host, found[0].server_port if found else candidate, self._answer, _Server, _Quiet))
+                return found
             except OSError as error:
+                for server in found:
+                    server.server_close()
                 if error.errno == errno.EADDRINUSE and port == AUTO and candidate:
                     continue
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):
                     raise PortInUse(f"telemetry.port = {port}: cannot listen on {host} ({error.strerror}); "
                                     "0 takes any free port") from error
                 raise PortInUse(f"telemetry.host = {host}: an address of the node that listens ({error.strerror})") from error
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        raise AssertionError("the last of _PORTS is any")
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        if environ["REQUEST_METHOD"] != "GET":
             return _plain(start_response, "405 Method Not Allowed", "nothing here can be changed")
-        if self._token and not self._shown(environ):
+        if self._token and environ["PATH_INFO"] != "/" and not self._shown(environ):
             return _plain(start_response, "401 Unauthorized", "Ray's token is wanted: Authorization: Bearer TOKEN, or ?token=TOKEN")
         route = self._routes.get(environ["PATH_INFO"])
         if route is None:
@@ -210,17 +222,21 @@ def _slow_labels(values: dict[str, Any]) -> tuple[str, ...]:
     return str(values["rank"]), values["node"], "" if peer is None else str(peer), values["lane"]
 
 
-def listening(host: str, node: str, many_hosts: bool) -> str:
-    """What an exporter of the node `node` binds to, for `telemetry.host`."""
+def listening(host: str, node: str, many_hosts: bool) -> tuple[str, ...]:
+    """What exporters of the node `node` bind to, for `telemetry.host`; others reach them at the first. Always also the host itself
+    where that was left to us, so that what runs on the head finds the coordinator without knowing its address."""
     if host != AUTO:
-        return host
-    return node if many_hosts else "127.0.0.1"
+        return (host,)
+    return (node, _LOOPBACK) if many_hosts and node != _LOOPBACK else (_LOOPBACK,)
+
+
+def wanted_token() -> str | None:
+    """What Ray asks its clients for, and so exporters theirs; None: nothing (docs.ray.io, Ray security, token authentication)."""
+    return token_of_ray() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
 
 
 def token_of_ray() -> str | None:
-    """The token of the cluster, where Ray asks for one; None where it does not (docs.ray.io, token authentication)."""
-    if os.environ.get("RAY_AUTH_MODE", "") != "token":
-        return None
+    """The token that Ray's clients show on this host, if there is one."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token.strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")

@@ -24,7 +24,7 @@ from actors.messages import (
     StepReport,
     StepRequest,
 )
-from actors.metrics import Exporter, RankMetrics, listening, reachable, token_of_ray
+from actors.metrics import Exporter, RankMetrics, listening, reachable, wanted_token
 from actors.rank import Rank
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
@@ -57,7 +57,7 @@ class StageActor:
         self._listen = listening(config.telemetry.host, self._host, many_hosts(config))
         self._rank = Rank(config, self._host)
         self._metrics = RankMetrics()
-        self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=token_of_ray())
+        self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=wanted_token())
 
     @ray.method(concurrency_group="control")
     def reads(self, path: str, token: str) -> bool:
@@ -70,7 +70,7 @@ class StageActor:
     @ray.method(concurrency_group="control")
     @_in_one_line
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str) -> None:
-        target = f"{reachable(self._listen, self._host)}:{self._exporter.port}"
+        target = f"{reachable(self._listen[0], self._host)}:{self._exporter.port}"
         self._rank.attach(member, address, beat_seconds, run, target)
 
     @ray.method(concurrency_group="control")

@@ -6,6 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from typing import Any
 
 from actors import storage
@@ -21,15 +22,26 @@ def ask(folder: str) -> dict[str, Any] | None:
     if not storage.exists(path):
         return None
     try:
-        address = json.loads(storage.read_bytes(path))["address"]
-        request = urllib.request.Request(f"http://{address}/status.json")
-        if token := token_of_ray():
-            request.add_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
-            found = json.loads(answer.read())
+        url = f"http://{json.loads(storage.read_bytes(path))['address']}/status.json"
+        found = _get(url)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if found.get("run") == folder.rstrip("/").rpartition("/")[2] else None
+
+
+def _get(url: str) -> Any:
+    """Shows Ray's token where it is asked for, and only there. Raises OSError, ValueError."""
+    request = urllib.request.Request(url)
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as refused:
+        token = token_of_ray()
+        if refused.code != HTTPStatus.UNAUTHORIZED or token is None:
+            raise
+    request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+        return json.loads(answer.read())
 
 
 def lines(state: dict[str, Any]) -> list[str]:

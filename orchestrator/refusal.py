@@ -59,7 +59,7 @@ def allowed(field: FieldInfo) -> str:
 def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(arguments[0], arguments[1:])
+        return _words(arguments[0], [bound for entry in arguments[1:] for bound in getattr(entry, "metadata", [entry])])
     if origin in (Union, UnionType):
         last = [option for option in arguments if _section(option)]  # its keys are a long list
         return " or ".join(_words(option, metadata) for option in [o for o in arguments if o not in last] + last)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import urllib.error
 import urllib.request
 
 import pytest
 
 from actors.comm.traffic import Sent
 from actors.messages import LossSums, StepReport
-from actors.metrics import Exporter, PortInUse, RankMetrics, RunMetrics, reachable
+from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, json_route, listening, reachable, wanted_token
 from orchestrator.schedule.spans import Span, figures
 
 HOST = "127.0.0.1"
@@ -29,8 +30,8 @@ def series(text):
 def serve():
     served = []
 
-    def make(metrics, port=0, targets=None):
-        served.append(Exporter(metrics.registry, HOST, port, targets))
+    def make(metrics, port=0, routes=None, **options):
+        served.append(Exporter(metrics.registry, (HOST,), port, routes, **options))
         return served[-1]
 
     yield make
@@ -61,7 +62,8 @@ def test_a_rank_counts_its_steps(serve):
 
 STEP = {"step": 7, "loss": 4.5, "tokens": 512, "tokens_per_second": 2000.0, "seconds": 0.25, "overlap_ratio": 0.5,
         "bubble_ratio": 0.1, "exposed_comm_seconds": 0.02, "gradient_norm": 1.5, "learning_rate": 1e-3, "busiest_expert": 1.25,
-        "generation": 1, "nodes": 2, "bytes_across_nodes": 300, "bytes_inside_nodes": 70}
+        "generation": 1, "nodes": 2, "bytes_across_nodes": 300, "bytes_inside_nodes": 70, "time": 1600.5,
+        "spent": {"useful": 0.2, "recovery": 0.05}}
 
 
 def test_the_run_tells_what_the_trainer_told_it(serve):
@@ -77,6 +79,8 @@ def test_the_run_tells_what_the_trainer_told_it(serve):
     assert found["dualray_committed_step"] == 8 and found["dualray_loss"] == 4.5 and found["dualray_tokens_total"] == 1024
     assert found["dualray_validation_loss"] == 4.25 and found["dualray_checkpoint_step"] == 8
     assert found["dualray_checkpoint_timestamp_seconds"] == 1700.5 and found["dualray_expert_load_ratio"] == 1.25
+    assert found["dualray_committed_step_timestamp_seconds"] == 1600.5 and found['dualray_spent_seconds_total{on="useful"}'] == 0.4
+    assert found['dualray_spent_seconds_total{on="recovery"}'] == 0.1 and found['dualray_spent_seconds_total{on="data"}'] == 0
     assert found["dualray_exchange_across_nodes_bytes_total"] == 600 and found["dualray_exchange_inside_nodes_bytes_total"] == 140
 
 
@@ -100,7 +104,7 @@ def test_who_is_slow_is_a_series_while_it_is(serve):
 
 def test_targets_are_listed_for_service_discovery(serve):
     targets = [{"targets": ["10.0.0.1:9000"], "labels": {"role": "rank", "rank": "0"}}]
-    kind, text = read(serve(RunMetrics(), targets=lambda: targets), "/targets")
+    kind, text = read(serve(RunMetrics(), routes={"/targets": json_route(lambda: targets)}), "/targets")
     assert kind == "application/json" and json.loads(text) == targets
     kind, text = read(serve(RankMetrics()), "/targets")  # a rank has none: it answers with its metrics
     assert kind.startswith("text/plain")
@@ -116,11 +120,11 @@ def test_a_port_in_use_is_refused_in_one_line(serve):
 
 def test_a_host_that_is_not_ours_is_refused_in_one_line():
     with pytest.raises(PortInUse, match="^telemetry.host = not.an.address: an address of the node"):
-        Exporter(RunMetrics().registry, "not.an.address", 0)
+        Exporter(RunMetrics().registry, ("not.an.address",), 0)
 
 
 def test_the_next_run_takes_the_same_port_at_once(serve):
-    first = Exporter(RunMetrics().registry, HOST, 0)
+    first = Exporter(RunMetrics().registry, (HOST,), 0)
     with socket.create_connection((HOST, first.port), timeout=10) as scrape:
         scrape.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         while scrape.recv(65536):  # the exporter closes first, so that its end lingers in TIME_WAIT
@@ -128,6 +132,55 @@ def test_the_next_run_takes_the_same_port_at_once(serve):
     first.close()
     second = serve(RunMetrics(), first.port)
     assert "dualray_loss" in read(second, "/metrics")[1]
+
+
+def test_runs_beside_one_another_take_the_ports_that_are_looked_at(serve):
+    assert 9464 <= serve(RunMetrics(), AUTO).port < serve(RunMetrics(), AUTO).port <= 9473
+
+
+def answer(exporter, path, method="GET", **headers):
+    request = urllib.request.Request(f"http://{HOST}:{exporter.port}{path}", method=method, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as found:
+            return found.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_nothing_can_be_changed_and_a_token_is_asked_for(serve):
+    open_to_all, guarded = serve(RunMetrics()), serve(RunMetrics(), routes={"/": lambda: ("text/html", b"page")}, token="secret")
+    assert [answer(open_to_all, "/metrics", method) for method in ("GET", "POST", "PUT", "DELETE")] == [200, 405, 405, 405]
+    assert answer(guarded, "/metrics") == answer(guarded, "/metrics", Authorization="Bearer other") == 401
+    assert answer(guarded, "/targets?token=other") == 401 and answer(guarded, "/") == 200  # the page asks for it
+    assert answer(guarded, "/metrics", Authorization="Bearer secret") == answer(guarded, "/metrics?token=secret") == 200
+
+
+def test_the_token_is_rays(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "unused")
+    assert wanted_token() is None
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert wanted_token() == "unused"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / "token").write_text("kept in a file\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert wanted_token() == "kept in a file"
+
+
+def test_exporters_listen_to_the_cluster_only_where_there_is_one():
+    assert listening("auto", "10.1.1.1", False) == (HOST,) and listening("auto", "10.1.1.1", True) == ("10.1.1.1", HOST)
+    assert listening("0.0.0.0", "10.1.1.1", False) == ("0.0.0.0",) and listening("auto", HOST, True) == (HOST,)
+
+
+def test_all_addresses_have_one_port():
+    exporter = Exporter(RunMetrics().registry, ("127.0.0.2", HOST), 0)
+    try:
+        for host in (HOST, "127.0.0.2"):
+            with urllib.request.urlopen(f"http://{host}:{exporter.port}/metrics", timeout=10) as found:
+                assert found.status == 200
+    finally:
+        exporter.close()
 
 
 @pytest.mark.parametrize("listen, expected", [("0.0.0.0", "10.1.1.1"), ("::", "10.1.1.1"), ("127.0.0.1", "127.0.0.1")])

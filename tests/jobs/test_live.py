@@ -31,7 +31,7 @@ def board():
 
 
 def served(folder, **options):
-    exporter = Exporter(CollectorRegistry(), "127.0.0.1", 0, {"/status.json": json_route(board().state)}, **options)
+    exporter = Exporter(CollectorRegistry(), ("127.0.0.1",), 0, {"/status.json": json_route(board().state)}, **options)
     (folder / "live.json").write_text(json.dumps({"address": f"127.0.0.1:{exporter.port}"}))
     return exporter
 
@@ -66,8 +66,8 @@ def test_where_ray_asks_for_a_token_so_does_a_run(tmp_path, monkeypatch):
     folder.mkdir()
     exporter = served(folder, token="secret")
     try:
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
         assert ask(str(folder)) is None
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
         assert ask(str(folder))["run"] == "there"
         monkeypatch.setenv("RAY_AUTH_TOKEN", "another")

@@ -91,7 +91,7 @@ def refused(*overrides: str) -> str:
     (["elastic.wait_seconds=0"], "elastic.wait_seconds = 0: a finite number (above 0) or null"),
     (["topology.virtual_nodes=100000000"], "topology.virtual_nodes = 100000000: an integer (at least 0, at most 16384)"),
     (["topology.ranks_per_node=1025"], "topology.ranks_per_node = 1025: an integer (above 0, at most 1024) or auto"),
-    (["telemetry.port=65536"], "telemetry.port = 65536: an integer (at least 0, at most 65535)"),
+    (["telemetry.port=65536"], "telemetry.port = 65536: an integer (at least 0, at most 65535) or auto"),
     # rules that span keys
     (["elastic.min_nodes=3", "elastic.max_nodes=2"], "elastic.max_nodes = 2: at least elastic.min_nodes = 3"),
     (["elastic.silence_seconds=0.6"],
