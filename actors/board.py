@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from orchestrator import goodput
@@ -14,7 +14,7 @@ from orchestrator.layout import Layout
 
 _POINTS, _EVENTS = 400, 60
 _SHOWN = ("step", "time", "loss", "tokens_per_second", "seconds", "overlap_ratio", "bubble_ratio", "exposed_comm_seconds", "gradient_norm",
-          "learning_rate", "busiest_expert", "generation", "nodes", "tokens")
+          "learning_rate", "mfu", "busiest_expert", "generation", "nodes", "tokens")
 
 
 class Board:
@@ -32,6 +32,15 @@ class Board:
         self._validation: dict[str, Any] | None = None
         self._checkpoint: dict[str, Any] | None = None
         self._waiting: str | None = None
+
+    def recall(self, steps: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
+        """What was before, of a run that goes on, in place of what is here."""
+        with self._lock:
+            self._points, self._spent = [], goodput.totals(())
+            self._events.clear()
+        for kind, found in (("event", events), ("step", steps)):
+            for values in found:
+                self.observe(kind, values)
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, li
 from actors.ranks import RankFailed
 from actors.ray_ranks import RayRanks
 from actors.run_folder import RunFolder
-from actors.storage import StorageError
+from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
@@ -29,6 +29,9 @@ from orchestrator.membership import Member
 logger = logging.getLogger(__name__)
 
 _SHOWN = ("step", "event")  # the load of every expert at every step would be too much to keep
+
+_STANDS = ("generation", "coordinator_restarted")
+"""Events at which the journals have what this run had done before, and no more."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"training": 1, "control": 4})
@@ -49,7 +52,8 @@ class Coordinator:
         self._lock = threading.Lock()
         self._metrics, self._board = RunMetrics(), Board(config, lambda: self._trainer.layout if self._trainer else None)
         self._trainer: Trainer | None = None
-        self._stop_requested = False
+        self._stop_requested = self._recalled = False
+        self._event_files = _event_files(config)
 
     @ray.method(concurrency_group="control")
     def open(self) -> str | Failure:
@@ -75,7 +79,7 @@ class Coordinator:
             return Failure(str(error))
 
     def _run(self) -> Outcome:
-        folder = RunFolder(self._config.run.directory, self._config.run.name)
+        folder = self._folder = RunFolder(self._config.run.directory, self._config.run.name)
         dataset = Dataset.open(self._data)
         sources = Sources(lambda step: Feed(dataset, self._config, step, self._config.training.steps),
                           lambda: _validation(dataset, self._config))
@@ -83,7 +87,11 @@ class Coordinator:
                                 start=self._start)
         if self._stop_requested:
             self._trainer.stop()
-        return self._trainer.run()
+        try:
+            return self._trainer.run()
+        finally:
+            if self._event_files:
+                self._event_files.close()
 
     @ray.method(concurrency_group="control")
     def admit(self, member: Member, actor: Any) -> None:
@@ -104,8 +112,14 @@ class Coordinator:
             return self._count, [(kind, values) for number, kind, values in self._updates if number > since]
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
+        if not self._recalled and kind == "event" and values["event"] in _STANDS:
+            self._board.recall(self._folder.metric_lines(), self._folder.event_lines())
+            self._recalled = True
+        else:
+            self._board.observe(kind, values)
         self._metrics.observe(kind, values)
-        self._board.observe(kind, values)
+        if self._event_files:
+            self._event_files.observe(kind, values)
         if kind in _SHOWN:
             self._update(kind, values)
 
@@ -125,6 +139,15 @@ class Coordinator:
             found.append({"targets": [target], "labels": run | {
                 "role": "rank", "rank": str(place.rank), "node": place.node, "position": str(place.position)}})
         return found
+
+
+def _event_files(config: RunConfig) -> Any:
+    """Where they are wanted: TensorBoard is no part of what is always installed."""
+    if not config.telemetry.tensorboard:
+        return None
+    from actors.tensorboard import FOLDER, EventFiles
+
+    return EventFiles(join(config.run.directory, config.run.name, FOLDER))
 
 
 def _validation(dataset: Dataset, config: RunConfig) -> Batch | None:

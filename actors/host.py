@@ -22,6 +22,12 @@ def settle() -> None:
 
 
 @cache
+def device_name() -> str | None:
+    """What CUDA calls this process's accelerator; None: it has none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@cache
 def warm_up() -> None:
     """Do what torch does only once, seconds of imports, before anybody waits for it: a backward pass, and an optimizer's step."""
     weight = torch.ones(2, 2, requires_grad=True)

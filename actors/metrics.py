@@ -167,12 +167,15 @@ class RunMetrics:
         self._validation = Gauge("dualray_validation_loss", "Newest validation loss, nats a token", registry=self.registry)
         self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made",
                                  registry=self.registry)
-        self._at = Gauge("dualray_committed_step_timestamp_seconds", "When the newest step was committed", registry=self.registry)
+        self._at = Gauge("dualray_committed_step_timestamp_seconds", "When the newest step was committed, or the run began",
+                         registry=self.registry)
+        self._at.set_to_current_time()
         self._spent = Counter("dualray_spent_seconds", "Wall time by what it went to", ("on",), registry=self.registry)
         self._not_finite = Counter("dualray_not_finite", "Steps whose loss or gradient was not finite; they end a run",
                                    registry=self.registry)
         for kind in KINDS:
             self._spent.labels(kind)
+        self._utilisation: Gauge | None = None
         self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
         self._recoveries = Counter("dualray_recoveries", "Generations formed after a loss, a drain or a join", registry=self.registry)
         self._recovery = Gauge("dualray_recovery_seconds", "From noticing the last change to its new generation",
@@ -187,6 +190,8 @@ class RunMetrics:
         if kind == "step":
             for key, gauge in self._gauges.items():
                 gauge.set(values[key])
+            if values.get("mfu") is not None:
+                self._observe_utilisation(values["mfu"])
             self._tokens.inc(values["tokens"])
             self._at.set(values["time"])
             for spent_on, seconds in values["spent"].items():
@@ -215,6 +220,14 @@ class RunMetrics:
             self._slow.labels(*_slow_labels(values)).set(values["factor"])
         elif kind == "event" and values["event"] == "slow_over":
             self._slow.remove(*_slow_labels(values))
+
+
+    def _observe_utilisation(self, ratio: float) -> None:
+        """A series only where it is known."""
+        if self._utilisation is None:
+            self._utilisation = Gauge("dualray_model_flops_utilisation_ratio",
+                                      "Model FLOPs / what the accelerators can do in dense BF16 products", registry=self.registry)
+        self._utilisation.set(ratio)
 
 
 def _slow_labels(values: dict[str, Any]) -> tuple[str, ...]:

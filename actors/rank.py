@@ -23,7 +23,7 @@ from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.held import Held, State
 from actors.hugging_face import ModelFolder
-from actors.host import settle, warm_up
+from actors.host import device_name, settle, warm_up
 from actors.lane import ExchangeLane, lane_for
 from actors.lifeline import Lifeline
 from actors.messages import (
@@ -96,7 +96,7 @@ class Rank:
         if self._lifeline is not None:
             self._lifeline.close()
         self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run,
-                                  about=lambda: {"target": target})
+                                  about=lambda: {"target": target, "device": device_name()})
 
     def form(self, assignment: Assignment) -> Formed:
         """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is

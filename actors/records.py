@@ -17,7 +17,7 @@ from orchestrator.schedule.spans import Figures
 
 def step_metrics(step: int, batch: Batch, losses: dict[str, float], rate: float, reports: Sequence[StepReport], seconds: float,
                  generation: int, nodes: int) -> dict[str, Any]:
-    """One object of `metrics.jsonl`."""
+    """One object of `metrics.jsonl`, but for what it costs (`spent`, `mfu`)."""
     tokens, mean = int((batch.valid - 1).sum()), mean_figures(reports)
     return {
         "step": step, "time": round(time.time(), 3), "began": round(min(report.began for report in reports), 3), **losses,

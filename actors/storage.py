@@ -55,6 +55,11 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(uri)
 
 
+def is_local(uri: str) -> bool:
+    """Whether it is a path of this host."""
+    return isinstance(resolve(uri)[0], fs.LocalFileSystem)
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` with further path parts; an absolute part is refused by ValueError since it would leave the folder."""
     for part in parts:

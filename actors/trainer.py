@@ -28,7 +28,7 @@ from actors.slow import SlowWatch
 from actors.spending import Spending
 from actors.trace import trace_json
 from actors.validation import Validator
-from orchestrator import goodput, order
+from orchestrator import cost, goodput, order
 from orchestrator.config import RunConfig, dump
 from orchestrator.expert_load import ExpertLoad
 from orchestrator.layout import Layout, Place
@@ -99,6 +99,13 @@ class Trainer:
         crew = self._formation.crew
         found = ((place, crew.about.get(member, {}).get("target")) for place, member in zip(self.layout.places, crew.seated))
         return [(place, target) for place, target in found if target]
+
+    def _utilisation(self, tokens_per_second: float) -> float | None:
+        """Of all ranks' accelerators; None where it is not known what one of them can do."""
+        config, crew = self._config, self._formation.crew
+        given = config.telemetry.peak_teraflops
+        peaks = [cost.peak_flops(crew.about.get(member, {}).get("device")) if given == "auto" else given * 1e12 for member in crew.seated]
+        return cost.utilisation(config.model, config.data.sequence_length, tokens_per_second, peaks)
 
     def run(self) -> Outcome:
         """Train to the end, or until stopped. Raises TrainingFailed, RankFailed, StorageError, CheckpointError, DatasetError."""
@@ -330,6 +337,7 @@ class Trainer:
                  seconds: float) -> None:
         values = step_metrics(step, batch, losses, rate, reports, seconds, self._formation.generation, len(self.layout.nodes))
         values["spent"] = self._spending.step_done(mean_figures(reports), values["rank_seconds"])
+        values["mfu"] = self._utilisation(values["tokens_per_second"])
         self._folder.metrics(values)
         self._watch("step", values)
         self._watch("load", loads_of(reports))

@@ -50,8 +50,9 @@ def lines(state: dict[str, Any]) -> list[str]:
     if state["waiting"]:
         found.append(f"waiting      {state['waiting']}")
     if newest:
+        utilisation = "" if newest.get("mfu") is None else f"MFU {newest['mfu']:.1%}  "
         found.append(f"now          step {newest['step'] + 1} of {state['steps']}  loss {newest['loss']:.4f}  {newest['tokens_per_second']:,.0f} tokens/s"
-                     f"  overlap {newest['overlap_ratio']:.0%}  bubble {newest['bubble_ratio']:.0%}, {state['now'] - newest['time']:.0f} s ago")
+                     f"  {utilisation}overlap {newest['overlap_ratio']:.0%}  bubble {newest['bubble_ratio']:.0%}, {state['now'] - newest['time']:.0f} s ago")
     if state["goodput"] is not None:
         total = sum(state["spent"].values())
         rest = sorted(((seconds / total, kind) for kind, seconds in state["spent"].items() if kind != "useful"), reverse=True)

@@ -6,6 +6,7 @@ shows what happens. Ctrl-C or SIGTERM saves and exits 130; the same command cont
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -49,6 +50,8 @@ def main() -> int:
             _checked_dataset(config, data)  # before Ray takes its seconds to start
         if config.training.init_from is not None:
             _check_model_folder(config)
+        if config.telemetry.tensorboard:
+            _check_tensorboard(config)
         session.connect()
         interrupt.install()  # Ray has put its own handlers in place
         return train(config, data, interrupt, replay)
@@ -134,6 +137,14 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
             return run.follow(progress, interrupt, lambda address: folder.write(LIVE, json.dumps({"address": address})))
         finally:
             storage.delete(live)
+
+
+def _check_tensorboard(config: RunConfig) -> None:
+    """Raises ConfigError: there is no writer, or nothing that it can write to."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("telemetry.tensorboard", True, "false, for tensorboard is not installed (pip install 'dualray[tensorboard]')")
+    if not storage.is_local(config.run.directory):
+        raise ConfigError("telemetry.tensorboard", True, f"false, for run.directory = {config.run.directory} is no local path")
 
 
 def _replay(ledger: str, config: RunConfig) -> Replay:

@@ -211,8 +211,11 @@ class CheckpointSection(Section):
 class TelemetrySection(Section):
     host: str = Field("auto", description="address that exporters bind to; auto: of the host itself where a run has one host only, "
                                           "else each node's own in the cluster")
-    port: Annotated[int, Field(ge=0, le=65535)] | Literal["auto"] = Field(
+    port: Annotated[int, Field(ge=0, le=65535)] | Auto = Field(
         "auto", description="of the coordinator's page, metrics and target list; auto: the first free one of 9464 to 9473, 0: any")
+    peak_teraflops: Annotated[Real, Gt(0)] | Auto = Field("auto", description="what a rank's accelerator can do in dense BF16 products, "
+                                                          "for model FLOPs utilisation; auto: by its name, if it is a known one")
+    tensorboard: bool = Field(False, description="event files in the run folder's `tensorboard`, for a folder that is a local path")
     timeline_seconds: Real = Field(10.0, gt=0, description="between two steps whose spans the page shows")
     trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps, counted from 0, whose spans go to "
                                                                                 "trace.json")

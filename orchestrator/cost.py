@@ -54,6 +54,25 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return 6 * multiplied + 3 * model.num_hidden_layers * per_layer
 
 
+PEAK_TERAFLOPS = {"A100": 312, "A800": 312, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "GH200": 989, "H20": 148, "L40S": 362,
+                  "B200": 2250, "GB200": 2500}
+"""Of dense BF16 products, by what CUDA calls a device (NVIDIA's data sheets; those that give figures with sparsity, halved)."""
+
+
+def peak_flops(device: str | None) -> float | None:
+    """FLOP/s of dense BF16 products on the accelerator that CUDA calls `device`; None: not known. The longest name counts."""
+    names = [name for name in PEAK_TERAFLOPS if device and all(word in device.replace("-", " ").split() for word in name.split())]
+    return PEAK_TERAFLOPS[max(names, key=len)] * 1e12 if names else None
+
+
+def utilisation(model: ModelConfig, sequence_length: int, tokens_per_second: float, peaks: Sequence[float | None]) -> float | None:
+    """Model FLOPs utilisation: `flops_per_token` x tokens a second / what all ranks' accelerators could do in BF16 (PaLM,
+    arXiv 2204.02311, appendix B). peaks: FLOP/s of every rank; None if one of them is not known."""
+    if not peaks or None in peaks:
+        return None
+    return flops_per_token(model, sequence_length) * tokens_per_second / sum(peaks)
+
+
 def memory(config: RunConfig, layout: Layout, buckets: tuple[Bucket, ...], in_flight: Sequence[int]) -> tuple[Memory, ...]:
     """Estimate for each rank. `in_flight`: by position, the most microbatches whose activations are kept at once, all
     its stages together. Buffers of communication are not counted."""

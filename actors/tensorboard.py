@@ -1,0 +1,38 @@
+"""TensorBoard event files of a run, by torch's own writer. `metrics.jsonl` stays the source; this is a copy of what is looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+_SCALARS = {
+    "loss": "loss/training", "mtp_loss": "loss/mtp", "balance_loss": "loss/balance", "gradient_norm": "optimizer/gradient_norm",
+    "learning_rate": "optimizer/learning_rate", "tokens_per_second": "speed/tokens_per_second", "seconds": "speed/step_seconds",
+    "mfu": "speed/mfu", "overlap_ratio": "communication/overlap_ratio", "exposed_comm_seconds": "communication/exposed_seconds",
+    "bubble_ratio": "pipeline/bubble_ratio", "busiest_expert": "experts/busiest_over_mean", "nodes": "elastic/nodes",
+    "generation": "elastic/generation"}
+
+
+class EventFiles:
+    """Fed by what a trainer's `watch` says. Where a run continues, what was written of the same steps before is hidden."""
+
+    def __init__(self, folder: str):
+        self._folder, self._writer = folder, None
+
+    def observe(self, kind: str, values: dict[str, Any]) -> None:
+        if kind == "event" and values["event"] == "generation" and self._writer is None:
+            self._writer = SummaryWriter(self._folder, purge_step=values["step"])
+        elif kind == "step" and self._writer is not None:
+            for key, tag in _SCALARS.items():
+                if values.get(key) is not None:
+                    self._writer.add_scalar(tag, values[key], values["step"], walltime=values["time"])
+        elif kind == "event" and values["event"] == "validation" and self._writer is not None:
+            for key in ("loss", "accuracy", "mtp_acceptance"):
+                if key in values:
+                    self._writer.add_scalar(f"validation/{key}", values[key], values["step"], walltime=values["time"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
