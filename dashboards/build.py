@@ -87,7 +87,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Age of the newest checkpoint", "s", ((f"time() - dualray_checkpoint_timestamp_seconds{_RUN}", "age"),)),
     ),
     "Hardware": (
-        Panel("Memory of rank processes", "bytes", ((f"dualray_rank_process_resident_memory_bytes{_RUN}", "rank {{rank}}"),)),
+        Panel("Model FLOPs utilisation", "percentunit", ((f"dualray_model_flops_utilisation_ratio{_RUN}", "MFU"),),
+              "there where it is known what an accelerator can do: by its name, or telemetry.peak_teraflops"),
+        Panel("Memory", "bytes", ((f"dualray_rank_accelerator_memory_bytes{_RUN} or dualray_rank_process_resident_memory_bytes{_RUN}",
+                                   "rank {{rank}}"),), "of tensors on accelerators; of processes where there are none"),
         Panel("CPU of rank processes", "none", ((f"rate(dualray_rank_process_cpu_seconds_total{_RUN}[1m])", "rank {{rank}}"),)),
         Panel("Exporters that answer", "none", (('sum by (role) (up{job="dualray"})', "{{role}}"),)),
     ),

@@ -1,5 +1,5 @@
-"""`python -m jobs.status [RUN_FOLDER] [--watch]`: where a run stands: what its files say, and where it is under way what its coordinator
-does, from any host that reaches both. Without a folder: the newest run in `run.directory`. `python -m jobs.status audit RUN_FOLDER`: proves
+"""`python -m jobs.status [RUN] [--watch]`: where a run stands: what its files say, and where it is under way what its coordinator
+does, from any host that reaches both. Without a folder: the newest run in `run.directory`. `python -m jobs.status audit RUN`: proves
 from the tokenized shards that each sequence of each committed step was used exactly once; one line per problem, and exit code 1.
 
 Both read only. The configuration is the run folder's, unless `--config` names another;
@@ -32,14 +32,14 @@ def main() -> int:
     """The words of the command line, so that `audit` stands before the folder and plain status needs no word."""
     auditing = sys.argv[1:2] == [AUDIT]
     parser = cli.Parser(prog="python -m jobs.status" + (f" {AUDIT}" if auditing else ""), description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", metavar="RUN_FOLDER", nargs=None if auditing else "?", help="a run's folder: a path or a URI")
+    parser.add_argument("folder", metavar="RUN", nargs=None if auditing else "?", help="a run's folder, a path or a URI, or its name")
     cli.arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     if not auditing:
         parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C or the run's end")
     options = parser.parse_args(sys.argv[2 if auditing else 1 :])
     try:
-        options.folder = options.folder or _newest(options)
+        options.folder = _named(options) if options.folder else _newest(options)
         if not storage.exists(storage.join(options.folder, audit.LEDGER)):
             raise cli.JobFailed(f"{options.folder}: no run that has committed a step; it has no {audit.LEDGER}")
         return _audit(options) if auditing else _status(options)
@@ -93,10 +93,20 @@ def _status(options: Namespace) -> int:
         time.sleep(_WATCH_SECONDS)
 
 
+def _named(options: Namespace) -> str:
+    """A folder as it is given, or where there is none the run of that name in `run.directory`."""
+    if "/" in options.folder or storage.is_folder(options.folder):
+        return options.folder
+    return storage.join(_directory(options), options.folder)
+
+
+def _directory(options: Namespace) -> str:
+    return session.run_directory(load(options.config, options.overrides) if options.config else parse({}, options.overrides))
+
+
 def _newest(options: Namespace) -> str:
     """Raises JobFailed: there is none."""
-    config = load(options.config, options.overrides) if options.config else parse({}, options.overrides)
-    directory = session.run_directory(config)
+    directory = _directory(options)
     ledgers = [storage.join(entry.uri, audit.LEDGER) for entry in (storage.list_folder(directory) if storage.is_folder(directory) else ())]
     found = [(storage.stat(path).modified, path) for path in ledgers if storage.exists(path)]
     if not found:

@@ -68,16 +68,24 @@ class Cluster:
             return list(threads.map(lambda arguments: self.run(*arguments), commands))
 
     def add_node(self, resources: dict[str, int]) -> subprocess.Popen:
-        """One more raylet; it ends with the cluster. Returns its process once Ray counts it as alive."""
+        """One more raylet; it ends with the cluster. Returns its process once Ray counts it as alive.
+
+        Each has a folder of its own for what jobs bring along, as another host would: the agents of raylets that share one take it
+        apart under each other's drivers (working_dir is unpacked with overwrite=True).
+        """
         import ray
 
-        before = len([node for node in ray.nodes() if node["Alive"]])
+        def alive() -> set[str]:
+            return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+        before = alive()
         process = subprocess.Popen(
-            [str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1",
+            ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs "{self.folder}/session_latest/runtime_resources" && exec "$@"',
+             "sh", str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1",
              f"--resources={json.dumps(resources)}",
              "--object-store-memory=80000000"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)
-        eventually(lambda: len([node for node in ray.nodes() if node["Alive"]]) > before, 60, "the new node joins")
+        eventually(lambda: alive() - before, 60, "the new node joins")
         return process
 
     def remove_node(self, process: subprocess.Popen) -> None:

@@ -163,40 +163,6 @@ def test_exporters_answer_while_it_trains(cluster, settings):
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
 
 
-def job(cluster, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
-    environment = cluster.environment | {"RAY_ADDRESS": cluster.dashboard}
-    return subprocess.run([str(BIN / "ray"), "job", *arguments], env=environment, capture_output=True, text=True, timeout=timeout)
-
-
-def submit(cluster, command: list[str], *flags: str) -> subprocess.CompletedProcess:
-    """Ray's job server refuses while the head's agent is still starting."""
-    def accepted() -> subprocess.CompletedProcess | None:
-        done = job(cluster, "submit", "--working-dir", str(REPOSITORY), *flags, "--", "python", *command)
-        return None if "No available agent" in done.stderr else done
-    return eventually(accepted, 60, "an agent that takes jobs")
-
-
-def test_ray_job_carries_success_failure_and_stop(cluster, settings):
-    done = submit(cluster, settings("submitted"))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "step 6/6" in done.stdout and len(losses(settings.runs / "submitted")) == 6
-
-    relative = submit(cluster, [*settings("relative"), "--set", "run.directory=runs"])
-    assert relative.returncode == 1
-    assert "run.directory = runs: an absolute path or a URI under `ray job`" in relative.stdout + relative.stderr
-
-    command = settings("stopped", training__steps=100_000, checkpoint__every=0, training__validate_every=0)
-    started = submit(cluster, command, "--no-wait", "--submission-id", "stopped")
-    assert started.returncode == 0, started.stderr
-    metrics = settings.runs / "stopped" / "metrics.jsonl"
-    eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 120, "three steps")
-    assert job(cluster, "stop", "stopped").returncode == 0
-    assert "was stopped" in (status := job(cluster, "status", "stopped")).stdout + status.stderr
-    saved = checkpoint.complete(f"{settings.runs}/stopped/checkpoints")
-    assert len(saved) == 1 and checkpoint.read_manifest(saved[0]).step == len(losses(settings.runs / "stopped"))
-    eventually(lambda: not cluster.actors(), 20, "no actor is left")
-
-
 def test_dry_run_starts_no_actor(cluster, settings):
     done = cluster.run(*settings(), "--dry-run", timeout=30)
     assert done.returncode == 0, done.stderr
