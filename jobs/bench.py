@@ -30,6 +30,7 @@ BENCHES = {
     "recovery": "what killed, cut off and frozen nodes and killed ranks cost a run, against Ray Train and torchft",
     "routing": "bytes across nodes, cost of choosing and permuting, load of ranks, against closed forms, transformers and EPLB",
     "schedule": "step time of every schedule against its simulation and torch.distributed.pipelining",
+    "telemetry": "step time while all exporters are scraped every second, against nobody asking",
     "tokens": "tokens a second of the whole system against plain PyTorch on the same cores",
 }
 DEFAULT_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "tiny.yaml")

@@ -91,3 +91,11 @@ def test_the_whole_run_stays_in_sight(count):
         found.observe("step", STEP | {"step": step})
     points = [point[0] for point in found.state()["points"]]
     assert points[0] == 0 and points[-1] == count - 1 and points == sorted(points) and len(points) <= 800
+
+
+def test_what_was_before_is_recalled_once():
+    found = board()
+    found.recall([STEP | {"step": 0}, STEP | {"step": 1}], [{"event": "generation", "time": 1.0, "generation": 1}])
+    found.observe("step", STEP | {"step": 2})
+    state = found.state()
+    assert [point[0] for point in state["points"]] == [0, 1, 2] and len(state["events"]) == 1 and state["spent"]["useful"] == 9.0

@@ -7,8 +7,9 @@ import torch
 
 from actors.optimizer import Optimizer
 from orchestrator import cost
-from orchestrator.config import parse
+from orchestrator.config import load, parse
 from orchestrator.ownership import buckets
+from tests.cluster import REPOSITORY
 from tests.orchestrator.layouts import DEEPSEEK, layout_of, small_model
 
 
@@ -80,3 +81,17 @@ def test_activations():
     assert 0.5 < bytes_of(1, dtype="bfloat16") / bytes_of(1) < 0.7  # indices and what is never rounded stay as they are
     assert bytes_of(1, recompute="full") < bytes_of(1, recompute="selective") < bytes_of(1, recompute="none")
     assert bytes_of(1, microbatch_sequences=8) == 2 * bytes_of(1, microbatch_sequences=4)
+
+
+@pytest.mark.parametrize("device, teraflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H800", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H20", 148),
+    ("NVIDIA GeForce GTX 970", None), (None, None)])
+def test_what_an_accelerator_can_do_is_known_by_its_name(device, teraflops):
+    assert cost.peak_flops(device) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_utilisation_of_deepseeks_own_run():
+    """14.8 T tokens in 2.664 M hours of H800 (report, table 1): 1,543 tokens a second on each. 250 GFLOP a token (Insights, table 2)."""
+    model, rate = load(REPOSITORY / "jobs/configs/deepseek_v3.yaml", []).model, 14.8e12 / (2.664e6 * 3600)
+    assert cost.utilisation(model, 4096, 2048 * rate, [989e12] * 2048) == pytest.approx(rate * 250e9 / 989e12, rel=0.02)
+    assert cost.utilisation(model, 4096, rate, [989e12, None]) is None and cost.utilisation(model, 4096, rate, []) is None

@@ -1,0 +1,41 @@
+"""What TensorBoard's own reader finds in a run's event files."""
+
+from __future__ import annotations
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from actors.tensorboard import EventFiles
+
+
+def step(number: int, loss: float) -> dict:
+    return {"step": number, "time": 100.0 + number, "loss": loss, "tokens_per_second": 10.0, "learning_rate": 1e-3, "mfu": None}
+
+
+def written(folder: str) -> EventAccumulator:
+    found = EventAccumulator(folder)
+    found.Reload()
+    return found
+
+
+def test_what_is_told_is_found(tmp_path):
+    files = EventFiles(str(tmp_path))
+    files.observe("event", {"event": "generation", "step": 0})
+    for number in range(3):
+        files.observe("step", step(number, 3.0 - number))
+    files.observe("event", {"event": "validation", "step": 3, "time": 104.0, "loss": 1.5, "accuracy": 0.25})
+    files.close()
+    found = written(str(tmp_path))
+    assert [(entry.step, entry.value, entry.wall_time) for entry in found.Scalars("loss/training")] == [
+        (0, 3.0, 100.0), (1, 2.0, 101.0), (2, 1.0, 102.0)]
+    assert found.Scalars("validation/accuracy")[0].value == 0.25 and "speed/mfu" not in found.Tags()["scalars"]
+
+
+def test_a_run_that_goes_back_shows_each_step_once(tmp_path):
+    for begin, losses in ((0, (5.0, 4.0, 3.0)), (1, (4.5, 3.5))):
+        files = EventFiles(str(tmp_path))
+        files.observe("event", {"event": "generation", "step": begin})
+        for number, loss in enumerate(losses, begin):
+            files.observe("step", step(number, loss))
+        files.observe("event", {"event": "generation", "step": begin + len(losses)})  # of a loss: nothing is hidden
+        files.close()
+    assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("loss/training")] == [(0, 5.0), (1, 4.5), (2, 3.5)]
