@@ -12,7 +12,7 @@ from orchestrator import goodput
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 
-_POINTS, _EVENTS = 400, 60
+_POINTS, _EVENTS, _LOST = 400, 60, 8
 _SHOWN = ("step", "time", "loss", "tokens_per_second", "seconds", "overlap_ratio", "bubble_ratio", "exposed_comm_seconds", "gradient_norm",
           "learning_rate", "mfu", "busiest_expert", "generation", "nodes", "tokens")
 
@@ -36,7 +36,7 @@ class Board:
     def recall(self, steps: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
         """What was before, of a run that goes on, in place of what is here."""
         with self._lock:
-            self._points, self._spent = [], goodput.totals(())
+            self._points, self._spent, self._lost, self._slow = [], goodput.totals(()), {}, {}
             self._events.clear()
         for kind, found in (("event", events), ("step", steps)):
             for values in found:
@@ -61,7 +61,13 @@ class Board:
                 "lost": [{"node": node, "seconds_ago": round(now - when, 1)} for node, when in self._lost.items()],
                 "goodput": goodput.goodput(self._spent), "spent": {kind: round(s, 3) for kind, s in self._spent.items()},
                 "waiting": self._waiting, "validation": self._validation, "checkpoint": self._checkpoint,
-                "points": list(self._points), "events": list(self._events), "timeline": self._timeline}
+                "points": list(self._points), "events": list(self._events),
+                "timeline_step": self._timeline["step"] if self._timeline else None}
+
+    def timeline(self) -> dict[str, Any] | None:
+        """Lanes of the first ranks in the newest step of which they are kept."""
+        with self._lock:
+            return self._timeline
 
     def _step(self, values: dict[str, Any]) -> None:
         self._newest, self._waiting = {key: values[key] for key in _SHOWN if key in values}, None
@@ -77,8 +83,11 @@ class Board:
             self._slow, self._waiting = {}, None
             seated = {place.node for place in found.places} if (found := self._layout()) else set()
             self._lost = {node: when for node, when in self._lost.items() if node not in seated}
+        elif kind == "placement":
+            self._slow = {}
         elif kind == "lost":
             self._lost |= {member.rpartition("/")[0]: values["time"] for member in values["members"]}
+            self._lost = dict(list(self._lost.items())[-_LOST:])  # nodes that never come back are many, on hosts that are lent
         elif kind == "slow":
             self._slow[values["rank"]] = values["factor"]
         elif kind == "slow_over":

@@ -16,9 +16,10 @@ from actors.dataset import Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
 from actors.messages import Failure, Outcome, Start
-from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable, wanted_token
+from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.ranks import RankFailed
 from actors.ray_ranks import RayRanks
+from actors.ray_token import NoToken, wanted_token
 from actors.run_folder import RunFolder
 from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = ("step", "event")  # the load of every expert at every step would be too much to keep
 
-_STANDS = ("generation", "coordinator_restarted")
-"""Events at which the journals have what this run had done before, and no more."""
+_LAST_WORDS_SECONDS = 15.0
+"""How long Prometheus has to learn how a run ended, if it is one that it scrapes."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"training": 1, "control": 4})
@@ -52,7 +53,7 @@ class Coordinator:
         self._lock = threading.Lock()
         self._metrics, self._board = RunMetrics(), Board(config, lambda: self._trainer.layout if self._trainer else None)
         self._trainer: Trainer | None = None
-        self._stop_requested = self._recalled = False
+        self._stop_requested = False
         self._event_files = _event_files(config)
 
     @ray.method(concurrency_group="control")
@@ -61,12 +62,12 @@ class Coordinator:
         telemetry = self._config.telemetry
         listen = listening(telemetry.host, self._host, many_hosts(self._config))
         routes = {"/": lambda: ("text/html; charset=utf-8", PAGE.read_bytes()), "/status.json": json_route(self._board.state),
-                  "/targets": json_route(self._targets)}
+                  "/timeline.json": json_route(self._board.timeline), "/targets": json_route(self._targets)}
         try:
-            exporter = Exporter(self._metrics.registry, listen, telemetry.port, routes, wanted_token())
-        except PortInUse as error:
+            self._exporter = Exporter(self._metrics.registry, listen, telemetry.port, routes, wanted_token())
+        except (PortInUse, NoToken) as error:
             return Failure(str(error))
-        self._address = f"{reachable(listen[0], self._host)}:{exporter.port}"
+        self._address = f"{reachable(listen[0], self._host)}:{self._exporter.port}"
         return self._address
 
     @ray.method(concurrency_group="training")
@@ -92,6 +93,8 @@ class Coordinator:
         finally:
             if self._event_files:
                 self._event_files.close()
+            self._metrics.ended()
+            self._exporter.last_words(_LAST_WORDS_SECONDS)
 
     @ray.method(concurrency_group="control")
     def admit(self, member: Member, actor: Any) -> None:
@@ -112,9 +115,8 @@ class Coordinator:
             return self._count, [(kind, values) for number, kind, values in self._updates if number > since]
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
-        if not self._recalled and kind == "event" and values["event"] in _STANDS:
+        if kind == "event" and _stands(values):
             self._board.recall(self._folder.metric_lines(), self._folder.event_lines())
-            self._recalled = True
         else:
             self._board.observe(kind, values)
         self._metrics.observe(kind, values)
@@ -139,6 +141,11 @@ class Coordinator:
             found.append({"targets": [target], "labels": run | {
                 "role": "rank", "rank": str(place.rank), "node": place.node, "position": str(place.position)}})
         return found
+
+
+def _stands(event: dict[str, Any]) -> bool:
+    """Whether the journals now have what was done before, and no more: state came from storage, or another coordinator took over."""
+    return event["event"] == "coordinator_restarted" or event["event"] == "generation" and "seconds" not in event
 
 
 def _event_files(config: RunConfig) -> Any:

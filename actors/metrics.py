@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import hmac
 import json
-import os
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -45,6 +45,7 @@ class Exporter:
     def __init__(self, registry: CollectorRegistry, hosts: Sequence[str], port: int | str, routes: Mapping[str, Route] | None = None,
                  token: str | None = None):
         self._metrics, self._routes, self._token = make_wsgi_app(registry), dict(routes or {}), token
+        self._scraped = threading.Event()
         self._servers = self._bound(hosts, port)
         self.port = self._servers[0].server_port
         for server in self._servers:
@@ -54,6 +55,12 @@ class Exporter:
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def last_words(self, seconds: float) -> None:
+        """Return once the metrics of this moment have been scraped, at the latest after `seconds`; at once where nobody ever did."""
+        if self._scraped.is_set():
+            self._scraped.clear()
+            self._scraped.wait(seconds)
 
     def _bound(self, hosts: Sequence[str], port: int | str) -> list[WSGIServer]:
         """A server for each host, all at one port."""
@@ -77,10 +84,12 @@ class Exporter:
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] != "GET":
             return _plain(start_response, "405 Method Not Allowed", "nothing here can be changed")
-        if self._token and environ["PATH_INFO"] != "/" and not self._shown(environ):
+        path = environ["PATH_INFO"]
+        route = self._routes.get(path)
+        if self._token and not (path == "/" and route) and not self._shown(environ):
             return _plain(start_response, "401 Unauthorized", "Ray's token is wanted: Authorization: Bearer TOKEN, or ?token=TOKEN")
-        route = self._routes.get(environ["PATH_INFO"])
         if route is None:
+            self._scraped.set()
             return self._metrics(environ, start_response)
         kind, body = route()
         start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")])
@@ -97,7 +106,16 @@ def _plain(start_response: Callable[..., Any], status: str, text: str) -> list[b
 
 
 def json_route(values: Callable[[], Any]) -> Route:
-    return lambda: ("application/json", json.dumps(values()).encode())
+    """Numbers that are not finite, which JSON has no word for, become null."""
+    return lambda: ("application/json", json.dumps(_finite(values()), allow_nan=False).encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 class RankMetrics:
@@ -165,8 +183,9 @@ class RunMetrics:
         self._slow = Gauge("dualray_slow_factor", "How much slower a rank or a link is than its like, while it is slow",
                            ("rank", "node", "peer", "lane"), registry=self.registry)
         self._validation = Gauge("dualray_validation_loss", "Newest validation loss, nats a token", registry=self.registry)
-        self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made",
+        self._checkpoint = Gauge("dualray_checkpoint_timestamp_seconds", "When the newest checkpoint was made, or the run began",
                                  registry=self.registry)
+        self._checkpoint.set_to_current_time()
         self._at = Gauge("dualray_committed_step_timestamp_seconds", "When the newest step was committed, or the run began",
                          registry=self.registry)
         self._at.set_to_current_time()
@@ -176,6 +195,9 @@ class RunMetrics:
         for kind in KINDS:
             self._spent.labels(kind)
         self._utilisation: Gauge | None = None
+        self._ended = Gauge("dualray_ended", "1 once the run has ended, however it did", registry=self.registry)
+        self._failures = Counter("dualray_failures", "Times that ranks were lost; all that were lost at once count as one",
+                                 registry=self.registry)
         self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
         self._recoveries = Counter("dualray_recoveries", "Generations formed after a loss, a drain or a join", registry=self.registry)
         self._recovery = Gauge("dualray_recovery_seconds", "From noticing the last change to its new generation",
@@ -184,6 +206,9 @@ class RunMetrics:
         self._waiting = Gauge("dualray_waiting_for_nodes", "1 while there are fewer nodes than elastic.min_nodes",
                               registry=self.registry)
         self._checkpointed = Gauge("dualray_checkpoint_step", "Committed steps in the newest checkpoint", registry=self.registry)
+
+    def ended(self) -> None:
+        self._ended.set(1)
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
         """Take what a trainer's `watch` is told."""
@@ -194,6 +219,7 @@ class RunMetrics:
                 self._observe_utilisation(values["mfu"])
             self._tokens.inc(values["tokens"])
             self._at.set(values["time"])
+            self._waiting.set(0)
             for spent_on, seconds in values["spent"].items():
                 self._spent.labels(spent_on).inc(seconds)
             self._across.inc(values["bytes_across_nodes"])
@@ -203,15 +229,19 @@ class RunMetrics:
         elif kind == "event" and values["event"] == "checkpoint":
             self._checkpoint.set(values["time"])
             self._checkpointed.set(values["step"])
+        elif kind == "event" and values["event"] == "placement":
+            self._slow.clear()  # ranks are watched anew
         elif kind == "event" and values["event"] == "generation":
             self._slow.clear()  # ranks are numbered anew, and watched anew
             self._waiting.set(0)
+            self._gauges["nodes"].set(values["nodes"])
             if "seconds" in values:  # it is not the first one
                 self._recoveries.inc()
                 self._recovery.set(values["seconds"])
                 self._moved.inc(values["bytes"])
         elif kind == "event" and values["event"] == "lost":
             self._lost.inc(len(values["members"]))
+            self._failures.inc()
         elif kind == "event" and values["event"] == "waiting":
             self._waiting.set(1)
         elif kind == "event" and values["event"] == "not_finite":
@@ -243,19 +273,6 @@ def listening(host: str, node: str, many_hosts: bool) -> tuple[str, ...]:
     return (node, _LOOPBACK) if many_hosts and node != _LOOPBACK else (_LOOPBACK,)
 
 
-def wanted_token() -> str | None:
-    """What Ray asks its clients for, and so exporters theirs; None: nothing (docs.ray.io, Ray security, token authentication)."""
-    return token_of_ray() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
-
-
-def token_of_ray() -> str | None:
-    """The token that Ray's clients show on this host, if there is one."""
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return path.read_text().strip() if path.exists() else None
-
-
 def reachable(listen: str, host: str) -> str:
     """The address under which others reach an exporter that listens on `listen` of node `host`."""
     return host if listen in ("0.0.0.0", "::", "") else listen
@@ -267,7 +284,15 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     allow_reuse_address = True
 
+    def server_bind(self) -> None:
+        """Without a look at the name server for the host's full name, which may take seconds and is used for nothing here."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+        self.setup_environ()
+
 
 class _Quiet(WSGIRequestHandler):
+    timeout = 10.0  # of a connection on which nothing comes
+
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -69,10 +69,13 @@ def busiest(reports: Sequence[StepReport]) -> float:
     return max((max(load) * len(load) / sum(load) for load in loads_of(reports).values() if sum(load)), default=1.0)
 
 
+SHOWN_RANKS = 32
+
+
 def timeline(step: int, reports: Sequence[StepReport]) -> dict[str, Any]:
     """What ranks did in a step: (rank, lane, start, end), seconds since each one's own begin, of all that took a thousandth of it."""
     seconds, found = max(report.seconds for report in reports), []
-    for report in reports:
+    for report in reports[:SHOWN_RANKS]:
         began = min((span.start for span in report.spans), default=0.0)
         found += [(span.rank, str(span.lane), round(span.start - began, 4), round(span.end - began, 4)) for span in report.spans
                   if span.end - span.start >= seconds / 1000]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from actors.messages import StepReport
+from actors.records import mean_figures
 from orchestrator.goodput import TimeAccount
-from orchestrator.schedule.spans import Figures
 
 
 class Spending:
@@ -27,8 +29,13 @@ class Spending:
     def step_lost(self) -> None:
         self._account.step_lost()
 
-    def step_done(self, mean: Figures, rank_seconds: float) -> dict[str, float]:
-        """Seconds of every kind since the step before. mean: figures over ranks; rank_seconds: of the slowest."""
-        spent = self._account.step_done(time.monotonic(), mean.compute_seconds, mean.exposed_communication_seconds,
-                                        mean.bubble_ratio * rank_seconds)
+    def redone(self, undone: Iterable[Mapping[str, Any]]) -> None:
+        """Steps of metrics.jsonl that will be done again."""
+        self._account.redone(sum(seconds for step in undone for seconds in step.get("spent", {}).values()))
+
+    def step_done(self, reports: Sequence[StepReport]) -> dict[str, float]:
+        """Seconds of every kind since the step before."""
+        mean = mean_figures(reports)
+        bubble = sum(report.figures.bubble_ratio * report.seconds for report in reports) / len(reports)
+        spent = self._account.step_done(time.monotonic(), mean.compute_seconds, mean.exposed_communication_seconds, bubble)
         return {kind: round(seconds, 6) for kind, seconds in spent.items()}

@@ -24,8 +24,9 @@ from actors.messages import (
     StepReport,
     StepRequest,
 )
-from actors.metrics import Exporter, RankMetrics, listening, reachable, wanted_token
+from actors.metrics import Exporter, RankMetrics, listening, reachable
 from actors.rank import Rank
+from actors.ray_token import wanted_token
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.schedule.actions import Program
@@ -54,7 +55,7 @@ class StageActor:
 
     def __init__(self, config: RunConfig):
         self._host = ray.util.get_node_ip_address()
-        self._listen = listening(config.telemetry.host, self._host, many_hosts(config))
+        self._listen = listening(config.telemetry.host, self._host, many_hosts(config))[:1]
         self._rank = Rank(config, self._host)
         self._metrics = RankMetrics()
         self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=wanted_token())

@@ -22,7 +22,8 @@ class EventFiles:
         self._folder, self._writer = folder, None
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "event" and values["event"] == "generation" and self._writer is None:
+        if kind == "event" and values["event"] in ("generation", "coordinator_restarted") and "seconds" not in values:
+            self.close()  # state came from storage, or another coordinator wrote before
             self._writer = SummaryWriter(self._folder, purge_step=values["step"])
         elif kind == "step" and self._writer is not None:
             for key, tag in _SCALARS.items():

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from actors.dealing import Batch
 from actors.formation import FORM_TIMEOUT_SECONDS, Formation
 from actors.messages import Apply, LossSums, Outcome, Start, StepReport
 from actors.ranks import RankFailed, Ranks
-from actors.records import generation_record, loads_of, losses_of, mean_figures, step_metrics, timeline
+from actors.records import SHOWN_RANKS, generation_record, loads_of, losses_of, step_metrics, timeline
 from actors.recovery import CannotGoOn, Recovery
 from actors.run_folder import RunFolder
 from actors.saving import Saver
@@ -96,8 +96,9 @@ class Trainer:
 
     def targets(self) -> list[tuple[Place, str]]:
         """host:port of the metrics of every rank that has any, with its place; from any thread."""
-        crew = self._formation.crew
-        found = ((place, crew.about.get(member, {}).get("target")) for place, member in zip(self.layout.places, crew.seated))
+        base, about = self._formation.base, self._formation.crew.about  # while seats change, those of the generation before
+        places = zip(base.layout.places, base.members, strict=True) if base else ()
+        found = ((place, about.get(member, {}).get("target")) for place, member in places)
         return [(place, target) for place, target in found if target]
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
@@ -218,13 +219,18 @@ class Trainer:
         found = checkpoint.complete(self._folder.checkpoints)
         if not found:
             self._formation.everywhere("initialise", timeout_seconds=FORM_TIMEOUT_SECONDS)
-            if lost := self._folder.trim(0):
+            if lost := self._trim(0):
                 self._event("started_over", reason="no checkpoint", steps_to_redo=lost)
             return 0
         step = self._restore(found[-1])
-        redone = self._folder.trim(step)
+        redone = self._trim(step)
         self._event("resumed", step=step, checkpoint=found[-1], steps_to_redo=redone)
         return step
+
+    def _trim(self, step: int) -> int:
+        """Steps from `step` on are to be done again; how many had been committed."""
+        self._spending.redone(values for values in self._folder.metric_lines() if values["step"] >= step)
+        return self._folder.trim(step)
 
     def _restore(self, directory: str) -> int:
         """Committed steps in that checkpoint. Raises CheckpointError."""
@@ -294,6 +300,8 @@ class Trainer:
         telemetry = self._config.telemetry
         traced, show = step in telemetry.trace_steps, time.monotonic() - self._shown_at >= telemetry.timeline_seconds
         requests = formation.dealer.requests(batch, self._pending, training=True, keep_spans=traced or show)
+        if not traced:  # the page has room for so many
+            requests[SHOWN_RANKS:] = [replace(request, keep_spans=False) for request in requests[SHOWN_RANKS:]]
         formation.teach(requests[0].microbatches, training=True)
         reports: list[StepReport] = formation.call("step", [(request,) for request in requests])
         self._pending = None
@@ -336,7 +344,7 @@ class Trainer:
     def _publish(self, step: int, batch: Batch, losses: dict[str, float], rate: float, reports: list[StepReport],
                  seconds: float) -> None:
         values = step_metrics(step, batch, losses, rate, reports, seconds, self._formation.generation, len(self.layout.nodes))
-        values["spent"] = self._spending.step_done(mean_figures(reports), values["rank_seconds"])
+        values["spent"] = self._spending.step_done(reports)
         values["mfu"] = self._utilisation(values["tokens_per_second"])
         self._folder.metrics(values)
         self._watch("step", values)

@@ -83,7 +83,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Data and checkpoints": (
         Panel("Tokens", "short", ((f"dualray_tokens_total{_RUN}", "trained"),)),
-        Panel("Waiting for data", "percentunit", ((f'rate(dualray_spent_seconds_total{{run=~"$run", on="data"}}[1m])', "share of time"),)),
+        Panel("Waiting for data", "percentunit", ((
+            f'sum(increase(dualray_spent_seconds_total{{run=~"$run", on="data"}}[1m])) / sum(increase(dualray_spent_seconds_total{_RUN}[1m]))',
+            "share of time"),)),
         Panel("Age of the newest checkpoint", "s", ((f"time() - dualray_checkpoint_timestamp_seconds{_RUN}", "age"),)),
     ),
     "Hardware": (
@@ -92,7 +94,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Memory", "bytes", ((f"dualray_rank_accelerator_memory_bytes{_RUN} or dualray_rank_process_resident_memory_bytes{_RUN}",
                                    "rank {{rank}}"),), "of tensors on accelerators; of processes where there are none"),
         Panel("CPU of rank processes", "none", ((f"rate(dualray_rank_process_cpu_seconds_total{_RUN}[1m])", "rank {{rank}}"),)),
-        Panel("Exporters that answer", "none", (('sum by (role) (up{job="dualray"})', "{{role}}"),)),
+        Panel("Exporters that answer", "none", (('sum by (role) (up{job="dualray", run=~"$run"})', "{{role}}"),)),
     ),
 }
 

@@ -7,10 +7,11 @@ import time
 import urllib.error
 import urllib.request
 from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any
 
 from actors import storage
-from actors.metrics import token_of_ray
+from actors.ray_token import token_of_ray
 
 LIVE = "live.json"
 _ANSWER_SECONDS = 3.0
@@ -24,9 +25,9 @@ def ask(folder: str) -> dict[str, Any] | None:
     try:
         url = f"http://{json.loads(storage.read_bytes(path))['address']}/status.json"
         found = _get(url)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
         return None
-    return found if found.get("run") == folder.rstrip("/").rpartition("/")[2] else None
+    return found if isinstance(found, dict) and found.get("run") == folder.rstrip("/").rpartition("/")[2] else None
 
 
 def _get(url: str) -> Any:

@@ -115,23 +115,25 @@ def _newest(options: Namespace) -> str:
 
 
 def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
-    """What the files say. `running`: whether a process on this machine holds the run; None where that cannot be seen."""
+    """What the files say. `running`: whether its coordinator answers, or a process of this host holds it; None where that cannot be
+    seen."""
     events = [audit.json_object(text) for text in _journal(folder, "events.jsonl")]
     metrics = [audit.json_object(text) for text in _journal(folder, audit.METRICS)[-1:]]
     committed = [audit.json_object(text) for text in _journal(folder, audit.LEDGER)[-1:]]
     newest = {event["event"]: event for event in events if "event" in event}
     saved = _saved_steps(folder)
+    answered = live.ask(folder)
     return {
-        "run": folder, "running": _held(folder), "steps_committed": committed[0]["step"] + 1 if committed else 0,
+        "run": folder, "running": _running(folder, answered), "steps_committed": committed[0]["step"] + 1 if committed else 0,
         "steps": config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
         "generation": newest.get("generation"), "validation": newest.get("validation"),
-        "last_event": events[-1] if events else None, "live": live.ask(folder),
+        "last_event": events[-1] if events else None, "live": answered,
     }
 
 
 def _lines(state: dict[str, Any]) -> list[str]:
     done, steps, running = state["steps_committed"], state["steps"], state["running"]
-    doing = "running" if running else "finished" if done >= steps else "not running" if running is False else "held by no lock"
+    doing = "running" if running else "finished" if done >= steps else "not running" if running is False else "its coordinator does not answer here"
     found = [f"run          {state['run']}: {doing}", f"steps        {done} of {steps} committed"]
     if newest := state["newest_step"]:
         ago = max(0.0, time.time() - newest.get("time", time.time()))
@@ -163,6 +165,14 @@ def _saved_steps(folder: str) -> list[int]:
     names = {entry.name: entry.uri for entry in storage.list_folder(root)}
     return sorted(int(match[1]) for name, uri in names.items()
                   if (match := _CHECKPOINT.fullmatch(name)) and storage.exists(storage.join(uri, "manifest.json")))
+
+
+def _running(folder: str, answered: dict[str, Any] | None) -> bool | None:
+    """A run that ended in order has left no address; one whose address does not answer was killed, or runs where we do not see it."""
+    if answered:
+        return True
+    held = _held(folder)
+    return None if held is False and storage.exists(storage.join(folder, live.LIVE)) else held
 
 
 def _held(folder: str) -> bool | None:

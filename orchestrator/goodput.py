@@ -1,7 +1,7 @@
 """Where a run's wall time goes, and how much of it trains.
 
 Time is attributed where it passes: at any moment a run does one thing. A committed step is taken apart by what its ranks measured.
-The step that a loss interrupted counts as recovery, for it is done again.
+The step that a loss interrupted counts as recovery, for it is done again; so do steps that a way back to a checkpoint undoes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class TimeAccount:
         """The step under way will be done again."""
         self._spent[RECOVERY] += self._spent[STEP]
         self._spent[STEP] = 0.0
+
+    def redone(self, seconds: float) -> None:
+        """So much time went to steps that will be done again, though it has been told as theirs."""
+        self._spent[RECOVERY] += seconds
 
     def step_done(self, now: float, compute: float, exposed: float, bubble: float) -> dict[str, float]:
         """Seconds of every kind since the last time, all together the wall time between. compute, exposed, bubble: of the step,

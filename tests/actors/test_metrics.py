@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -11,7 +13,8 @@ import pytest
 
 from actors.comm.traffic import Sent
 from actors.messages import LossSums, StepReport
-from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, json_route, listening, reachable, wanted_token
+from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, json_route, listening, reachable
+from actors.ray_token import NoToken, wanted_token
 from orchestrator.schedule.spans import Span, figures
 
 HOST = "127.0.0.1"
@@ -73,7 +76,7 @@ def test_the_run_tells_what_the_trainer_told_it(serve):
     metrics.observe("step", STEP | {"step": 8})
     metrics.observe("event", {"event": "validation", "step": 8, "loss": 4.25, "time": 1.0})
     metrics.observe("event", {"event": "checkpoint", "step": 8, "time": 1700.5})
-    metrics.observe("event", {"event": "generation", "time": 1.0})
+    metrics.observe("event", {"event": "generation", "time": 1.0, "nodes": 2})
     metrics.observe("load", {1: [3, 4]})
     found = series(read(exporter, "/metrics")[1])
     assert found["dualray_committed_step"] == 8 and found["dualray_loss"] == 4.5 and found["dualray_tokens_total"] == 1024
@@ -98,7 +101,10 @@ def test_who_is_slow_is_a_series_while_it_is(serve):
     assert shown() == {name: 9.5, 'dualray_slow_factor{lane="compute",node="a",peer="",rank="1"}': 2.0}
     metrics.observe("event", compute | {"event": "slow_over", "factor": 1.0})
     assert shown() == {name: 9.5}
-    metrics.observe("event", {"event": "generation", "time": 1.0})
+    metrics.observe("event", {"event": "placement", "time": 1.0})
+    assert shown() == {}
+    metrics.observe("event", slow)
+    metrics.observe("event", {"event": "generation", "time": 1.0, "nodes": 2})
     assert shown() == {}
 
 
@@ -148,6 +154,8 @@ def answer(exporter, path, method="GET", **headers):
 
 
 def test_nothing_can_be_changed_and_a_token_is_asked_for(serve):
+    rank = serve(RankMetrics(), token="secret")
+    assert answer(rank, "/") == answer(rank, "/metrics") == 401 and answer(rank, "/?token=secret") == 200
     open_to_all, guarded = serve(RunMetrics()), serve(RunMetrics(), routes={"/": lambda: ("text/html", b"page")}, token="secret")
     assert [answer(open_to_all, "/metrics", method) for method in ("GET", "POST", "PUT", "DELETE")] == [200, 405, 405, 405]
     assert answer(guarded, "/metrics") == answer(guarded, "/metrics", Authorization="Bearer other") == 401
@@ -166,6 +174,9 @@ def test_the_token_is_rays(monkeypatch, tmp_path):
     (tmp_path / "token").write_text("kept in a file\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     assert wanted_token() == "kept in a file"
+    (tmp_path / "token").unlink()
+    with pytest.raises(NoToken, match="^RAY_AUTH_MODE = token: "):
+        wanted_token()
 
 
 def test_exporters_listen_to_the_cluster_only_where_there_is_one():
@@ -197,12 +208,27 @@ def test_losses_and_recoveries_are_counted(serve):
         return [found[f"dualray_{name}"] for name in names]
 
     names = ("lost_ranks_total", "recoveries_total", "recovery_seconds", "moved_state_bytes_total", "waiting_for_nodes")
-    metrics.observe("event", {"event": "generation", "time": 1.0, "step": 0})
+    metrics.observe("event", {"event": "generation", "time": 1.0, "step": 0, "nodes": 2})
     assert shown(*names) == [0, 0, 0, 0, 0]
     metrics.observe("event", {"event": "lost", "members": ["a/0", "a/1"]})
     metrics.observe("event", {"event": "waiting", "reason": "1 of at least 2 nodes can be used"})
     assert shown(*names) == [2, 0, 0, 0, 1]
-    metrics.observe("event", {"event": "generation", "step": 3, "seconds": 0.75, "bytes": 4096})
+    metrics.observe("event", {"event": "generation", "step": 3, "seconds": 0.75, "bytes": 4096, "nodes": 1})
     metrics.observe("event", {"event": "lost", "members": ["b/0"]})
-    metrics.observe("event", {"event": "generation", "step": 5, "seconds": 0.5, "bytes": 1024})
+    metrics.observe("event", {"event": "generation", "step": 5, "seconds": 0.5, "bytes": 1024, "nodes": 1})
     assert shown(*names) == [3, 2, 0.5, 5120, 0]
+
+
+def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
+    metrics = RunMetrics()
+    alone, watched, heard = serve(metrics), serve(metrics), []
+    began = time.monotonic()
+    alone.last_words(60)
+    assert time.monotonic() - began < 5
+    read(watched, "/metrics")
+    metrics.ended()
+    waiting = threading.Thread(target=lambda: heard.append(watched.last_words(60)))
+    waiting.start()
+    while waiting.is_alive():  # a scrape before the thread waits is one of before
+        assert series(read(watched, "/metrics")[1])["dualray_ended"] == 1
+    assert heard and time.monotonic() - began < 30

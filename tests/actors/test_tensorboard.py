@@ -36,6 +36,6 @@ def test_a_run_that_goes_back_shows_each_step_once(tmp_path):
         files.observe("event", {"event": "generation", "step": begin})
         for number, loss in enumerate(losses, begin):
             files.observe("step", step(number, loss))
-        files.observe("event", {"event": "generation", "step": begin + len(losses)})  # of a loss: nothing is hidden
+        files.observe("event", {"event": "generation", "step": begin + len(losses), "seconds": 0.5})  # of a loss: nothing is hidden
         files.close()
     assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("loss/training")] == [(0, 5.0), (1, 4.5), (2, 3.5)]

@@ -48,7 +48,7 @@ def served(board):
     exporters = []
 
     def serve(token=None):
-        routes = {"/": lambda: ("text/html; charset=utf-8", PAGE.read_bytes()), "/status.json": json_route(board.state)}
+        routes = {"/": lambda: ("text/html; charset=utf-8", PAGE.read_bytes()), "/status.json": json_route(board.state), "/timeline.json": json_route(board.timeline)}
         exporters.append(Exporter(CollectorRegistry(), ("127.0.0.1",), 0, routes, token))
         return f"http://127.0.0.1:{exporters[-1].port}/"
 
@@ -72,7 +72,7 @@ def test_all_of_a_run_is_shown_and_fits(browser, served, width, tmp_path):
     assert browser.value("document.querySelectorAll('.node:not(.gone) .rank').length") == 4
     assert "2.5× slow" in browser.value("document.querySelector('.rank.slow').textContent")
     assert "gone: lost" in browser.value("document.querySelector('.node.gone').textContent")
-    assert browser.value("document.querySelectorAll('#timeline rect').length") == 8
+    assert browser.until("document.querySelectorAll('#timeline rect').length") == 8
     assert browser.value("document.querySelectorAll('#loss polyline, #speed polyline').length") == 2
     assert browser.value("document.querySelectorAll('#events li').length") == 5
     assert browser.value("document.documentElement.scrollWidth") <= width
@@ -91,6 +91,13 @@ def test_it_follows_the_run_and_says_when_nobody_answers(browser, served, board)
     browser.until("document.getElementById('state').textContent === 'done'")
     served.end()
     browser.until("document.getElementById('state').textContent.startsWith('the run does not answer')")
+
+
+def test_a_loss_that_is_no_number_breaks_nothing(browser, served, board):
+    board.observe("event", {"event": "validation", "time": time.time(), "step": 55, "loss": float("nan")})
+    browser.open(served(), 1280)
+    browser.until("document.getElementById('state').textContent === 'training'")
+    assert "validation –" in " | ".join(browser.value(NAMES))
 
 
 def test_a_stalled_run_does_not_look_well(browser, served, board):

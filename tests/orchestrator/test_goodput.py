@@ -45,6 +45,14 @@ def test_a_step_that_is_done_again_is_recovery():
     assert goodput(found) == pytest.approx(1 / 3)
 
 
+def test_steps_that_a_checkpoint_takes_back_were_not_useful():
+    account = TimeAccount(0.0)
+    account.redone(5.0)
+    account.enter(STEP, 1.0)
+    found = account.step_done(3.0, compute=2.0, exposed=0.0, bubble=0.0)
+    assert (found[RECOVERY], found[USEFUL]) == (6.0, 2.0)
+
+
 @given(st.lists(st.tuples(st.sampled_from((STEP, *KINDS)), st.floats(0, 100), st.booleans())), st.floats(0, 50), st.floats(0, 50))
 def test_no_second_is_lost_or_counted_twice(passed, compute, exposed):
     now, account = 0.0, TimeAccount(0.0)
