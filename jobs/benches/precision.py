@@ -38,13 +38,13 @@ BAR, SMOOTHING, NEAR_THE_END = 0.0025, 0.9, 0.1
 class Settings(Section):
     """What `--option KEY=VALUE` sets."""
 
-    steps: int = Field(400, ge=4)
-    sequences: int = Field(16, ge=1, description="of a step")
+    steps: int = Field(200, ge=4)
+    sequences: int = Field(64, ge=1, description="of a step")
     ablations: bool = Field(True, description="train with them too; their products are measured in any case")
-    ablation_steps: int = Field(120, ge=4, description="of those that are emulated slowly, sums of 14 bits")
+    ablation_steps: int = Field(60, ge=4, description="of those that are emulated slowly, sums of 14 bits")
     tokens: int = Field(4096, ge=128, description="rows of the products, and so terms of a weight gradient's sums")
     inputs: int = Field(4096, ge=128, description="terms of the other sums")
-    learning_rate: Real = Field(1e-3, gt=0)
+    learning_rate: Real = Field(5e-4, gt=0)
     picture: str | None = Field(None, description="a PNG: losses, and relative errors")
 
 
@@ -72,7 +72,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
 def _base(config: RunConfig, settings: Settings, data: str) -> RunConfig:
     return parse(config.model_dump(), [
         f"data.path={data}", f"training.steps={settings.steps}", f"training.batch_sequences={settings.sequences}",
-        "training.microbatch_sequences=8", "training.validate_every=0", "training.validation_sequences=0", "checkpoint.every=0",
+        "training.microbatch_sequences=8", "training.validate_every=0", "training.validation_sequences=0", "checkpoint.every=0", "elastic.silence_seconds=600",
         "training.dtype=bfloat16", "layout.pipeline=1", "layout.expert=1", "layout.data=1", "topology.virtual_nodes=1",
         "topology.ranks_per_node=1", f"optimizer.learning_rate={settings.learning_rate}",
         f"optimizer.final_learning_rate={settings.learning_rate / 10}"])
