@@ -29,7 +29,8 @@ from orchestrator.refusal import ConfigError
 
 FLOAT8 = tuple(f"precision.{kind}=fp8" for kind in PRODUCTS)
 BF16, OTHER, FP8 = "bf16", "bf16, another layout", "fp8"
-ABLATIONS = {"fp8, one scale a tensor": "precision.scales=tensor", "fp8, sums of 14 bits": "precision.accumulation=14bit",
+FEW_BITS = "fp8, sums of 14 bits"
+ABLATIONS = {"fp8, one scale a tensor": "precision.scales=tensor", FEW_BITS: "precision.accumulation=14bit",
              "fp8, gradients in e5m2": "precision.gradients=e5m2"}
 BAR, SMOOTHING, NEAR_THE_END = 0.0025, 0.9, 0.1
 
@@ -37,13 +38,13 @@ BAR, SMOOTHING, NEAR_THE_END = 0.0025, 0.9, 0.1
 class Settings(Section):
     """What `--option KEY=VALUE` sets."""
 
-    steps: int = Field(400, ge=4)
-    sequences: int = Field(16, ge=1, description="of a step")
+    steps: int = Field(200, ge=4)
+    sequences: int = Field(64, ge=1, description="of a step")
     ablations: bool = Field(True, description="train with them too; their products are measured in any case")
-    ablation_steps: int = Field(120, ge=4, description="of those that are emulated slowly, sums of 14 bits")
+    ablation_steps: int = Field(60, ge=4, description="of those that are emulated slowly, sums of 14 bits")
     tokens: int = Field(4096, ge=128, description="rows of the products, and so terms of a weight gradient's sums")
     inputs: int = Field(4096, ge=128, description="terms of the other sums")
-    learning_rate: Real = Field(1e-3, gt=0)
+    learning_rate: Real = Field(5e-4, gt=0)
     picture: str | None = Field(None, description="a PNG: losses, and relative errors")
 
 
@@ -71,7 +72,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
 def _base(config: RunConfig, settings: Settings, data: str) -> RunConfig:
     return parse(config.model_dump(), [
         f"data.path={data}", f"training.steps={settings.steps}", f"training.batch_sequences={settings.sequences}",
-        "training.microbatch_sequences=8", "training.validate_every=0", "training.validation_sequences=0", "checkpoint.every=0",
+        "training.microbatch_sequences=8", "training.validate_every=0", "training.validation_sequences=0", "checkpoint.every=0", "elastic.silence_seconds=600",
         "training.dtype=bfloat16", "layout.pipeline=1", "layout.expert=1", "layout.data=1", "topology.virtual_nodes=1",
         "topology.ranks_per_node=1", f"optimizer.learning_rate={settings.learning_rate}",
         f"optimizer.final_learning_rate={settings.learning_rate / 10}"])
@@ -96,7 +97,7 @@ def _all(base: RunConfig, settings: Settings) -> tuple[dict[str, list[float]], d
     with ProcessPoolExecutor(len(cores), context, initializer=_on_a_core, initargs=(left,)) as pool:
         waiting: dict[str, Future] = {}
         for name, overrides in ways(settings).items():
-            steps = min(settings.steps, settings.ablation_steps) if "14 bits" in name else settings.steps
+            steps = min(settings.steps, settings.ablation_steps) if name == FEW_BITS else settings.steps
             waiting[name] = pool.submit(trained, parse(base.model_dump(), list(overrides)), steps)
         found = {}
         for name, future in waiting.items():
@@ -140,7 +141,10 @@ def verdicts(against: dict[str, dict[str, float]], products: dict[str, dict[str,
     published = products["published"]
     for name, found in products.items():
         if name != "published":
-            checks[f"{name}: products are worse than as published"] = any(found[key] > published[key] for key in published)
+            checks[f"{name}: its weight gradient is further off than as published"] = found["dw"] > published["dw"]
+    few = products[FEW_BITS]
+    checks[f"{FEW_BITS}: sums are 100 times further off"] = all(few[f"sums of {key}"] > 100 * published[f"sums of {key}"]
+                                                                 for key in ("y", "dx", "dw"))
     return checks
 
 

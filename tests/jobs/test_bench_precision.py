@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobs.benches import precision
-from jobs.benches.precision import BF16, FP8, Settings, errors, settled, smoothed, verdicts
+from jobs.benches.precision import BF16, FEW_BITS, FP8, Settings, errors, settled, smoothed, verdicts
 from jobs.benches.precision_products import measure
 from orchestrator.config import load, parse
 from tests.cluster import REPOSITORY
@@ -25,13 +25,15 @@ def test_a_loss_that_goes_on_falling_is_not_settled():
     assert settled([4.0, 2.0] + [1.0] * 100) < 0.4 and settled([1 / (1 + step) for step in range(100)]) > 0.75
 
 
-def judged(smooth=0.001, **products):
-    published = {"y": 0.01, "dx": 0.01, "dw": 0.01}
-    return verdicts({FP8: {"largest_smoothed": smooth}}, {"published": published, "coarse": published | products})
+def judged(smooth=0.001, sums=1e-3, **products):
+    published = {"y": 0.01, "dx": 0.01, "dw": 0.01, "sums of y": 1e-7, "sums of dx": 1e-7, "sums of dw": 1e-7}
+    coarse = published | {"sums of y": 1e-3, "sums of dx": 1e-3, "sums of dw": sums} | products
+    return verdicts({FP8: {"largest_smoothed": smooth}}, {"published": published, FEW_BITS: coarse})
 
 
-@pytest.mark.parametrize("changes, held", [({"dw": 0.02}, [True, True]), ({}, [True, False]),
-                                           ({"dw": 0.02, "smooth": 0.003}, [False, True])])
+@pytest.mark.parametrize("changes, held", [
+    ({"dw": 0.02}, [True, True, True]), ({}, [True, False, True]), ({"dw": 0.02, "smooth": 0.003}, [False, True, True]),
+    ({"dw": 0.02, "sums": 5e-6}, [True, True, False])])
 def test_bars(changes, held):
     assert list(judged(**changes).values()) == held
 
@@ -40,9 +42,9 @@ def test_coarser_ways_have_larger_errors():
     ways = {option: parse({}, [*precision.FLOAT8, option]).precision for option in precision.ABLATIONS.values()}
     found = measure(1024, 1024, ways)
     published = found.pop("published")
-    assert all(1e-3 < error < 0.1 for error in published.values())
+    assert all(1e-3 < published[key] < 0.1 and published[f"sums of {key}"] < 1e-6 for key in ("y", "dx", "dw"))
     assert found["precision.scales=tensor"]["dw"] > published["dw"]
-    assert found["precision.accumulation=14bit"]["y"] > published["y"]
+    assert found["precision.accumulation=14bit"]["sums of dw"] > 1000 * published["sums of dw"]
     assert found["precision.gradients=e5m2"]["dx"] > 1.5 * published["dx"]
 
 
