@@ -7,6 +7,7 @@ import hmac
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -45,7 +46,7 @@ class Exporter:
     def __init__(self, registry: CollectorRegistry, hosts: Sequence[str], port: int | str, routes: Mapping[str, Route] | None = None,
                  token: str | None = None):
         self._metrics, self._routes, self._token = make_wsgi_app(registry), dict(routes or {}), token
-        self._scraped = threading.Event()
+        self._scraped, self._last_scrape, self._interval = threading.Event(), None, None
         self._servers = self._bound(hosts, port)
         self.port = self._servers[0].server_port
         for server in self._servers:
@@ -57,10 +58,18 @@ class Exporter:
             server.server_close()
 
     def last_words(self, seconds: float) -> None:
-        """Return once the metrics of this moment have been scraped, at the latest after `seconds`; at once where nobody ever did."""
-        if self._scraped.is_set():
-            self._scraped.clear()
-            self._scraped.wait(seconds)
+        """Return once the metrics of this moment have been scraped, at the latest after `seconds`; at once where nobody scrapes
+        regularly, or that scrape is overdue."""
+        self._scraped.clear()
+        if self._interval is not None and (since := time.monotonic() - self._last_scrape) < 2 * self._interval:
+            self._scraped.wait(min(seconds, 2 * self._interval - since))
+
+    def _note_scrape(self) -> None:
+        now = time.monotonic()
+        if self._last_scrape is not None:
+            self._interval = now - self._last_scrape
+        self._last_scrape = now
+        self._scraped.set()
 
     def _bound(self, hosts: Sequence[str], port: int | str) -> list[WSGIServer]:
         """A server for each host, all at one port."""
@@ -89,7 +98,7 @@ class Exporter:
         if self._token and not (path == "/" and route) and not self._shown(environ):
             return _plain(start_response, "401 Unauthorized", "Ray's token is wanted: Authorization: Bearer TOKEN, or ?token=TOKEN")
         if route is None:
-            self._scraped.set()
+            self._note_scrape()
             return self._metrics(environ, start_response)
         kind, body = route()
         start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")])

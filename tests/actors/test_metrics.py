@@ -225,6 +225,10 @@ def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
     began = time.monotonic()
     alone.last_words(60)
     assert time.monotonic() - began < 5
+    read(alone, "/metrics")  # somebody looked once
+    alone.last_words(60)
+    assert time.monotonic() - began < 5
+    read(watched, "/metrics")
     read(watched, "/metrics")
     metrics.ended()
     waiting = threading.Thread(target=lambda: heard.append(watched.last_words(60)))
