@@ -230,9 +230,12 @@ def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
     assert time.monotonic() - began < 5
     read(watched, "/metrics")
     read(watched, "/metrics")
+    watched._interval = 20.0  # as if the second had come so much later
     metrics.ended()
     waiting = threading.Thread(target=lambda: heard.append(watched.last_words(60)))
     waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive() and not heard
     while waiting.is_alive():  # a scrape before the thread waits is one of before
         assert series(read(watched, "/metrics")[1])["dualray_ended"] == 1
     assert heard and time.monotonic() - began < 30
