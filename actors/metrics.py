@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics, make_wsgi_app
 
 from actors.messages import StepReport
 from orchestrator.goodput import KINDS
@@ -32,6 +32,8 @@ class PortInUse(RuntimeError):
     """The exporter's address cannot be bound. `str()` is one line."""
 
 
+disable_created_metrics()  # a series more for each counter, when it began to count: nobody asks, and ranks would pay
+
 Route = Callable[[], tuple[str, bytes]]
 """A page: its content type, and its content."""
 
@@ -45,7 +47,7 @@ class Exporter:
 
     def __init__(self, registry: CollectorRegistry, hosts: Sequence[str], port: int | str, routes: Mapping[str, Route] | None = None,
                  token: str | None = None):
-        self._metrics, self._routes, self._token = make_wsgi_app(registry), dict(routes or {}), token
+        self._metrics, self._routes, self._token = make_wsgi_app(registry, disable_compression=True), dict(routes or {}), token
         self._scraped, self._last_scrape, self._interval = threading.Event(), None, None
         self._servers = self._bound(hosts, port)
         self.port = self._servers[0].server_port

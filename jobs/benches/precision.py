@@ -154,15 +154,18 @@ def _draw(path: str, losses: dict[str, list[float]], warm: int) -> None:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    limit = 200 * BAR
     for name, found in losses.items():
         left.plot(smoothed(found), label=name, linewidth=1)
         if name != BF16:
             pairs = zip(smoothed(found), smoothed(losses[BF16]))
-            right.plot([100 * (one / other - 1) for one, other in pairs][warm:], label=name, linewidth=1)
+            shown = [100 * (one / other - 1) for one, other in pairs][warm:]
+            right.plot(shown, label=name, linewidth=1)
+            limit = max(limit, 1.1 * max(map(abs, shown), default=0.0))
     for level in (-100 * BAR, 100 * BAR):
         right.axhline(level, color="black", linewidth=0.6, linestyle=":")
     left.set(title="loss, smoothed", xlabel="step", ylabel="nats a token")
-    right.set(title="relative to bf16", xlabel=f"step after warm-up ({warm})", ylabel="%", ylim=(-2, 2))
+    right.set(title="relative to bf16", xlabel=f"step after warm-up ({warm})", ylabel="%", ylim=(-limit, limit))
     left.legend(fontsize=7)
     try:
         figure.savefig(Path(path), dpi=120)

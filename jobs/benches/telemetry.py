@@ -44,8 +44,8 @@ class Settings(Section):
     nodes: int = Field(4, ge=1)
     ranks: int = Field(4, ge=1, description="of a node")
     interval: Real = Field(1.0, gt=0, description="seconds between two scrapes of the same exporter")
-    milliseconds: Real = Field(10.0, gt=0, description="of each compute segment of a layer, for a sequence")
-    seconds: Real = Field(15.0, gt=0, description="of a stretch")
+    milliseconds: Real = Field(30.0, gt=0, description="of each compute segment of a layer, for a sequence")
+    seconds: Real = Field(18.0, gt=0, description="of a stretch")
     pairs: int = Field(8, ge=2, description="of stretches, with and without")
 
 
