@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from actors import checkpoint
-from tests.cluster import BIN, REPOSITORY, eventually, free_port
+from tests.cluster import eventually, free_port
 from tests.jobs.conftest import LARGE
 
 
