@@ -94,7 +94,8 @@ class Coordinator:
             if self._event_files:
                 self._event_files.close()
             self._metrics.ended()
-            self._exporter.last_words(_LAST_WORDS_SECONDS)
+            if not self._stop_requested:  # who stops a run may give it seconds only, and those are for the save
+                self._exporter.last_words(_LAST_WORDS_SECONDS)
 
     @ray.method(concurrency_group="control")
     def admit(self, member: Member, actor: Any) -> None:
@@ -105,6 +106,7 @@ class Coordinator:
     def stop(self) -> None:
         """Save and end after the step under way."""
         self._stop_requested = True
+        self._metrics.ended()
         if self._trainer is not None:
             self._trainer.stop()
 

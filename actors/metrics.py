@@ -206,7 +206,7 @@ class RunMetrics:
         for kind in KINDS:
             self._spent.labels(kind)
         self._utilisation: Gauge | None = None
-        self._ended = Gauge("dualray_ended", "1 once the run has ended, however it did", registry=self.registry)
+        self._ended = Gauge("dualray_ended", "1 once the run has ended, however it did, or is being stopped", registry=self.registry)
         self._failures = Counter("dualray_failures", "Times that ranks were lost; all that were lost at once count as one",
                                  registry=self.registry)
         self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
