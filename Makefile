@@ -9,20 +9,23 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 train: setup
 	$(VENV)/bin/python -m jobs.train --config jobs/configs/tiny.yaml $(ARGS)
 
-# What decides is tested on every core, then what acts, one test after another: it needs the whole machine.
+# What needs neither a cluster nor rank processes is tested on every core; then the rest, one test after another: it needs the
+# whole machine.
+ALONE := tests/orchestrator tests/dashboards tests/actors/model tests/jobs/test_plan.py
+
 test: setup
 ifdef ARGS
 	$(VENV)/bin/python -m pytest $(ARGS)
 else
 	failed=0; \
-	$(VENV)/bin/python -m pytest -n auto tests/orchestrator || failed=1; \
-	$(VENV)/bin/python -m pytest --ignore tests/orchestrator || failed=1; \
+	$(VENV)/bin/python -m pytest -n auto $(ALONE) || failed=1; \
+	$(VENV)/bin/python -m pytest $(addprefix --ignore ,$(ALONE)) || failed=1; \
 	exit $$failed
 endif
 

@@ -20,6 +20,7 @@ import actors.checkpoint
 from actors.processes import ProcessRanks
 from actors.run_folder import RunFolder
 from orchestrator.config import RunConfig
+from orchestrator.layout import Layout
 from orchestrator.schedule.actions import Kind
 from orchestrator.topology import Node
 
@@ -189,6 +190,8 @@ def whole(run: Run, ranks: int) -> None:
 
 
 STEPS = "training.steps=9"
+SHALLOW = "model.num_hidden_layers=2"
+"""What befalls a step does not depend on how deep the model is, but time does."""
 QUICK = ("elastic.cool_down_seconds=0.2", "elastic.beat_seconds=0.1")
 FROZEN = ("elastic.silence_seconds=1.5",)
 
@@ -210,12 +213,15 @@ class Stage:
 
     def run(self, name: str, *overrides: str, before: Mapping[int, Callable[[], Any]] | None = None, run: Run | None = None,
             watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None, folder: Folder | None = None) -> Run:
-        config, layout = configured(name, *overrides)
+        config, layout = self.configured(name, *overrides)
         self.company.heal(layout.size)
         found = train(self.company, folder or self.folder(), config, layout, before=before, run=run, watch=watch)
         self.aborts += found.told("aborted")
         self.layouts += found.told("layout")
         return found
+
+    def configured(self, name: str, *overrides: str) -> tuple[RunConfig, Layout]:
+        return configured(name, *(() if name == "PP4" else (SHALLOW,)), *overrides)
 
     def folder(self) -> Folder:
         self._count += 1
@@ -225,7 +231,7 @@ class Stage:
                     **options: Any) -> Run:
         """A run on which these fall. Right before the steps `regrown` all ranks of the first layout are waited for."""
         run, folder = Run(), self.folder()
-        size = configured(name, *overrides)[1].size
+        size = self.configured(name, *overrides)[1].size
 
         def before(step: int) -> Callable[[], None]:
             def act() -> None:
@@ -245,7 +251,7 @@ class Stage:
         if key not in self._references:
             run = self.run(*key)
             assert run.error is None
-            self._references[key] = Reference(exactly(run.losses), state(self.company, configured(*key)[1]))
+            self._references[key] = Reference(exactly(run.losses), state(self.company, self.configured(*key)[1]))
         return self._references[key]
 
     def check(self, run: Run, name: str, *overrides: str, redone: int = 1) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -54,6 +56,28 @@ def settings(tmp_path, corpus):
 
     write.runs = tmp_path / "runs"
     return write
+
+
+@pytest.fixture
+def bench(capsys, monkeypatch):
+    """`python -m jobs.bench` in this process: (exit code, standard output, standard error)."""
+    from jobs import bench, cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets: it is to end with the test
+        monkeypatch.setattr(sys, "argv", ["jobs.bench", *arguments])
+        return cli.run(bench.main), *capsys.readouterr()
+
+    return run
+
+
+def refused(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    """Exit code, one line on standard error, nothing like a traceback."""
+    assert done.returncode == code, (done.stdout[-2000:], done.stderr[-2000:])
+    told = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(told) == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert all(word in told[0] for word in words), told
 
 
 LARGE = {"model__moe_intermediate_size": 1024, "training__steps": 14, "training__validation_sequences": 0}

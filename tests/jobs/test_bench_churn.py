@@ -47,6 +47,7 @@ def test_shares_of_time_and_the_curve():
     assert found["curve"]["steps"] == 5 and found["curve"]["largest_relative_difference"] == pytest.approx(1e-6)
 
 
+@pytest.mark.long
 def test_a_short_churn(config):
     """Two changes, five seconds apart, of a run on six processes."""
     settings = churn.Settings(seconds=11, every=5, nodes=3, sequences=6, milliseconds=5, seed=1, silence_seconds=2.0, curve_steps=12,

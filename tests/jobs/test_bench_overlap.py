@@ -302,11 +302,9 @@ def test_without_overlap_communication_is_predicted_in_full():
     (["milliseconds=[1.0]"], "milliseconds = [1.0]: a number above 0 for each of 3 shapes"),
     (["milliseconds=[5, 5, 0]"], "milliseconds = [5.0, 5.0, 0.0]: a number above 0 for each of 3 shapes"),
 ])
-def test_options_are_refused_in_one_line(arguments, line):
-    options = [word for text in arguments for word in ("--option", text)]
-    done = subprocess.run([sys.executable, "-m", "jobs.bench", "overlap", *options], cwd=REPOSITORY, capture_output=True,
-                          text=True, timeout=60, check=False)
-    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1 and not done.stdout
+def test_options_are_refused_in_one_line(bench, arguments, line):
+    code, out, err = bench("overlap", *(word for text in arguments for word in ("--option", text)))
+    assert code == 2 and err.startswith(line) and err.count("\n") == 1 and not out
 
 
 def test_without_root_it_is_refused(monkeypatch):

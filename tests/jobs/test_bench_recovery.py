@@ -105,6 +105,7 @@ def test_the_picture_is_a_png():
     assert picture(steps, STORY, steps).startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_killed_node_on_real_raylets(corpus):
     """One run of the real system, a node with all that runs on it killed, and its way back; the bars are for whole runs."""
     config = load(f"{REPOSITORY}/jobs/configs/tiny.yaml", [f"data.path={corpus}", "data.sequence_length=32"])

@@ -127,7 +127,6 @@ def test_an_other_gate_is_seen(monkeypatch):
 
 @pytest.mark.parametrize("option, line", [
     ("nodes=3", "nodes = 3: "), ("limits=[9]", "limits = 9: 1 to 8 expert groups"), ("hops=2", "hops = 2: ")])
-def test_options_are_refused_in_one_line(option, line):
-    done = subprocess.run([sys.executable, "-m", "jobs.bench", "routing", "--option", option], cwd=REPOSITORY,
-                          capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1 and not done.stdout
+def test_options_are_refused_in_one_line(bench, option, line):
+    code, out, err = bench("routing", "--option", option)
+    assert code == 2 and err.startswith(line) and err.count("\n") == 1 and not out

@@ -98,7 +98,6 @@ def test_verdicts(medians, missed):
     (["schedule", "--option", "searched=[w]"], "searched = w: a placement (both, v, loop)"),
     (["parity", "--option", "repeats=3"], "--option = repeats=3: nothing: parity has no options"),
 ])
-def test_options_are_refused_in_one_line(arguments, line):
-    done = subprocess.run([sys.executable, "-m", "jobs.bench", *arguments], cwd=REPOSITORY, capture_output=True, text=True,
-                          timeout=60, check=False)
-    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1 and not done.stdout
+def test_options_are_refused_in_one_line(bench, arguments, line):
+    code, out, err = bench(*arguments)
+    assert code == 2 and err.startswith(line) and err.count("\n") == 1 and not out

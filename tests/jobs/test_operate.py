@@ -16,6 +16,7 @@ from tests.cluster import BIN, REPOSITORY, eventually
 from tests.cluster.browser import Browser
 from tests.cluster.monitoring import prometheus
 from tests.dashboards.build import build
+from tests.jobs.conftest import refused
 
 NODES = {"layout__pipeline": 1, "layout__expert": "auto", "layout__data": "auto", "topology__virtual_nodes": 0,
          "topology__ranks_per_node": "auto"}
@@ -71,7 +72,7 @@ def test_submitted_watched_hit_and_stopped(cluster, settings, raylets, tmp_path)
         except AssertionError as error:
             raise AssertionError(job(cluster, "logs", "operated").stdout[-3000:]) from error
         address = json.loads((folder / "live.json").read_text())["address"]
-        _a_second_run_does_not_collide(cluster, settings, address)
+        _a_second_run_does_not_collide(cluster, settings, command, address)
         eventually(lambda: len(watching.targets("dualray")) == 4, 30, "the coordinator and three ranks are scraped")
         eventually(lambda: len(watching.targets("ray")) >= 4, 60, "Ray's own metrics of every node are scraped")
         for query in build.expressions():
@@ -106,12 +107,17 @@ def test_submitted_watched_hit_and_stopped(cluster, settings, raylets, tmp_path)
     assert "pid=" not in told and "Traceback" not in told, told  # nothing comes twice, through Ray and by itself
 
 
-def _a_second_run_does_not_collide(cluster, settings, address: str) -> None:
+def _a_second_run_does_not_collide(cluster, settings, command: list[str], address: str) -> None:
+    """One of the same name, or with the same port, is refused."""
+    port = address.rpartition(":")[2]
+    in_use, twice = cluster.run_all([*settings("other"), "--set", f"telemetry.port={port}"], command)
+    refused(in_use, 1, f"telemetry.port = {port}", "0 takes any free port")
+    refused(twice, 1, str(settings.runs / "operated"), "another run with this name is under way")
     done = submit(cluster, settings("beside"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "step 6/6" in done.stdout and len(lines(settings.runs / "beside" / "metrics.jsonl")) == 6
     other = re.search(r"targets http://([0-9.:]+)/", done.stdout)[1]
-    assert int(other.rpartition(":")[2]) == int(address.rpartition(":")[2]) + 1
+    assert int(other.rpartition(":")[2]) == int(port) + 1
 
 
 def _the_page_shows_it(address: str, folder: Path) -> None:

@@ -32,16 +32,18 @@ def test_a_run_through_a_loss_is_repeated_bit_for_bit(cluster, settings):
     assert {len(line["layout"]["cells"][0]) for line in recorded if "layout" in line} == {1, 2}  # PP2, and what one rank can do
 
     ledger = settings.runs / "first" / "ledger.jsonl"
-    done = cluster.run(*settings("again", **steps), "--replay", str(ledger))
+    recorded[5]["loss"] = math.nextafter(recorded[5]["loss"], 100.0)
+    changed = settings.runs / "changed.jsonl"
+    changed.write_text("".join(json.dumps(line) + "\n" for line in recorded))
+    recorded = lines(ledger)
+    done, other = cluster.run_all([*settings("again", **steps), "--replay", str(ledger)],
+                                  [*settings("other", **steps), "--replay", str(changed)])
     assert done.returncode == 0, done.stderr
     again = lines(settings.runs / "again" / "ledger.jsonl")
     assert [line["loss"] for line in again] == [line["loss"] for line in recorded]
     assert [line["digest"] for line in again] == [line["digest"] for line in recorded]
     assert [line["layout"] for line in again if "layout" in line] == [line["layout"] for line in recorded if "layout" in line]
 
-    recorded[5]["loss"] = math.nextafter(recorded[5]["loss"], 100.0)
-    ledger.write_text("".join(json.dumps(line) + "\n" for line in recorded))
-    other = cluster.run(*settings("other", **steps), "--replay", str(ledger))
     assert other.returncode == 1 and other.stderr.startswith("step 5: loss "), other.stderr
     assert len(lines(settings.runs / "other" / "ledger.jsonl")) == 5
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import yaml
 
 from actors import checkpoint
 from tests.cluster import eventually, free_port
-from tests.jobs.conftest import LARGE
+from tests.jobs.conftest import LARGE, refused
 
 
 def lines(path: Path) -> list[dict]:
@@ -30,15 +29,6 @@ def losses(folder: Path) -> dict[int, float]:
 def parameters(folder: Path) -> dict[str, bytes]:
     newest = checkpoint.complete(f"{folder}/checkpoints")[-1]
     return {name: value.tobytes() for name, value in checkpoint.read_parameters(newest).items()}
-
-
-def refused(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
-    """Exit code, one line on standard error, nothing like a traceback."""
-    assert done.returncode == code, (done.stdout[-2000:], done.stderr[-2000:])
-    told = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(told) == 1, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert all(word in told[0] for word in words), told
 
 
 def test_a_run_leaves_what_the_contract_says(cluster, settings):
@@ -63,20 +53,6 @@ def test_a_run_leaves_what_the_contract_says(cluster, settings):
     for words in ("validation", "unigram", "bigram", "trigram", "tokens/s", "step 6/6"):
         assert words in done.stdout, done.stdout
     eventually(lambda: not cluster.actors(), 20, "no actor is left")
-
-
-def test_other_schedules_train(cluster, settings):
-    """Their curves are one, that of their validation too."""
-    found, kinds = {}, ("zbv", "gpipe")
-    ended = cluster.run_all(*([*settings(kind, model__num_hidden_layers=4, training__steps=3, checkpoint__every=0), "--set",
-                               f"schedule.kind={kind}"] for kind in kinds))
-    for kind, done in zip(kinds, ended):
-        assert done.returncode == 0, done.stderr
-        assert f"schedule     {kind}" in done.stdout and "step 3/3" in done.stdout
-        events = lines(settings.runs / kind / "events.jsonl")
-        found[kind] = [*losses(settings.runs / kind).values(), *(e["loss"] for e in events if e["event"] == "validation")]
-        assert json.loads((settings.runs / kind / "ledger.jsonl").read_text().splitlines()[0])["schedule"]["kind"] == kind
-    assert all(len(values) == 4 and values == pytest.approx(found["gpipe"], rel=1e-9) for values in found.values()), found
 
 
 def test_twice_the_same_run_is_the_same_bit_for_bit_and_resumes_bit_for_bit(cluster, settings, undisturbed):
@@ -131,36 +107,6 @@ def test_killed_in_the_middle_of_a_checkpoint_it_continues_from_the_last_good_on
     assert parameters(folder) == parameters(undisturbed)
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == [Path(path).name for path in checkpoint.complete(f"{folder}/checkpoints")] and len(left) == 2
-
-
-def test_exporters_answer_while_it_trains(cluster, settings):
-    process = cluster.start(*settings(training__steps=10_000, checkpoint__every=0, training__validate_every=0))
-    out = []
-    try:
-        while "targets" not in (line := process.stdout.readline()):
-            assert line, process.stderr.read()
-            out.append(line)
-        base = re.search(r"http://[0-9.:]+", line)[0]
-        metrics = settings.runs / "run" / "metrics.jsonl"
-        eventually(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, 90, "two steps")
-        targets = json.loads(urllib.request.urlopen(f"{base}/targets", timeout=5).read())
-        assert [t["labels"]["role"] for t in targets] == ["coordinator", "rank", "rank"]
-        pages = [urllib.request.urlopen(f"http://{t['targets'][0]}/metrics", timeout=5).read().decode() for t in targets]
-        for name in ("dualray_loss", "dualray_tokens_total", "dualray_overlap_ratio", "dualray_committed_step"):
-            assert re.search(rf"^{name} [0-9.e+-]+$", pages[0], re.M), pages[0]
-        assert all(re.search(r"^dualray_rank_step [1-9]", page, re.M) for page in pages[1:])
-        occupied = base.rpartition(":")[2]
-        in_use, twice = cluster.run_all([*settings("other"), "--set", f"telemetry.port={occupied}"], settings())
-        refused(in_use, 1, f"telemetry.port = {occupied}", "0 takes any free port")
-        refused(twice, 1, str(settings.runs / "run"), "another run with this name is under way")
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        assert process.returncode == 130
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    eventually(lambda: not cluster.actors(), 20, "no actor is left")
 
 
 def test_dry_run_starts_no_actor(cluster, settings):
