@@ -15,8 +15,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.ranks import News
-from orchestrator.config import RunConfig
-from orchestrator.topology import Node
+from orchestrator.config import RunConfig, TopologySection
+from orchestrator.topology import Node, selects
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,14 @@ WATCH_SECONDS = 0.25
 
 def nodes(config: RunConfig) -> tuple[Node, ...]:
     """The nodes that Ray has for a run, each with its ranks, by name."""
-    return _offered(ray.nodes(), config.topology.ranks_per_node)
+    return _offered(ray.nodes(), config.topology)
 
 
-def rank_kind(resources: Iterable[Mapping[str, float]]) -> str:
-    """What a rank takes of a node, the same in the whole cluster: a GPU if any node has one, else a unit of the resource
-    `rank` if any node offers it, else a CPU (which Ray is not asked for: reading data needs CPUs too)."""
+def rank_kind(resources: Iterable[Mapping[str, float]], wanted: str = "auto") -> str:
+    """What a rank takes of a node, the same on all of them: what is wanted; or a GPU if any node has one, else a unit of the
+    resource `rank` if any node offers it, else a CPU (which Ray is not asked for: reading data needs CPUs too)."""
+    if wanted != "auto":
+        return wanted
     offered = list(resources)
     return next((kind for kind in ("GPU", RANK_RESOURCE) if any(node.get(kind) for node in offered)), "CPU")
 
@@ -40,8 +42,8 @@ def actor_options(config: RunConfig, node: str | None) -> dict[str, Any]:
     """For Ray, of a rank on a node: what it takes, and that it is to be there and nowhere else. None: anywhere."""
     if config.topology.virtual_nodes:
         return {}
-    kind = rank_kind(found["Resources"] for found in ray.nodes() if found["Alive"])
-    claim = {"GPU": {"num_gpus": 1}, RANK_RESOURCE: {"resources": {RANK_RESOURCE: 1}}, "CPU": {}}[kind]
+    kind = rank_kind((found["Resources"] for found in _usable(ray.nodes(), config.topology)), config.topology.resource)
+    claim = {"GPU": {"num_gpus": 1}, "CPU": {}}.get(kind, {"resources": {kind: 1}})
     return claim if node is None else claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
@@ -56,15 +58,20 @@ def beside_the_driver() -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
-def _offered(table: Iterable[Mapping[str, Any]], ranks_per_node: int | str) -> tuple[Node, ...]:
-    alive = {node["NodeID"]: node["Resources"] for node in table if node["Alive"]}
-    kind = rank_kind(alive.values())
-    found = [Node(name, _ranks(offered.get(kind, 0), kind, ranks_per_node)) for name, offered in alive.items()]
+def _usable(table: Iterable[Mapping[str, Any]], topology: TopologySection) -> list[Mapping[str, Any]]:
+    """Nodes that live and have the labels that are asked for."""
+    return [node for node in table if node["Alive"] and selects(topology.labels, node.get("Labels") or {})]
+
+
+def _offered(table: Iterable[Mapping[str, Any]], topology: TopologySection) -> tuple[Node, ...]:
+    usable = {node["NodeID"]: node["Resources"] for node in _usable(table, topology)}
+    kind = rank_kind(usable.values(), topology.resource)
+    found = [Node(name, _ranks(offered.get(kind, 0), kind, topology.ranks_per_node)) for name, offered in usable.items()]
     return tuple(sorted((node for node in found if node.ranks), key=lambda node: node.name))
 
 
 def _ranks(offered: float, kind: str, wanted: int | str) -> int:
-    """What a node offers. A number from the configuration caps GPUs and `rank`, and takes the place of a number of CPUs."""
+    """What a node offers. A number from the configuration caps it, and takes the place of a number of CPUs."""
     if wanted == "auto":
         return int(offered)
     return min(int(wanted), int(offered)) if kind != "CPU" else int(wanted)
@@ -73,9 +80,9 @@ def _ranks(offered: float, kind: str, wanted: int | str) -> int:
 def wanted_bundles(config: RunConfig, table: Iterable[Mapping[str, Any]]) -> list[dict[str, int]]:
     """What an autoscaler is to provide: `elastic.max_nodes` nodes, or `min_nodes` where there is no limit, with as many ranks as the
     largest has at present. Nothing where ranks are not a resource of Ray's, or no node is there to tell how large they are."""
-    table = [node for node in table if node["Alive"]]
-    kind = rank_kind(node["Resources"] for node in table)
-    ranks = max((node.ranks for node in _offered(table, config.topology.ranks_per_node)), default=0)
+    table = _usable(table, config.topology)
+    kind = rank_kind((node["Resources"] for node in table), config.topology.resource)
+    ranks = max((node.ranks for node in _offered(table, config.topology)), default=0)
     elastic = config.elastic
     count = elastic.min_nodes if elastic.max_nodes == "auto" else elastic.max_nodes
     return [{kind: ranks}] * count if ranks and kind != "CPU" and count > 1 else []
@@ -84,7 +91,8 @@ def wanted_bundles(config: RunConfig, table: Iterable[Mapping[str, Any]]) -> lis
 def ask_for_nodes(config: RunConfig) -> None:
     """Tell an autoscaler what is wanted. Without one, nothing comes of it."""
     if wanted := wanted_bundles(config, ray.nodes()):
-        request_resources(bundles=wanted)
+        labels = config.topology.labels
+        request_resources(bundles=wanted, **({"bundle_label_selectors": [labels] * len(wanted)} if labels else {}))
 
 
 class NodeWatch:
@@ -117,7 +125,7 @@ class NodeWatch:
             except (RayError, RuntimeError) as error:  # Ray's control store is away; ranks do not need it
                 logger.warning("cannot ask Ray for its nodes: %s", error)
                 continue
-            found = self._compared({node.name: node for node in _offered(table, self._config.topology.ranks_per_node)}, draining)
+            found = self._compared({node.name: node for node in _offered(table, self._config.topology)}, draining)
             with self._lock:
                 self._news += found
 

@@ -108,7 +108,8 @@ def _nodes(config: RunConfig, progress: Progress, interrupt: Interrupt) -> tuple
         raise ConfigError("elastic.min_nodes", elastic.min_nodes, f"at most topology.virtual_nodes = {config.topology.virtual_nodes}")
     found = session.nodes(config)
     if len(found) < elastic.min_nodes:
-        progress.say(f"waiting: {len(found)} of at least {elastic.min_nodes} nodes are there")
+        labels = ", ".join(f"{label} = {value}" for label, value in config.topology.labels.items())
+        progress.say(f"waiting: {len(found)} of at least {elastic.min_nodes} nodes are there" + (f" with {labels}" if labels else ""))
         session.ask_for_nodes(config)
     while len(found) < elastic.min_nodes:
         if elastic.wait_seconds is not None and time.monotonic() - since > elastic.wait_seconds:

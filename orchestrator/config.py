@@ -20,6 +20,7 @@ from orchestrator.schedule.kinds import smallest_microbatches
 from orchestrator.schedule.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
 from orchestrator.section import Real, Section
 from orchestrator.settings import apply_override, read_tree
+from orchestrator.topology import is_label, is_selector
 
 Auto = Literal["auto"]
 Pair = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]  # YAML has lists only
@@ -186,6 +187,10 @@ class TopologySection(Section):
     virtual_nodes: int = Field(0, ge=0, le=16384, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
     ranks_per_node: Annotated[PositiveInt, Le(1024)] | Auto = Field(
         "auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
+    resource: str = Field("auto", min_length=1, description="of Ray, that a rank takes a unit of; auto: GPU where any node has one, else "
+                                                            "`rank` where any node offers it, else CPU")
+    labels: dict[str, str] = Field({}, description="only nodes with these labels of Ray's; a value, !value, in(value, ...) or "
+                                                   "!in(value, ...) by label")
 
 
 class ElasticSection(Section):
@@ -350,6 +355,15 @@ def _check_layout(config: RunConfig) -> None:
     topology = config.topology
     if topology.virtual_nodes and topology.ranks_per_node == "auto":
         raise ConfigError("topology.ranks_per_node", "auto", "a number when topology.virtual_nodes is set")
+    if topology.virtual_nodes and topology.resource != "auto":
+        raise ConfigError("topology.resource", topology.resource, "auto when topology.virtual_nodes is set")
+    if topology.virtual_nodes and topology.labels:
+        raise ConfigError("topology.labels", topology.labels, "nothing when topology.virtual_nodes is set")
+    for label, value in topology.labels.items():
+        if not is_label(label):
+            raise ConfigError("topology.labels", topology.labels, f"a label that Ray takes, not {label}")
+        if not is_selector(value):
+            raise ConfigError(f"topology.labels.{label}", value, "a label's value, !value, in(value, ...) or !in(value, ...)")
 
 
 def _check_schedule(schedule: ScheduleSection, pipeline: int) -> None:

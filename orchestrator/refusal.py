@@ -66,6 +66,8 @@ def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         options = [option if isinstance(option, str) else json.dumps(option) for option in arguments]
         return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
+    if origin is dict:
+        return "a mapping of {}s to {}s".format(*map(_words, arguments)).replace("texts", "text")
     if origin in (list, tuple):
         count = f"{_COUNTS[len(arguments)]} " if origin is tuple else ""
         item, *bounds = _words(arguments[0]).removeprefix("an ").split(" ", 1)

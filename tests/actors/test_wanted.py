@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from actors import cluster
 from actors.cluster import wanted_bundles
 from orchestrator.config import parse
 
 
-def node(alive: bool = True, **resources: float) -> dict:
-    return {"NodeID": f"node-{resources}", "Alive": alive, "Resources": resources}
+def node(alive: bool = True, pool: str = "a", **resources: float) -> dict:
+    return {"NodeID": f"node-{resources}", "Alive": alive, "Resources": resources, "Labels": {"pool": pool}}
 
 
 @pytest.mark.parametrize("overrides, table, wanted", [
@@ -20,8 +21,21 @@ def node(alive: bool = True, **resources: float) -> dict:
     ([], [node(CPU=8, rank=2)], []),  # no limit, and one node is enough
     (["elastic.max_nodes=3"], [node(CPU=8)], []),  # Ray is not asked for CPUs
     (["elastic.max_nodes=3"], [], []),
+    (["elastic.max_nodes=2", "topology.labels.pool=a"], [node(CPU=8, GPU=4), node(pool="b", CPU=8, GPU=8)], [{"GPU": 4}] * 2),
+    (["elastic.max_nodes=2", "topology.labels.pool=a"], [node(pool="b", CPU=8, GPU=8)], []),
+    (["elastic.max_nodes=2", "topology.resource=NPU"], [node(CPU=8, GPU=4, NPU=2)], [{"NPU": 2}] * 2),
     (["elastic.max_nodes=2", "topology.ranks_per_node=1"], [node(CPU=8, rank=2)], [{"rank": 1}] * 2),
 ])
 def test_as_many_nodes_as_the_run_may_use(overrides, table, wanted):
     config = parse({"topology": {"virtual_nodes": 0, "ranks_per_node": "auto"}}, overrides)
     assert wanted_bundles(config, table) == wanted
+
+
+@pytest.mark.parametrize("overrides, selectors", [([], {}), (["topology.labels.pool=a"], {
+    "bundle_label_selectors": [{"pool": "a"}] * 2})])
+def test_nodes_are_asked_for_with_their_labels(monkeypatch, overrides, selectors):
+    asked = []
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [node(CPU=8, GPU=4)])
+    monkeypatch.setattr(cluster, "request_resources", lambda **wanted: asked.append(wanted))
+    cluster.ask_for_nodes(parse({}, ["elastic.max_nodes=2", *overrides]))
+    assert asked == [{"bundles": [{"GPU": 4}] * 2} | selectors]

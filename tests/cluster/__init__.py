@@ -67,8 +67,8 @@ class Cluster:
         with ThreadPoolExecutor(2) as threads:
             return list(threads.map(lambda arguments: self.run(*arguments), commands))
 
-    def add_node(self, resources: dict[str, int]) -> subprocess.Popen:
-        """One more raylet; it ends with the cluster. Returns its process once Ray counts it as alive.
+    def add_node(self, resources: dict[str, int], labels: str = "") -> subprocess.Popen:
+        """One more raylet, with `labels` key=value,...; it ends with the cluster. Returns its process once Ray counts it as alive.
 
         Each has a folder of its own for what jobs bring along, as another host would: the agents of raylets that share one take it
         apart under each other's drivers (working_dir is unpacked with overwrite=True).
@@ -82,7 +82,7 @@ class Cluster:
         process = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs "{self.folder}/session_latest/runtime_resources" && exec "$@"',
              "sh", str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1",
-             f"--resources={json.dumps(resources)}",
+             f"--resources={json.dumps(resources)}", *([f"--labels={labels}"] if labels else []),
              "--object-store-memory=80000000"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)
         eventually(lambda: alive() - before, 60, "the new node joins")

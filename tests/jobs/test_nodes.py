@@ -1,4 +1,4 @@
-"""A run over several raylets: nodes that Ray knows, one rank for each unit of `rank` that they offer."""
+"""A run over several raylets: nodes that Ray knows and that have a label, one rank for each unit of a resource that they offer."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from actors.cluster import rank_kind
 from tests.cluster import eventually
 
 
-@pytest.mark.parametrize("offered, kind", [
-    ([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 4.0}], "GPU"),
-    ([{"CPU": 8.0}, {"CPU": 8.0, "rank": 2.0}], "rank"),
-    ([{"CPU": 8.0}], "CPU"),
+@pytest.mark.parametrize("offered, wanted, kind", [
+    ([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 4.0}], "auto", "GPU"),
+    ([{"CPU": 8.0}, {"CPU": 8.0, "rank": 2.0}], "auto", "rank"),
+    ([{"CPU": 8.0}], "auto", "CPU"),
+    ([{"CPU": 8.0, "GPU": 4.0, "NPU": 2.0}], "NPU", "NPU"),
 ])
-def test_a_rank_takes_the_same_of_every_node(offered, kind):
-    assert rank_kind(offered) == kind
+def test_a_rank_takes_the_same_of_every_node(offered, wanted, kind):
+    assert rank_kind(offered, wanted) == kind
 
 
 @pytest.fixture
 def two_nodes(cluster, ray_local):
-    """The head and two raylets that offer one rank each."""
-    added = [cluster.add_node({"rank": 1}) for _ in range(2)]
+    """The head and two raylets for training, and one for something else, which offer one unit of `seat` each."""
+    added = [cluster.add_node({"seat": 1}, f"pool={pool}") for pool in ("train", "train", "serve")]
     yield
     for process in added:
         cluster.remove_node(process)
-    eventually(lambda: not ray_local.cluster_resources().get("rank"), 60, "the nodes are gone")
+    eventually(lambda: not ray_local.cluster_resources().get("seat"), 60, "the nodes are gone")
 
 
 def lines(path) -> list[dict]:
@@ -41,6 +42,7 @@ def test_rows_on_two_raylets_and_a_lost_rank_is_replaced(cluster, settings, two_
     restarted. Ctrl-C saves; no actor is left."""
     nodes = {"layout__pipeline": 1, "layout__expert": 2, "layout__data": 1, "topology__virtual_nodes": 0,
              "topology__ranks_per_node": "auto"}
+    nodes |= {"topology__resource": "seat", "topology__labels": {"pool": "in(train, both)"}}
     process = cluster.start(*settings("lost", **nodes, training__steps=100_000, training__validate_every=0))
     folder, out, err = settings.runs / "lost", "", ""
     ledger = folder / "ledger.jsonl"
@@ -58,7 +60,7 @@ def test_rows_on_two_raylets_and_a_lost_rank_is_replaced(cluster, settings, two_
     try:
         until(lambda: len(lines(ledger)) >= 3, "three steps")
         layout = lines(ledger)[0]["layout"]
-        offering = {node["NodeID"] for node in ray_local.nodes() if node["Alive"] and node["Resources"].get("rank")}
+        offering = {node["NodeID"] for node in ray_local.nodes() if node["Alive"] and node["Labels"].get("pool") == "train"}
         assert set(layout["nodes"]) == offering and len(offering) == 2
         killed, spared = ranks()
         os.kill(killed, signal.SIGKILL)
