@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
+# Packages are compiled when they are first imported, not at set-up: few of their modules ever are. That has to be kept then.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: setup train test clean
 
 setup: $(VENV)/.ready
