@@ -246,8 +246,9 @@ class Stage:
         return self.run(name, *QUICK, *overrides, before=once, run=run, folder=folder, **options)
 
     def reference(self, name: str, *overrides: str) -> Reference:
-        """The same run, undisturbed."""
-        key = (name, *(override for override in overrides if not override.startswith("elastic.")))
+        """The same run, undisturbed, and without what changes no loss: saving and validating."""
+        beside = ("elastic.", "checkpoint.", "training.validat")
+        key = (name, *(override for override in overrides if not override.startswith(beside)))
         if key not in self._references:
             run = self.run(*key)
             assert run.error is None

@@ -31,7 +31,7 @@ def reference(ranks, tmp_path_factory):
 
 @pytest.mark.parametrize("name, overrides", [
     ("PP2xEP2", ()), ("EP4", ("training.dispatch_precision=float8",)), ("two hops", ("training.recompute=selective",)),
-    ("one rank", ("training.recompute=full",)), ("PP2xEP2", ("schedule.kind=zbv", "optimizer.moments=bf16"))])
+    pytest.param("one rank", ("training.recompute=full",), marks=pytest.mark.long), ("PP2xEP2", ("schedule.kind=zbv", "optimizer.moments=bf16"))])
 def test_fp8_follows_the_curve(ranks, reference, tmp_path, name, overrides):
     found = losses(ranks, tmp_path, name, "training.dtype=bfloat16", *FLOAT8, *overrides)
     follows(found, reference)

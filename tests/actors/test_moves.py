@@ -60,8 +60,9 @@ def close(found, expected) -> bool:
 
 
 @pytest.mark.parametrize("name, overrides", [
-    ("PP2xEP2", []), ("EP4", []), ("two hops", []), ("one node", []), ("EP2xDP2", ["elastic.copies=2"]),
-    ("PP2xEP2", ["schedule.overlap=false", "elastic.copies=0"]),
+    ("PP2xEP2", []), ("EP4", []), ("two hops", []), ("EP2xDP2", ["elastic.copies=2"]),
+    pytest.param("one node", [], marks=pytest.mark.long),
+    pytest.param("PP2xEP2", ["schedule.overlap=false", "elastic.copies=0"], marks=pytest.mark.long),
     ("PP2xEP2", ["schedule.kind=zbv", "model.num_hidden_layers=4", "training.recompute=full", "elastic.copies=0"])])
 def test_the_same_curve_as_without_moves(ranks, reference, tmp_path, name, overrides):
     """Moments too are the same at the end, on all owners."""

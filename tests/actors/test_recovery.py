@@ -58,8 +58,8 @@ def test_in_fp8_with_moments_in_bf16_it_goes_on(stage):
     torch.testing.assert_close(found[:, 0], undisturbed[:, 0], rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("place, name", [("compute", "PP4"), ("reduce", "EP4"), ("committed", "PP2xEP2"), ("gather", "PP2xDP2"),
-                                         ("write", "EP2xDP2")])
+@pytest.mark.parametrize("place, name", [("compute", "PP4"), ("reduce", "EP4"), ("write", "EP2xDP2"), *(
+    pytest.param(place, name, marks=pytest.mark.long) for place, name in (("committed", "PP2xEP2"), ("gather", "PP2xDP2")))])
 def test_a_rank_freezes(stage, place, name):
     more = (STEPS, *FROZEN, *PLACES[place][1])
     run = stage.with_faults(name, [seeded(place, name, FREEZE, 2)], *more, regrown=[7])
@@ -152,8 +152,8 @@ def test_another_is_killed_while_it_recovers(stage, name, event, more):
     assert not run.told("state_lost") and sum(len(found["members"]) for found in run.told("lost")) == 2
 
 
-@pytest.mark.parametrize("place", ["finish", "form", "carry"])
-@pytest.mark.parametrize("number", [KILL, FREEZE])
+@pytest.mark.parametrize("place, number", [("finish", KILL), ("form", KILL), ("carry", KILL), ("form", FREEZE), *(
+    pytest.param(place, FREEZE, marks=pytest.mark.long) for place in ("finish", "carry"))])
 def test_another_is_lost_in_a_phase_of_recovery(stage, place, number):
     more = (STEPS, "elastic.copies=2", *(FROZEN if number == FREEZE else ()))
     run = stage.with_faults("EP4", [Fault(3, place, 2, signal=number), Fault(3, "committed", 0)], *more, regrown=[7])

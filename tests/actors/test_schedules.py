@@ -59,7 +59,8 @@ def test_a_kind_trains_as_one_plain_process_does(ranks, tmp_path, kind):
 
 
 @pytest.mark.parametrize("name, further", [
-    ("PP2", ["schedule.kind=zbv"]), ("PP2xDP2", ["schedule.kind=dualpipev"]), ("one rank", ["schedule.kind=zbv"]),
+    ("PP2", ["schedule.kind=zbv"]), ("PP2xDP2", ["schedule.kind=dualpipev"]),
+    pytest.param("one rank", ["schedule.kind=zbv"], marks=pytest.mark.long),
     ("one rank", ["schedule.kind=interleaved_1f1b", "schedule.chunks=4"]), ("EP4", ["schedule.kind=merged_interleaved_1f1b"]),
     ("PP4", ["schedule.kind=zb_h1", "model.num_nextn_predict_layers=0"])])
 def test_other_layouts(ranks, tmp_path, name, further):
@@ -84,7 +85,8 @@ def test_what_a_search_finds_trains_as_one_plain_process_does(ranks, tmp_path, p
 
 
 @pytest.mark.parametrize("name, sequences, placement", [
-    ("PP2xEP2", 61, "both"), ("PP2xEP2", 65, "v"), ("PP2xEP2", 61, "loop"), ("PP2", 33, "both"), ("PP2", 33, "loop")])
+    ("PP2xEP2", 61, "both"), ("PP2xEP2", 65, "v"), ("PP2xEP2", 61, "loop"),
+    *(pytest.param("PP2", 33, placement, marks=pytest.mark.long) for placement in ("both", "loop"))])
 def test_pairs_of_all_kinds_and_halves_train_as_one_plain_process_does(ranks, tmp_path, monkeypatch, name, sequences, placement):
     """Drawn schedules of 12 microbatches. With EP2, `both`: of 61 sequences one rank's last microbatch has 1 and the other's
     none, of 65 it is 2 and 1; so a half of one rank meets an empty half of the other."""

@@ -67,8 +67,14 @@ class Cluster:
         with ThreadPoolExecutor(2) as threads:
             return list(threads.map(lambda arguments: self.run(*arguments), commands))
 
-    def add_node(self, resources: dict[str, int], labels: str = "") -> subprocess.Popen:
-        """One more raylet, with `labels` key=value,...; it ends with the cluster. Returns its process once Ray counts it as alive.
+    def add_node(self, resources: dict[str, int]) -> subprocess.Popen:
+        """One more raylet."""
+        process, = self.add_nodes(resources, [""])
+        return process
+
+    def add_nodes(self, resources: dict[str, int], labels: Sequence[str]) -> list[subprocess.Popen]:
+        """A raylet for each of `labels` (key=value,..., or none); they end with the cluster. Returns their processes once Ray counts all
+        as alive.
 
         Each has a folder of its own for what jobs bring along, as another host would: the agents of raylets that share one take it
         apart under each other's drivers (working_dir is unpacked with overwrite=True).
@@ -78,15 +84,20 @@ class Cluster:
         def alive() -> set[str]:
             return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
-        before = alive()
-        process = subprocess.Popen(
+        processes = []
+        for of_one in labels:  # one by one: on one host they would take each other's ports
+            before = alive()
+            processes.append(self._start_node(resources, of_one))
+            eventually(lambda before=before: alive() - before, 60, "the new node joins")
+        return processes
+
+    def _start_node(self, resources: dict[str, int], labels: str) -> subprocess.Popen:
+        return subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs "{self.folder}/session_latest/runtime_resources" && exec "$@"',
              "sh", str(BIN / "ray"), "start", "--block", f"--address={self.address}", "--num-cpus=1",
              f"--resources={json.dumps(resources)}", *([f"--labels={labels}"] if labels else []),
              "--object-store-memory=80000000"], env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True)
-        eventually(lambda: alive() - before, 60, "the new node joins")
-        return process
 
     def remove_node(self, process: subprocess.Popen) -> None:
         """End a raylet that `add_node` started: by SIGTERM, which Ray notices at once, and what is left of it by SIGKILL."""

@@ -14,7 +14,7 @@ from tests.cluster import REPOSITORY
 def test_layouts_train_as_one_plain_process_does():
     """Pipeline, experts, both, stages in a V and in a loop, one hop and two; float64, against plain PyTorch with its own AdamW,
     clipping and bias update. With exchanges on a lane of their own, which some also do without: the same bits."""
-    names = ["1x1x1", "DP2", "PP2xEP2", "zbv PP2xEP2", "merged_interleaved_1f1b PP2xEP2", "zb_h1 PP3", "EP4, two hops"]
+    names = ["1x1x1", "PP2xEP2", "zbv PP2xEP2", "merged_interleaved_1f1b PP2xEP2", "zb_h1 PP3", "EP4, two hops"]
     found = parity.compare(load(f"{REPOSITORY}/jobs/configs/tiny.yaml"), names, ["float64"], steps=4)
     assert found["valid"], found["results"]
     results = found["results"]["float64"]

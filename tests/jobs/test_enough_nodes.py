@@ -26,7 +26,7 @@ def test_it_waits_for_the_least_number_of_nodes(cluster, settings, ray_local):
     process = cluster.start(*settings("waiting", elastic__min_nodes=2, topology__virtual_nodes=0, topology__ranks_per_node=1,
                                       training__steps=3))
     eventually(lambda: "waiting: 1 of at least 2 nodes are there" in process.stdout.readline(), 60, "it says that it waits")
-    added = [cluster.add_node({"rank": 1}) for _ in range(2)]
+    added = cluster.add_nodes({"rank": 1}, ["", ""])
     try:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, (out, err)

@@ -26,7 +26,7 @@ def test_a_rank_takes_the_same_of_every_node(offered, wanted, kind):
 @pytest.fixture
 def two_nodes(cluster, ray_local):
     """The head and two raylets for training, and one for something else, which offer one unit of `seat` each."""
-    added = [cluster.add_node({"seat": 1}, f"pool={pool}") for pool in ("train", "train", "serve")]
+    added = cluster.add_nodes({"seat": 1}, ["pool=train", "pool=train", "pool=serve"])
     yield
     for process in added:
         cluster.remove_node(process)

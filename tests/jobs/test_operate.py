@@ -48,7 +48,7 @@ def test_a_relative_run_folder_is_refused_under_ray_job(cluster, settings):
 @pytest.fixture
 def raylets(cluster, ray_local):
     """Three that offer a rank each; the head offers none."""
-    started = [cluster.add_node({"rank": 1}) for _ in range(3)]
+    started = cluster.add_nodes({"rank": 1}, [""] * 3)
     yield started
     for process in started:
         cluster.remove_node(process)
