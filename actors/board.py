@@ -26,18 +26,20 @@ class Board:
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._newest: dict[str, Any] | None = None
         self._spent = goodput.totals(())
-        self._slow: dict[int, float] = {}
+        self._slow: dict[tuple[Any, ...], float] = {}
         self._lost: dict[str, float] = {}
         self._timeline: dict[str, Any] | None = None
         self._validation: dict[str, Any] | None = None
         self._checkpoint: dict[str, Any] | None = None
         self._waiting: str | None = None
+        self._since = time.time()
 
     def recall(self, steps: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
         """What was before, of a run that goes on, in place of what is here."""
         with self._lock:
             self._points, self._spent, self._lost, self._slow = [], goodput.totals(()), {}, {}
             self._events.clear()
+            self._since = time.time()
         for kind, found in (("event", events), ("step", steps)):
             for values in found:
                 self.observe(kind, values)
@@ -52,17 +54,17 @@ class Board:
                 self._timeline = values
 
     def state(self) -> dict[str, Any]:
-        """Everything, as JSON takes it. `goodput`: None before the first step."""
+        """Everything, as JSON takes it. `goodput`: None before the first step. `since`: when this coordinator took the run up."""
         layout, now = self._layout(), time.time()
         with self._lock:
             return {
                 "run": self._config.run.name, "now": round(now, 3), "steps": self._config.training.steps, "newest": self._newest,
-                "layout": layout.describe() if layout else None, "grid": _grid(layout, self._slow) if layout else [],
+                "layout": layout.describe() if layout else None, "grid": _grid(layout, self._slow_ranks()) if layout else [],
                 "lost": [{"node": node, "seconds_ago": round(now - when, 1)} for node, when in self._lost.items()],
                 "goodput": goodput.goodput(self._spent), "spent": {kind: round(s, 3) for kind, s in self._spent.items()},
                 "waiting": self._waiting, "validation": self._validation, "checkpoint": self._checkpoint,
                 "points": list(self._points), "events": list(self._events),
-                "timeline_step": self._timeline["step"] if self._timeline else None}
+                "timeline_step": self._timeline["step"] if self._timeline else None, "since": round(self._since, 3)}
 
     def timeline(self) -> dict[str, Any] | None:
         """Lanes of the first ranks in the newest step of which they are kept."""
@@ -89,13 +91,20 @@ class Board:
             self._lost |= {member.rpartition("/")[0]: values["time"] for member in values["members"]}
             self._lost = dict(list(self._lost.items())[-_LOST:])  # nodes that never come back are many, on hosts that are lent
         elif kind == "slow":
-            self._slow[values["rank"]] = values["factor"]
+            self._slow[values["rank"], values.get("peer"), values.get("lane")] = values["factor"]
         elif kind == "slow_over":
-            self._slow.pop(values["rank"], None)
+            self._slow.pop((values["rank"], values.get("peer"), values.get("lane")), None)
         elif kind == "waiting":
             self._waiting = values["reason"]
         elif kind in ("validation", "checkpoint"):
             setattr(self, f"_{kind}", values)
+
+    def _slow_ranks(self) -> dict[int, float]:
+        """The worst factor of each rank that is slow in something."""
+        found: dict[int, float] = {}
+        for (rank, *_), factor in self._slow.items():
+            found[rank] = max(factor, found.get(rank, 0.0))
+        return found
 
 
 def _grid(layout: Layout, slow: dict[int, float]) -> list[dict[str, Any]]:

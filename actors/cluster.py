@@ -38,13 +38,24 @@ def rank_kind(resources: Iterable[Mapping[str, float]], wanted: str = "auto") ->
     return next((kind for kind in ("GPU", RANK_RESOURCE) if any(node.get(kind) for node in offered)), "CPU")
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """What a rank takes, as it is now: a node of another kind that joins or leaves in mid-run must not change it for all."""
+    topology = config.topology
+    if topology.virtual_nodes or topology.resource != "auto":
+        return config
+    kind = rank_kind(node["Resources"] for node in _usable(ray.nodes(), topology))
+    return config.model_copy(update={"topology": topology.model_copy(update={"resource": kind})})
+
+
 def actor_options(config: RunConfig, node: str | None) -> dict[str, Any]:
     """For Ray, of a rank on a node: what it takes, and that it is to be there and nowhere else. None: anywhere."""
     if config.topology.virtual_nodes:
         return {}
     kind = rank_kind((found["Resources"] for found in _usable(ray.nodes(), config.topology)), config.topology.resource)
     claim = {"GPU": {"num_gpus": 1}, "CPU": {}}.get(kind, {"resources": {kind: 1}})
-    return claim if node is None else claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    if node is None:
+        return claim | {"label_selector": config.topology.labels}
+    return claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def many_hosts(config: RunConfig) -> bool:
@@ -74,18 +85,19 @@ def _ranks(offered: float, kind: str, wanted: int | str) -> int:
     """What a node offers. A number from the configuration caps it, and takes the place of a number of CPUs."""
     if wanted == "auto":
         return int(offered)
-    return min(int(wanted), int(offered)) if kind != "CPU" else int(wanted)
+    return min(int(wanted), int(offered)) if kind != "CPU" or not offered else int(wanted)
 
 
 def wanted_bundles(config: RunConfig, table: Iterable[Mapping[str, Any]]) -> list[dict[str, int]]:
     """What an autoscaler is to provide: `elastic.max_nodes` nodes, or `min_nodes` where there is no limit, with as many ranks as the
-    largest has at present. Nothing where ranks are not a resource of Ray's, or no node is there to tell how large they are."""
+    largest has at present, or as are configured. Nothing where ranks are not a resource of Ray's, or nobody tells how large nodes are."""
     table = _usable(table, config.topology)
     kind = rank_kind((node["Resources"] for node in table), config.topology.resource)
-    ranks = max((node.ranks for node in _offered(table, config.topology)), default=0)
-    elastic = config.elastic
+    elastic, per_node = config.elastic, config.topology.ranks_per_node
+    present = _offered(table, config.topology)
+    ranks = max((node.ranks for node in present), default=0 if per_node == "auto" else per_node)
     count = elastic.min_nodes if elastic.max_nodes == "auto" else elastic.max_nodes
-    return [{kind: ranks}] * count if ranks and kind != "CPU" and count > 1 else []
+    return [{kind: ranks}] * count if ranks and kind != "CPU" and (count > 1 or not present) else []
 
 
 def ask_for_nodes(config: RunConfig) -> None:
@@ -93,6 +105,13 @@ def ask_for_nodes(config: RunConfig) -> None:
     if wanted := wanted_bundles(config, ray.nodes()):
         labels = config.topology.labels
         request_resources(bundles=wanted, **({"bundle_label_selectors": [labels] * len(wanted)} if labels else {}))
+
+
+def ask_for_no_more(config: RunConfig) -> None:
+    """Take back what `ask_for_nodes` asked for, which an autoscaler would provide for ever. Ray keeps one request for the whole
+    cluster."""
+    if wanted_bundles(config, ray.nodes()):
+        request_resources(bundles=[])
 
 
 class NodeWatch:
@@ -118,9 +137,12 @@ class NodeWatch:
         self._closed.set()
 
     def _watch(self) -> None:
-        ask_for_nodes(self._config)
+        asked = False
         while not self._closed.wait(WATCH_SECONDS):
             try:
+                if not asked:
+                    ask_for_nodes(self._config)
+                    asked = True
                 table, draining = ray.nodes(), dict(state.get_draining_nodes())
             except (RayError, RuntimeError) as error:  # Ray's control store is away; ranks do not need it
                 logger.warning("cannot ask Ray for its nodes: %s", error)

@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 _SHOWN = ("step", "event")  # the load of every expert at every step would be too much to keep
 
 _LAST_WORDS_SECONDS = 15.0
-"""How long Prometheus has to learn how a run ended, if it is one that it scrapes."""
+_LAST_WORDS_OF_A_STOP_SECONDS = 6.0
+"""How long Prometheus has to learn how a run ended, if it is one that it scrapes. What is to be saved is saved by then; who stops a run
+waits for its end."""
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"training": 1, "control": 4})
@@ -51,7 +53,7 @@ class Coordinator:
         self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
         self._count = 0
         self._lock = threading.Lock()
-        self._metrics, self._board = RunMetrics(), Board(config, lambda: self._trainer.layout if self._trainer else None)
+        self._metrics, self._board = RunMetrics(config.training.steps, config.checkpoint.every), Board(config, lambda: self._trainer.layout if self._trainer else None)
         self._trainer: Trainer | None = None
         self._stop_requested = False
         self._event_files = _event_files(config)
@@ -94,8 +96,7 @@ class Coordinator:
             if self._event_files:
                 self._event_files.close()
             self._metrics.ended()
-            if not self._stop_requested:  # who stops a run may give it seconds only, and those are for the save
-                self._exporter.last_words(_LAST_WORDS_SECONDS)
+            self._exporter.last_words(_LAST_WORDS_OF_A_STOP_SECONDS if self._stop_requested else _LAST_WORDS_SECONDS)
 
     @ray.method(concurrency_group="control")
     def admit(self, member: Member, actor: Any) -> None:
@@ -119,6 +120,7 @@ class Coordinator:
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
         if kind == "event" and _stands(values):
             self._board.recall(self._folder.metric_lines(), self._folder.event_lines())
+            self._metrics.recall(self._folder.event_lines())
         else:
             self._board.observe(kind, values)
         self._metrics.observe(kind, values)

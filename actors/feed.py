@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class Feed:
     def __init__(self, dataset: Dataset, config: RunConfig, first_step: int, end_step: int):
         self._reader = _Reader(dataset, config.run.seed, config.data.shuffle_window)
         dataset.train.shape  # refuses an empty split here
-        self._training = config.training
+        self._training, self._labels = config.training, config.topology.labels
         self._step, self._end_step = first_step, end_step
         row_bytes = 4 * (dataset.sequence_length + 1)
         self._readers = _readers(row_bytes * config.training.batch_sequences)
@@ -197,7 +197,7 @@ class Feed:
 
     def _read(self, leg: list[dict[str, int]]) -> list[pyarrow.Table]:
         """Whole, by reference: `iter_batches` leaves a parked thread behind at every execution (Ray 2.60)."""
-        with ray.data.DataContext.current(quiet_context(self._readers)):
+        with ray.data.DataContext.current(quiet_context(self._readers, self._labels)):
             source = ray.data.from_items(leg, override_num_blocks=len(leg))
             rows = source.map_batches(self._reader.__call__, batch_size=None, batch_format="pyarrow",
                                       concurrency=min(self._readers, len(leg)))
@@ -264,14 +264,16 @@ def read_validation(dataset: Dataset, count: int) -> StepBatch:
     return StepBatch(VALIDATION, dataset.read_rows(split, rows), dataset.valid_tokens(split, rows), rows)
 
 
-def quiet_context(cpus: int | None = None) -> Any:
-    """A DataContext for ordered, silent work on at most `cpus` CPUs (none: all that are free)."""
+def quiet_context(cpus: int | None = None, labels: Mapping[str, str] | None = None) -> Any:
+    """A DataContext for ordered, silent work on at most `cpus` CPUs (none: all that are free), of nodes with these labels."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     if cpus is not None:
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=float(cpus))
+    if labels:
+        context.execution_options.label_selector = dict(labels)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return context
 

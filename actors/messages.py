@@ -185,12 +185,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `interrupted`: it was asked to stop and has saved."""
+    """How a run ended. `interrupted`: it was asked to stop; `saved`: and has saved, which it cannot while it waits for nodes."""
 
     step: int
     interrupted: bool
     validation_loss: float | None
     scores: dict[str, float] | None = None
+    saved: bool = True
 
 
 @dataclass(frozen=True)

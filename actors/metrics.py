@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics, make_wsgi_app
 
 from actors.messages import StepReport
-from orchestrator.goodput import KINDS
+from orchestrator.goodput import KINDS, RECOVERY
 
 
 AUTO, _LOOPBACK = "auto", "127.0.0.1"
@@ -33,6 +34,14 @@ class PortInUse(RuntimeError):
 
 
 disable_created_metrics()  # a series more for each counter, when it began to count: nobody asks, and ranks would pay
+
+@dataclass(frozen=True, slots=True)
+class _Scrapes:
+    """Of one client: when it asked last, in seconds of the monotonic clock, and how long after the time before."""
+
+    last: float
+    interval: float | None
+
 
 Route = Callable[[], tuple[str, bytes]]
 """A page: its content type, and its content."""
@@ -48,7 +57,7 @@ class Exporter:
     def __init__(self, registry: CollectorRegistry, hosts: Sequence[str], port: int | str, routes: Mapping[str, Route] | None = None,
                  token: str | None = None):
         self._metrics, self._routes, self._token = make_wsgi_app(registry, disable_compression=True), dict(routes or {}), token
-        self._scraped, self._last_scrape, self._interval = threading.Event(), None, None
+        self._scrapes, self._scraped = {}, threading.Condition()
         self._servers = self._bound(hosts, port)
         self.port = self._servers[0].server_port
         for server in self._servers:
@@ -62,16 +71,19 @@ class Exporter:
     def last_words(self, seconds: float) -> None:
         """Return once the metrics of this moment have been scraped, at the latest after `seconds`; at once where nobody scrapes
         regularly, or that scrape is overdue."""
-        self._scraped.clear()
-        if self._interval is not None and (since := time.monotonic() - self._last_scrape) < 2 * self._interval:
-            self._scraped.wait(min(seconds, 2 * self._interval - since))
+        began = time.monotonic()
+        with self._scraped:
+            for client, scrapes in list(self._scrapes.items()):
+                if scrapes.interval is not None and (due := scrapes.last + 2 * scrapes.interval) > began:
+                    self._scraped.wait_for(lambda client=client: self._scrapes[client].last > began,
+                                           min(began + seconds, due) - time.monotonic())
 
-    def _note_scrape(self) -> None:
+    def _note_scrape(self, client: str) -> None:
         now = time.monotonic()
-        if self._last_scrape is not None:
-            self._interval = now - self._last_scrape
-        self._last_scrape = now
-        self._scraped.set()
+        with self._scraped:
+            before = self._scrapes.get(client)
+            self._scrapes[client] = _Scrapes(now, now - before.last if before else None)
+            self._scraped.notify_all()
 
     def _bound(self, hosts: Sequence[str], port: int | str) -> list[WSGIServer]:
         """A server for each host, all at one port."""
@@ -99,9 +111,11 @@ class Exporter:
         route = self._routes.get(path)
         if self._token and not (path == "/" and route) and not self._shown(environ):
             return _plain(start_response, "401 Unauthorized", "Ray's token is wanted: Authorization: Bearer TOKEN, or ?token=TOKEN")
-        if route is None:
-            self._note_scrape()
+        if path == "/metrics":
+            self._note_scrape(environ.get("REMOTE_ADDR", ""))
             return self._metrics(environ, start_response)
+        if route is None:
+            return _plain(start_response, "404 Not Found", f"there is /metrics{''.join(f', {known}' for known in self._routes)}")
         kind, body = route()
         start_response("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")])
         return [body]
@@ -166,7 +180,8 @@ class RankMetrics:
 
 
 class RunMetrics:
-    """What the coordinator exports: the run as a whole."""
+    """What the coordinator exports: the run as a whole. steps: how many it is to have, after which it only validates and saves;
+    save_every: steps between its checkpoints, 0 where only the end has one."""
 
     _GAUGES = {
         "step": ("dualray_committed_step", "Newest committed step"),
@@ -183,8 +198,9 @@ class RunMetrics:
         "nodes": ("dualray_nodes", "Nodes in the layout"),
     }
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, steps: int | None = None, save_every: int = 0) -> None:
+        self.registry, self._steps = CollectorRegistry(), steps
+        Gauge("dualray_checkpoint_every_steps", "Steps between checkpoints; 0: only at the end", registry=self.registry).set(save_every)
         self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in self._GAUGES.items()}
         self._tokens = Counter("dualray_tokens", "Tokens of committed steps", registry=self.registry)
         self._across = Counter("dualray_exchange_across_nodes_bytes", "Bytes of dispatch and combine across nodes, all ranks",
@@ -206,7 +222,7 @@ class RunMetrics:
         for kind in KINDS:
             self._spent.labels(kind)
         self._utilisation: Gauge | None = None
-        self._ended = Gauge("dualray_ended", "1 once the run has ended, however it did, or is being stopped", registry=self.registry)
+        self._ended = Gauge("dualray_ended", "1 once the last step is committed, or the run has ended otherwise, or is being stopped", registry=self.registry)
         self._failures = Counter("dualray_failures", "Times that ranks were lost; all that were lost at once count as one",
                                  registry=self.registry)
         self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
@@ -221,6 +237,12 @@ class RunMetrics:
     def ended(self) -> None:
         self._ended.set(1)
 
+    def recall(self, events: Iterable[dict[str, Any]]) -> None:
+        """Of a run that goes on: what it saved and scored last."""
+        newest = {event["event"]: event for event in events if event.get("event") in ("checkpoint", "validation")}
+        for event in newest.values():
+            self.observe("event", event)
+
     def observe(self, kind: str, values: dict[str, Any]) -> None:
         """Take what a trainer's `watch` is told."""
         if kind == "step":
@@ -232,7 +254,9 @@ class RunMetrics:
             self._at.set(values["time"])
             self._waiting.set(0)
             for spent_on, seconds in values["spent"].items():
-                self._spent.labels(spent_on).inc(seconds)
+                self._spent.labels(spent_on).inc(max(0.0, seconds - (values.get("redone", 0.0) if spent_on == RECOVERY else 0.0)))
+            if values["step"] + 1 == self._steps:
+                self.ended()
             self._across.inc(values["bytes_across_nodes"])
             self._inside.inc(values["bytes_inside_nodes"])
         elif kind == "event" and values["event"] == "validation":

@@ -83,6 +83,7 @@ class RayRanks:
 class RayPending:
     def __init__(self, references: list[ray.ObjectRef]):
         self._references = references
+        self._rank_of = {reference: rank for rank, reference in enumerate(references)}
 
     def done(self) -> bool:
         return len(ray.wait(self._references, num_returns=len(self._references), timeout=0)[0]) == len(self._references)
@@ -94,17 +95,18 @@ class RayPending:
             left = max(0.0, deadline - time.monotonic())
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=left if check is None else min(left, POLL_SECONDS))
             if ready:
-                found[ready[0]] = self._get(ready[0], timeout_seconds)
+                more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
+                found |= {reference: self._get(reference, timeout_seconds) for reference in (*ready, *more)}
                 continue
             if check is not None and (failed := check()) is not None:
                 raise failed
             if left <= 0:
-                raise RankFailed(self._references.index(waiting[0]), f"{NO_ANSWER} {timeout_seconds:g} s")
+                raise RankFailed(self._rank_of[waiting[0]], f"{NO_ANSWER} {timeout_seconds:g} s")
         return [found[reference] for reference in self._references]
 
     def _get(self, reference: ray.ObjectRef, timeout_seconds: float) -> Any:
         """A result that is there already, or on its way from a node that may be lost meanwhile."""
-        rank = self._references.index(reference)
+        rank = self._rank_of[reference]
         try:
             return ray.get(reference, timeout=timeout_seconds)
         except RayTaskError as error:

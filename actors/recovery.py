@@ -32,6 +32,10 @@ class CannotGoOn(RuntimeError):
     """The run has to end. `str()` is one line."""
 
 
+class StoppedWaiting(Exception):
+    """The run was asked to end while it waited for nodes: there is nobody to save."""
+
+
 class Recovery:
     """config: the run's, as it was given. tell(kind, **details): an event. stop: set when the run is asked to end."""
 
@@ -162,14 +166,14 @@ class Recovery:
                    moving_seconds=round(moved.moving_seconds, 4), seconds=round(time.monotonic() - started, 4))
 
     def _enough(self) -> Decision:
-        """Wait for the least number of nodes. Raises CannotGoOn: it took too long, or the run is to end."""
+        """Wait for the least number of nodes. Raises CannotGoOn: it took too long; StoppedWaiting."""
         elastic, crew, since, told = self._config.elastic, self._formation.crew, time.monotonic(), False
         while (decision := crew.look()).wait or not decision.nodes:
             if not told:
                 self._tell("waiting", reason=decision.wait or "no node can be used")
                 told = True
             if self._stop.is_set():
-                raise CannotGoOn("stopped while it waited for nodes; the same command continues from the newest checkpoint")
+                raise StoppedWaiting
             if elastic.wait_seconds is not None and time.monotonic() - since > elastic.wait_seconds:
                 raise CannotGoOn(f"no more nodes within elastic.wait_seconds = {elastic.wait_seconds:g}: {decision.wait}")
             crew.wait(POLL_SECONDS)

@@ -20,6 +20,7 @@ from actors import storage
 from actors.journal import Journal
 
 CHECKPOINTS = "checkpoints"
+IN_USE = "another run with this name is under way; give one of them another run.name"
 
 
 class RunFolder:
@@ -36,12 +37,12 @@ class RunFolder:
         return storage.join(self.path, CHECKPOINTS)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs out of this folder while the `with` block runs, however the process ends. On local paths only:
-        object stores have no locks. Raises StorageError: another run holds it."""
+    def held(self) -> Iterator[bool]:
+        """Keep other runs out of this folder while the `with` block runs, however the process ends. False where there are no locks, as
+        in object stores and on some network file systems. Raises StorageError: another run holds it."""
         system, path = storage.resolve(self.path)
         if not isinstance(system, fs.LocalFileSystem):
-            yield
+            yield False
             return
         try:
             os.makedirs(path, exist_ok=True)
@@ -49,12 +50,14 @@ class RunFolder:
         except OSError as error:
             raise storage.StorageError(self.path, error.strerror or str(error)) from error
         with lock:
+            locked = True
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise storage.StorageError(self.path, IN_USE) from None
             except OSError:
-                raise storage.StorageError(
-                    self.path, "another run with this name is under way; give one of them another run.name") from None
-            yield
+                locked = False
+            yield locked
 
     def write(self, name: str, content: str | bytes) -> str:
         """A whole file, atomically; returns its path."""

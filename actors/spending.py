@@ -16,7 +16,7 @@ class Spending:
     """Nested `on` blocks: the innermost one counts."""
 
     def __init__(self) -> None:
-        self._account = TimeAccount(time.monotonic())
+        self._account, self._redone = TimeAccount(time.monotonic()), 0.0
 
     @contextmanager
     def on(self, kind: str) -> Iterator[None]:
@@ -31,7 +31,14 @@ class Spending:
 
     def redone(self, undone: Iterable[Mapping[str, Any]]) -> None:
         """Steps of metrics.jsonl that will be done again."""
-        self._account.redone(sum(seconds for step in undone for seconds in step.get("spent", {}).values()))
+        seconds = sum(seconds for step in undone for seconds in step.get("spent", {}).values())
+        self._redone += seconds
+        self._account.redone(seconds)
+
+    def take_redone(self) -> float:
+        """Seconds of steps that were undone since the last time: told before as theirs, and now once more as recovery."""
+        found, self._redone = self._redone, 0.0
+        return found
 
     def step_done(self, reports: Sequence[StepReport]) -> dict[str, float]:
         """Seconds of every kind since the step before."""

@@ -110,6 +110,13 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
+def read_tail(uri: str, count: int) -> bytes:
+    """The last `count` bytes, or all there are."""
+    with open_input(uri, random_access=True) as stream, _errors(uri):
+        stream.seek(max(0, stream.size() - count))
+        return stream.read(count)
+
+
 @contextlib.contextmanager
 def open_input(uri: str, *, random_access: bool = False) -> Iterator[pyarrow.NativeFile]:
     """An open file, bytes as stored (no decompression by its name). Raises StorageError when it cannot be opened."""

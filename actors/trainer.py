@@ -21,7 +21,7 @@ from actors.formation import FORM_TIMEOUT_SECONDS, Formation
 from actors.messages import Apply, LossSums, Outcome, Start, StepReport
 from actors.ranks import RankFailed, Ranks
 from actors.records import SHOWN_RANKS, generation_record, loads_of, losses_of, step_metrics, timeline
-from actors.recovery import CannotGoOn, Recovery
+from actors.recovery import CannotGoOn, Recovery, StoppedWaiting
 from actors.run_folder import RunFolder
 from actors.saving import Saver
 from actors.slow import SlowWatch
@@ -118,6 +118,9 @@ class Trainer:
                 self._from_storage()
             self._folder.write("config.yaml", dump(self._config))  # not before: a refused run leaves that of the last one
             return self._train()
+        except StoppedWaiting:
+            self._ranks.abort()
+            return Outcome(self._committed, interrupted=True, validation_loss=None, saved=False)
         except CannotGoOn as error:
             self._ranks.abort()
             raise TrainingFailed(str(error)) from error
@@ -345,6 +348,7 @@ class Trainer:
                  seconds: float) -> None:
         values = step_metrics(step, batch, losses, rate, reports, seconds, self._formation.generation, len(self.layout.nodes))
         values["spent"] = self._spending.step_done(reports)
+        values["redone"] = round(self._spending.take_redone(), 6)
         values["mfu"] = self._utilisation(values["tokens_per_second"])
         self._folder.metrics(values)
         self._watch("step", values)

@@ -17,6 +17,8 @@ from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSou
 FOLDER = Path(__file__).parent / "grafana"
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _RUN = '{run=~"$run"}'
+_MOST = 10
+"""Ranks that a panel draws: those that stand out. A run may have thousands."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,18 @@ GRAPHS = (
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Pipeline": (
         Panel("Time of a step", "s", ((f"dualray_step_seconds{_RUN}", "step"),)),
-        Panel("Bubble", "percentunit", ((f"dualray_bubble_ratio{_RUN}", "mean"), (f"dualray_rank_bubble_ratio{_RUN}", "rank {{rank}}")),
+        Panel("Bubble", "percentunit", ((f"dualray_bubble_ratio{_RUN}", "mean"), (f"topk({_MOST}, dualray_rank_bubble_ratio{_RUN})", "rank {{rank}}")),
               "share of a step that ranks wait for the pipeline"),
-        Panel("Time of a step by rank", "s", ((f"dualray_rank_step_seconds{_RUN}", "rank {{rank}}"),)),
-        Panel("Sent to neighbours", "Bps", ((f"rate(dualray_rank_pipeline_sent_bytes_total{_RUN}[1m])", "rank {{rank}}"),)),
+        Panel("Time of a step by rank", "s", ((f"topk({_MOST}, dualray_rank_step_seconds{_RUN})", "rank {{rank}}"),)),
+        Panel("Sent to neighbours", "Bps", ((f"topk({_MOST}, rate(dualray_rank_pipeline_sent_bytes_total{_RUN}[1m]))", "rank {{rank}}"),)),
     ),
     "Communication": (
-        Panel("Overlap", "percentunit", ((f"dualray_overlap_ratio{_RUN}", "mean"), (f"dualray_rank_overlap_ratio{_RUN}", "rank {{rank}}"))),
+        Panel("Overlap", "percentunit", ((f"dualray_overlap_ratio{_RUN}", "mean"), (f"bottomk({_MOST}, dualray_rank_overlap_ratio{_RUN})", "rank {{rank}}"))),
         Panel("Exposed communication", "s", ((f"dualray_exposed_communication_seconds{_RUN}", "of a step, mean over ranks"),)),
         Panel("Dispatch and combine", "Bps", (
             (f"rate(dualray_exchange_across_nodes_bytes_total{_RUN}[1m])", "across nodes"),
             (f"rate(dualray_exchange_inside_nodes_bytes_total{_RUN}[1m])", "inside nodes"))),
-        Panel("Across nodes by rank", "Bps", ((f"rate(dualray_rank_exchange_across_nodes_bytes_total{_RUN}[1m])", "rank {{rank}}"),)),
+        Panel("Across nodes by rank", "Bps", ((f"topk({_MOST}, rate(dualray_rank_exchange_across_nodes_bytes_total{_RUN}[1m]))", "rank {{rank}}"),)),
     ),
     "Experts": (
         Panel("Busiest expert ÷ mean", "none", ((f"dualray_expert_load_ratio{_RUN}", "worst layer"),)),
@@ -79,10 +81,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Generation", "none", ((f"dualray_generation{_RUN}", "generation"),)),
         Panel("Recovery", "s", ((f"dualray_recovery_seconds{_RUN}", "the last change"),)),
         Panel("State moved", "bytes", ((f"increase(dualray_moved_state_bytes_total{_RUN}[1m])", "in a minute"),)),
-        Panel("Lost ranks, changes", "none", ((f"dualray_lost_ranks_total{_RUN}", "ranks lost"), (f"dualray_recoveries_total{_RUN}", "changes"))),
+        Panel("Lost ranks, changes", "none", ((f"increase(dualray_lost_ranks_total{_RUN}[10m])", "ranks lost in ten minutes"), (f"increase(dualray_recoveries_total{_RUN}[10m])", "changes in ten minutes"))),
     ),
     "Data and checkpoints": (
-        Panel("Tokens", "short", ((f"dualray_tokens_total{_RUN}", "trained"),)),
+        Panel("Tokens", "short", ((f"increase(dualray_tokens_total{_RUN}[1m])", "trained in a minute"),)),
         Panel("Waiting for data", "percentunit", ((
             f'sum(increase(dualray_spent_seconds_total{{run=~"$run", on="data"}}[1m])) / sum(increase(dualray_spent_seconds_total{_RUN}[1m]))',
             "share of time"),)),
@@ -91,9 +93,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Hardware": (
         Panel("Model FLOPs utilisation", "percentunit", ((f"dualray_model_flops_utilisation_ratio{_RUN}", "MFU"),),
               "there where it is known what an accelerator can do: by its name, or telemetry.peak_teraflops"),
-        Panel("Memory", "bytes", ((f"dualray_rank_accelerator_memory_bytes{_RUN} or dualray_rank_process_resident_memory_bytes{_RUN}",
+        Panel("Memory", "bytes", ((f"topk({_MOST}, dualray_rank_accelerator_memory_bytes{_RUN} or dualray_rank_process_resident_memory_bytes{_RUN})",
                                    "rank {{rank}}"),), "of tensors on accelerators; of processes where there are none"),
-        Panel("CPU of rank processes", "none", ((f"rate(dualray_rank_process_cpu_seconds_total{_RUN}[1m])", "rank {{rank}}"),)),
+        Panel("CPU of rank processes", "none", ((f"topk({_MOST}, rate(dualray_rank_process_cpu_seconds_total{_RUN}[1m]))", "rank {{rank}}"),)),
         Panel("Exporters that answer", "none", (('sum by (role) (up{job="dualray", run=~"$run"})', "{{role}}"),)),
     ),
 }

@@ -11,10 +11,12 @@ from http.client import HTTPException
 from typing import Any
 
 from actors import storage
-from actors.ray_token import token_of_ray
+from actors.ray_token import NoToken, wanted_token
 
 LIVE = "live.json"
 _ANSWER_SECONDS = 3.0
+_MOST_NODES = 32
+"""A terminal has no room for more."""
 
 
 def ask(folder: str) -> dict[str, Any] | None:
@@ -31,18 +33,25 @@ def ask(folder: str) -> dict[str, Any] | None:
 
 
 def _get(url: str) -> Any:
-    """Shows Ray's token where it is asked for, and only there. Raises OSError, ValueError."""
+    """Shows Ray's token where it is asked for, there and here: whoever can write the run's folder can name any address. Raises OSError,
+    ValueError."""
     request = urllib.request.Request(url)
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as refused:
-        token = token_of_ray()
-        if refused.code != HTTPStatus.UNAUTHORIZED or token is None:
+        if refused.code != HTTPStatus.UNAUTHORIZED or (token := _token()) is None:
             raise
     request.add_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
         return json.loads(answer.read())
+
+
+def _token() -> str | None:
+    try:
+        return wanted_token()
+    except NoToken:
+        return None
 
 
 def lines(state: dict[str, Any]) -> list[str]:
@@ -67,10 +76,14 @@ def lines(state: dict[str, Any]) -> list[str]:
 
 
 def _grid(state: dict[str, Any]) -> list[str]:
-    """A node a line, a rank a cell: its number, its stages, and how slow it is."""
+    """A node a line, a rank a cell: its number, its stages, and how slow it is. Of many nodes, only those with a slow rank."""
     width = max((len(row["node"]) for row in state["grid"]), default=0)
-    found = []
-    for row in state["grid"]:
+    found, shown = [], state["grid"]
+    if len(shown) > _MOST_NODES:
+        shown = [row for row in shown if any(rank["slow"] for rank in row["ranks"])][:_MOST_NODES]
+        found.append(f"{len(state['grid'])} nodes with {sum(len(row['ranks']) for row in state['grid'])} ranks; with a slow rank: "
+                     f"{len(shown) or 'none'}")
+    for row in shown:
         cells = []
         for rank in row["ranks"]:
             stages, slow = "+".join(map(str, rank["stages"])), f" {rank['slow']:g}x slow" if rank["slow"] else ""

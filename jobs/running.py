@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,6 @@ from orchestrator.replay import Replay
 START_TIMEOUT_SECONDS = 300.0
 ANSWER_TIMEOUT_SECONDS = 120.0
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 120.0
 MOST_RESTARTS = 3
 """Of the coordinator, without a step in between."""
 
@@ -91,16 +89,17 @@ class RunActors:
                               f"a path or URI that every node reads; these do not: {', '.join(blind)}")
 
     def follow(self, progress: Progress, interrupt: Interrupt, moved: Callable[[str], object] = lambda address: None) -> Outcome:
-        """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason."""
-        running, deadline, idle = self._coordinator.run.remote(), None, 0
+        """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason.
+
+        Once it is asked to stop the run has the time that a save takes, whatever that is: who cannot wait sends a second signal.
+        """
+        running, stopping, idle = self._coordinator.run.remote(), False, 0
         while True:
             done, _ = self._ray.wait([running], timeout=POLL_SECONDS)
-            if interrupt.requested and deadline is None:
-                progress.say("stopping: saving after the step under way")
+            if interrupt.requested and not stopping:
+                progress.say("stopping: saving after the step under way; another signal ends the run at once")
                 self._coordinator.stop.remote()
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and not done and time.monotonic() > deadline:
-                raise cli.JobFailed(f"the run did not save within {GRACE_SECONDS:g} s of being asked to stop")
+                stopping = True
             idle = 0 if self._show(progress) else idle
             if done and self._died(running):
                 if idle >= MOST_RESTARTS:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from typing import IO, Any
 
@@ -112,6 +113,28 @@ def ask_for_nodes(config: RunConfig) -> None:
         from actors.cluster import ask_for_nodes
 
         ask_for_nodes(config)
+
+
+def ask_for_no_more(config: RunConfig) -> None:
+    """The run has ended. Where Ray does not answer any more there is nothing to take back."""
+    if config.topology.virtual_nodes or "ray" not in sys.modules:
+        return
+    import ray
+
+    if ray.is_initialized():
+        from actors.cluster import ask_for_no_more
+
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+            ask_for_no_more(config)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with what a rank takes of a node. Connected to Ray, unless the nodes are virtual."""
+    if config.topology.virtual_nodes:
+        return config
+    from actors.cluster import settled
+
+    return settled(config)
 
 
 def create_rank(config: RunConfig, node: str, anywhere: bool = False) -> Any:

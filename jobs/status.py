@@ -25,6 +25,7 @@ from orchestrator.config import RunConfig, load, parse
 
 AUDIT = "audit"
 _CLEAR, _WATCH_SECONDS = "\x1b[H\x1b[2J", 1.0
+_TAIL_BYTES = 1 << 20
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
@@ -40,8 +41,10 @@ def main() -> int:
     options = parser.parse_args(sys.argv[2 if auditing else 1 :])
     try:
         options.folder = _named(options) if options.folder else _newest(options)
-        if not storage.exists(storage.join(options.folder, audit.LEDGER)):
-            raise cli.JobFailed(f"{options.folder}: no run that has committed a step; it has no {audit.LEDGER}")
+        signs = (audit.LEDGER,) if auditing else (audit.LEDGER, live.LIVE)
+        if not any(storage.exists(storage.join(options.folder, sign)) for sign in signs):
+            raise cli.JobFailed(f"{options.folder}: no run that has committed a step; it has no {audit.LEDGER}" if auditing else
+                                f"{options.folder}: no run that has begun; it has neither {audit.LEDGER} nor {live.LIVE}")
         return _audit(options) if auditing else _status(options)
     except (storage.StorageError, DatasetError) as error:
         raise cli.JobFailed(str(error)) from error
@@ -74,8 +77,10 @@ def configuration(options: Namespace) -> RunConfig:
     folder = options.folder.rstrip("/")
     if options.config:
         config = load(options.config, options.overrides)
-    else:
+    elif storage.exists(storage.join(folder, audit.LEDGER)):
         config = parse(yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml"))), options.overrides)
+    else:  # a run that has not got so far
+        config = parse({}, options.overrides)
     parent = folder.rpartition("/")[0] if "://" in folder else os.path.dirname(os.path.abspath(folder))
     return config.model_copy(update={"run": config.run.model_copy(update={"directory": parent})})
 
@@ -107,8 +112,9 @@ def _directory(options: Namespace) -> str:
 def _newest(options: Namespace) -> str:
     """Raises JobFailed: there is none."""
     directory = _directory(options)
-    ledgers = [storage.join(entry.uri, audit.LEDGER) for entry in (storage.list_folder(directory) if storage.is_folder(directory) else ())]
-    found = [(storage.stat(path).modified, path) for path in ledgers if storage.exists(path)]
+    entries = storage.list_folder(directory) if storage.is_folder(directory) else ()
+    signs = [storage.join(entry.uri, sign) for entry in entries for sign in (audit.LEDGER, live.LIVE)]
+    found = [(storage.stat(path).modified, path) for path in signs if storage.exists(path)]
     if not found:
         raise cli.JobFailed(f"{directory}: no run there; name its folder, or --set run.directory=...")
     return max(found)[1].rpartition("/")[0]
@@ -125,7 +131,7 @@ def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
     answered = live.ask(folder)
     return {
         "run": folder, "running": _running(folder, answered), "steps_committed": committed[0]["step"] + 1 if committed else 0,
-        "steps": config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
+        "steps": answered["steps"] if answered else config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
         "generation": newest.get("generation"), "validation": newest.get("validation"),
         "last_event": events[-1] if events else None, "live": answered,
     }
@@ -153,8 +159,12 @@ def _lines(state: dict[str, Any]) -> list[str]:
 
 
 def _journal(folder: str, name: str) -> list[str]:
+    """Its newest whole lines: it may have millions."""
     uri = storage.join(folder, name)
-    return storage.read_bytes(uri).decode(errors="replace").split("\n")[:-1] if storage.exists(uri) else []
+    if not storage.exists(uri):
+        return []
+    tail = storage.read_tail(uri, _TAIL_BYTES)
+    return tail.decode(errors="replace").split("\n")[1 if len(tail) == _TAIL_BYTES else 0 : -1]
 
 
 def _saved_steps(folder: str) -> list[int]:

@@ -15,9 +15,9 @@ import uuid
 from actors import storage
 from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.messages import Outcome
-from actors.run_folder import RunFolder
+from actors.run_folder import IN_USE, RunFolder
 from jobs import cli, corpus, session, summary
-from jobs.live import LIVE
+from jobs.live import LIVE, ask
 from jobs.progress import Progress
 from jobs.running import POLL_SECONDS, Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
@@ -61,6 +61,7 @@ def main() -> int:
     except DatasetError as error:
         raise cli.JobFailed(str(error)) from error
     finally:
+        session.ask_for_no_more(config)
         session.disconnect()
 
 
@@ -83,9 +84,12 @@ def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | N
         layout = replay.at(0).layout
     else:
         layout = choose(_nodes(config, progress, interrupt), config.layout, config.model, config.stages)
+    config = session.settled(config)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
     folder = RunFolder(config.run.directory, config.run.name)
-    with folder.held():
+    with folder.held() as locked:
+        if not locked and ask(folder.path):
+            raise cli.JobFailed(f"{folder.path}: {IN_USE}")
         corpus.prepare(config, data)
         dataset = _checked_dataset(config, data)
         if replay and folder.ledger_lines():
@@ -93,7 +97,8 @@ def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | N
         outcome = _run(config, layout, data, folder, progress, interrupt, replay)
         _summarise(config, folder, dataset, progress)
     if outcome.interrupted:
-        progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there")
+        progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there" if outcome.saved else
+                     "interrupted while it waited for nodes: nothing was saved; the same command continues from the newest checkpoint")
         return cli.INTERRUPTED
     return cli.DONE
 
@@ -116,7 +121,9 @@ def _nodes(config: RunConfig, progress: Progress, interrupt: Interrupt) -> tuple
             raise cli.JobFailed(f"no more than {len(found)} of at least {elastic.min_nodes} nodes within elastic.wait_seconds = "
                                 f"{elastic.wait_seconds:g}")
         interrupt.wait(POLL_SECONDS)
-        found = session.nodes(config)
+        before, found = len(found), session.nodes(config)
+        if len(found) > before:
+            session.ask_for_nodes(config)  # it may be known only now how large they are
     return found if elastic.max_nodes == "auto" else found[: elastic.max_nodes]
 
 

@@ -13,7 +13,8 @@ of two nodes holds up the other where there are no more; which end of a slow pai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -140,21 +141,32 @@ def _quotient(value: float, others: Iterable[float]) -> float:
 
 def _link_factors(layout: Layout, flows: Mapping[tuple[int, int], Flow]) -> dict[Key, float]:
     pace = {ends: flow.seconds / flow.bytes for ends, flow in flows.items() if flow.bytes >= LEAST_BYTES and flow.seconds > 0}
+    alike = {across: sorted(of_pair for ends, of_pair in pace.items() if _across(layout, *ends) == across) for across in (True, False)}
     found: dict[Key, float] = {}
     best: dict[int, tuple[float, float]] = {}
     for (rank, peer), seconds_per_byte in pace.items():
         across = _across(layout, rank, peer)
-        others = [other for ends, other in pace.items() if ends != (rank, peer) and _across(layout, *ends) == across]
-        if others:
-            factor = _quotient(seconds_per_byte, others)
+        if len(alike[across]) > 1:
+            factor = seconds_per_byte / _median_of_others(alike[across], seconds_per_byte)
             found[rank, peer, _lane(layout, rank, peer)] = _lasting(factor, flows[rank, peer].seconds, LINK)
         for end in (rank, peer) if across else ():
             best[end] = min(best.get(end, (math.inf, 0.0)), (seconds_per_byte, flows[rank, peer].seconds))
+    fastest = sorted(seconds_per_byte for seconds_per_byte, _ in best.values())
     for rank, (seconds_per_byte, seconds) in best.items():
         if len(best) > 2:
-            factor = _quotient(seconds_per_byte, [other for end, (other, _) in best.items() if end != rank])
+            factor = seconds_per_byte / _median_of_others(fastest, seconds_per_byte)
             found[rank, None, Lane.EXCHANGE] = _lasting(factor, seconds, NETWORK)
     return found
+
+
+def _median_of_others(values: Sequence[float], one: float) -> float:
+    """The median of sorted `values`, at least two, without one of them. Not by `median`: there are as many links as pairs of ranks."""
+    left_out, half = bisect_left(values, one), (len(values) - 1) // 2
+
+    def at(index: int) -> float:
+        return values[index if index < left_out else index + 1]
+
+    return at(half) if len(values) % 2 == 0 else (at(half - 1) + at(half)) / 2
 
 
 def _lasting(factor: float, seconds: float, threshold: Threshold) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import json
 import os
 
@@ -189,3 +191,18 @@ def test_events_and_files(tmp_path):
     assert folder.event_lines() == [event] and folder.checkpoints == f"{tmp_path}/run/checkpoints"
     assert (tmp_path / "run" / "config.yaml").samefile(folder.write("config.yaml", "a: 1\n"))
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_a_folder_is_held_by_one_and_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path), "run")
+    with folder.held() as locked:
+        assert locked is True
+        with pytest.raises(StorageError, match="another run with this name is under way"), RunFolder(str(tmp_path), "run").held():
+            pass
+
+    def unknown(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with folder.held() as locked:
+        assert locked is False

@@ -13,7 +13,7 @@ import pytest
 
 from actors.comm.traffic import Sent
 from actors.messages import LossSums, StepReport
-from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, json_route, listening, reachable
+from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, _Scrapes, json_route, listening, reachable
 from actors.ray_token import NoToken, wanted_token
 from orchestrator.schedule.spans import Span, figures
 
@@ -112,8 +112,7 @@ def test_targets_are_listed_for_service_discovery(serve):
     targets = [{"targets": ["10.0.0.1:9000"], "labels": {"role": "rank", "rank": "0"}}]
     kind, text = read(serve(RunMetrics(), routes={"/targets": json_route(lambda: targets)}), "/targets")
     assert kind == "application/json" and json.loads(text) == targets
-    kind, text = read(serve(RankMetrics()), "/targets")  # a rank has none: it answers with its metrics
-    assert kind.startswith("text/plain")
+    assert answer(serve(RankMetrics()), "/targets") == 404  # a rank has none
 
 
 def test_a_port_in_use_is_refused_in_one_line(serve):
@@ -155,7 +154,7 @@ def answer(exporter, path, method="GET", **headers):
 
 def test_nothing_can_be_changed_and_a_token_is_asked_for(serve):
     rank = serve(RankMetrics(), token="secret")
-    assert answer(rank, "/") == answer(rank, "/metrics") == 401 and answer(rank, "/?token=secret") == 200
+    assert answer(rank, "/") == answer(rank, "/metrics") == 401 and answer(rank, "/metrics?token=secret") == 200
     open_to_all, guarded = serve(RunMetrics()), serve(RunMetrics(), routes={"/": lambda: ("text/html", b"page")}, token="secret")
     assert [answer(open_to_all, "/metrics", method) for method in ("GET", "POST", "PUT", "DELETE")] == [200, 405, 405, 405]
     assert answer(guarded, "/metrics") == answer(guarded, "/metrics", Authorization="Bearer other") == 401
@@ -230,7 +229,8 @@ def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
     assert time.monotonic() - began < 5
     read(watched, "/metrics")
     read(watched, "/metrics")
-    watched._interval = 20.0  # as if the second had come so much later
+    watched._scrapes = {client: _Scrapes(scrapes.last, 20.0) for client, scrapes in watched._scrapes.items()}  # as if one had come so
+    # much later than the other
     metrics.ended()
     waiting = threading.Thread(target=lambda: heard.append(watched.last_words(60)))
     waiting.start()
@@ -239,3 +239,43 @@ def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
     while waiting.is_alive():  # a scrape before the thread waits is one of before
         assert series(read(watched, "/metrics")[1])["dualray_ended"] == 1
     assert heard and time.monotonic() - began < 30
+
+
+def test_every_client_that_asks_regularly_is_waited_for_and_none_that_looks_elsewhere(serve):
+    exporter, heard = serve(RunMetrics()), []
+    exporter._scrapes = {"10.0.0.9": _Scrapes(time.monotonic(), 20.0)}
+    waiting = threading.Thread(target=lambda: heard.append(exporter.last_words(60)))
+    waiting.start()
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        read(exporter, "/favicon.ico")
+    read(exporter, "/metrics")  # another client
+    waiting.join(0.3)
+    assert waiting.is_alive() and set(exporter._scrapes) == {"10.0.0.9", HOST}
+    while waiting.is_alive():
+        exporter._note_scrape("10.0.0.9")
+    assert heard
+
+
+def test_a_run_says_that_it_has_ended_when_only_scores_and_the_save_are_left(serve):
+    metrics = RunMetrics(steps=3, save_every=2)
+    exporter = serve(metrics)
+
+    def shown(name):
+        return series(read(exporter, "/metrics")[1])[f"dualray_{name}"]
+
+    metrics.observe("step", STEP | {"step": 1})
+    assert (shown("ended"), shown("checkpoint_every_steps")) == (0, 2)
+    metrics.observe("step", STEP | {"step": 2})
+    assert shown("ended") == 1
+
+
+def test_a_run_that_goes_on_remembers_what_it_saved_and_does_not_count_undone_steps_twice(serve):
+    metrics = RunMetrics()
+    exporter = serve(metrics)
+    metrics.recall([{"event": "checkpoint", "time": 3.0, "step": 4}, {"event": "validation", "time": 4.0, "loss": 2.5, "step": 4},
+                    {"event": "checkpoint", "time": 5.0, "step": 6}, {"event": "lost", "members": ["a/0"]}])
+    metrics.observe("step", STEP | {"spent": {"useful": 2.0, "recovery": 31.0}, "redone": 30.0})
+    found = series(read(exporter, "/metrics")[1])
+    assert [found[f"dualray_{name}"] for name in ("checkpoint_step", "checkpoint_timestamp_seconds", "validation_loss", "lost_ranks_total")] == [
+        6, 5.0, 2.5, 0]
+    assert found['dualray_spent_seconds_total{on="recovery"}'] == 1.0 and found['dualray_spent_seconds_total{on="useful"}'] == 2.0

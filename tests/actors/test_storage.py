@@ -84,3 +84,9 @@ def test_a_writer_killed_before_the_rename_leaves_the_old_file(tmp_path):
 def test_join_refuses_what_would_leave_the_folder():
     with pytest.raises(ValueError, match="not a relative path"):
         storage.join("data", "/etc/passwd")
+
+
+@pytest.mark.parametrize("count, found", [(3, b"efg"), (7, b"abcdefg"), (100, b"abcdefg")])
+def test_the_end_of_a_file(tmp_path, count, found):
+    (tmp_path / "file").write_bytes(b"abcdefg")
+    assert storage.read_tail(str(tmp_path / "file"), count) == found

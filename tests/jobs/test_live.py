@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from actors.board import Board
 from actors.metrics import Exporter, json_route
+from jobs import cli, status
 from jobs.live import ask, lines
 from orchestrator.config import parse
 from orchestrator.layout import choose
@@ -51,6 +53,41 @@ def test_a_run_that_answers(tmp_path, monkeypatch):
     assert ask(str(folder)) is None  # it has ended
 
 
+def test_of_many_nodes_those_with_a_slow_rank():
+    layout = choose(virtual_nodes(64, 2), *(CONFIG.layout.model_copy(update={"expert": 8, "data": 8}), CONFIG.model, CONFIG.stages))
+    many = Board(CONFIG, lambda: layout)
+    many.observe("event", {"event": "slow", "time": 91.0, "rank": 5, "factor": 3.5})
+    text = "\n".join(lines(many.state()))
+    assert "64 nodes with 128 ranks; with a slow rank: 1" in text and "3.5x slow]" in text and text.count("[") == 2, text
+
+
+def test_a_rank_is_slow_until_nothing_of_it_is():
+    found = board()
+    for event in ({"event": "slow", "rank": 2, "peer": 1, "lane": "exchange", "factor": 9.0},
+                  {"event": "slow", "rank": 2, "peer": None, "lane": "compute", "factor": 2.0},
+                  {"event": "slow_over", "rank": 2, "peer": 1, "lane": "exchange", "factor": 1.0}, {"event": "slow_over", "rank": 2, "factor": 1.0}):
+        found.observe("event", event | {"time": 93.0})
+    slow = {rank["rank"]: rank["slow"] for node in found.state()["grid"] for rank in node["ranks"]}
+    assert slow == {0: None, 1: None, 2: 2.0, 3: None}
+
+
+def test_a_run_that_has_not_committed_a_step(tmp_path, monkeypatch, capsys):
+    """It is in its first step, or waits: that is when one asks."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    empty = Board(CONFIG, lambda: LAYOUT)
+    empty.observe("event", {"event": "waiting", "time": 90.0, "reason": "1 of at least 2 nodes can be used"})
+    exporter = Exporter(CollectorRegistry(), ("127.0.0.1",), 0, {"/status.json": json_route(empty.state)})
+    (folder / "live.json").write_text(json.dumps({"address": f"127.0.0.1:{exporter.port}"}))
+    monkeypatch.setattr(sys, "argv", ["jobs.status", str(folder)])
+    try:
+        assert cli.run(status.main) == 0
+    finally:
+        exporter.close()
+    out = capsys.readouterr().out
+    assert "0 of 10 committed" in out and "waiting      1 of at least 2 nodes" in out and "running" in out, out
+
+
 def test_another_run_at_that_address_is_not_this_one(tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
@@ -69,6 +106,8 @@ def test_where_ray_asks_for_a_token_so_does_a_run(tmp_path, monkeypatch):
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
         assert ask(str(folder)) is None
         monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+        assert ask(str(folder)) is None  # Ray here asks for none, so it is shown to nobody
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
         assert ask(str(folder))["run"] == "there"
         monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
         assert ask(str(folder)) is None

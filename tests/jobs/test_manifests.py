@@ -59,7 +59,8 @@ def test_a_stop_leaves_time_to_save(spec):
     """Kubernetes kills after the grace period what Ray was to stop within its own."""
     pod = spec["headGroupSpec"]["template"]["spec"]
     wait = next(entry["value"] for entry in pod["containers"][0]["env"] if entry["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
-    assert float(wait) < pod["terminationGracePeriodSeconds"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert float(wait) < group["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 def test_ray_and_python_are_the_same_everywhere():

@@ -88,7 +88,7 @@ def test_it_follows_the_run_and_says_when_nobody_answers(browser, served, board)
     board.observe("event", {"event": "waiting", "time": time.time(), "reason": "1 of at least 2 nodes can be used"})
     browser.until("document.getElementById('state').textContent === 'waiting: 1 of at least 2 nodes can be used'")
     board.observe("step", OF_THE_STEP | {"step": 999, "time": time.time(), "loss": 1.5})
-    browser.until("document.getElementById('state').textContent === 'done'")
+    browser.until("document.getElementById('state').textContent === 'saving: all steps are done'")
     served.end()
     browser.until("document.getElementById('state').textContent.startsWith('the run does not answer')")
 
@@ -103,7 +103,9 @@ def test_a_loss_that_is_no_number_breaks_nothing(browser, served, board):
 def test_a_stalled_run_does_not_look_well(browser, served, board):
     board.observe("step", OF_THE_STEP | {"step": 60, "time": time.time() - 120, "loss": 1.5})
     browser.open(served(), 1280)
-    browser.until("document.getElementById('state').textContent.startsWith('stalled for')")
+    browser.until("document.getElementById('state').textContent === 'training'")  # it has just been taken up
+    board._since -= 120
+    browser.until("document.getElementById('state').textContent.startsWith('stalled for 2')")
 
 
 def test_it_asks_for_rays_token(browser, served):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import statistics
+import time
 
 import pytest
 from layouts import layout_of, small_model
 
+from orchestrator import stragglers
 from orchestrator.schedule.spans import Lane
 from orchestrator.schedule.stages import Stages, V
 from orchestrator.stragglers import Flow, Straggler, Watch, Work
@@ -128,3 +131,20 @@ def test_a_link_that_carries_nothing_stays_as_it_was():
     rank, peer = 0, LAYOUT.places[-1].rank
     _, watch = told([(works(), links({(rank, peer): 10.0}))] * 5)
     assert told([(works(), {})] * 10, watch)[0] == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_median_of_the_others_is_that_of_the_standard_library(seed):
+    dice = random.Random(seed)
+    values = sorted(float(dice.randrange(6)) for _ in range(dice.randrange(2, 12)))
+    for index, value in enumerate(values):
+        assert stragglers._median_of_others(values, value) == statistics.median(values[:index] + values[index + 1 :])
+
+
+def test_a_step_of_many_links_is_looked_at_in_seconds():
+    """All of 256 ranks exchange with one another: 65,280 links."""
+    layout = layout_of((8,) * 32, 2, small_model())
+    flows = {(one, other): Flow(BYTES, 0.2 * (1 + one / 1000 + other / 3000)) for one in range(256) for other in range(256) if one != other}
+    began = time.monotonic()
+    watch, changes = Watch(layout).after({}, flows)
+    assert time.monotonic() - began < 20 and len(watch.recent) > len(flows) and not changes
