@@ -31,19 +31,20 @@ def prepare(config: RunConfig, data: str) -> None:
     tokenize([STDLIB], tokenizer, data, config)
 
 
-def baselines(dataset: Dataset) -> dict[str, float]:
-    """Levels to hold a validation loss against, in nats a token; empty for large vocabularies.
+def baselines(dataset: Dataset, sequences: int) -> dict[str, float]:
+    """Levels to hold a validation loss against, in nats a token; empty for large vocabularies. The validation text is that of its first
+    `sequences`, those that the loss is of.
 
     unigram, bigram, trigram: cross-entropy of the validation text under models counted on the training text. `own bigram`:
     entropy of the validation text given the token before, by its own counts, which no bigram model can pass.
     """
-    if dataset.vocab_size > LARGEST_VOCABULARY or not dataset.validation.sequences:
+    if dataset.vocab_size > LARGEST_VOCABULARY or not min(sequences, dataset.validation.sequences):
         return {}
 
     def text(split: Split, most: int) -> numpy.ndarray:
         rows = range(min(split.sequences, most))
         return text_of_rows(dataset.read_rows(split, rows), dataset.valid_tokens(split, rows))
 
-    validation = text(dataset.validation, dataset.validation.sequences)
+    validation = text(dataset.validation, sequences)
     found = asdict(ngram_cross_entropy(text(dataset.train, _TRAINING_SEQUENCES), validation, dataset.vocab_size))
     return found | {OWN_BIGRAM: bigram_entropy(validation, dataset.vocab_size)}

@@ -43,7 +43,7 @@ class Progress:
         print(text, file=self._stream, flush=True)
 
     def event(self, values: dict[str, Any]) -> None:
-        details = "  ".join(f"{key} {_short(value)}" for key, value in values.items() if key not in ("time", "event"))
+        details = "  ".join(f"{key} {_short(value)}" for key, value in values.items() if key not in ("time", "event") and value is not None)
         self.say(f"{values['event'].replace('_', ' ')}: {details}")
 
 

@@ -18,6 +18,9 @@ from orchestrator.config import ConfigError, RunConfig
 from orchestrator.topology import Node, virtual_nodes
 
 CONNECT_TIMEOUT_SECONDS = 10.0
+_HOME_OF_JOBS = "~/dualray"
+RUNS_OF_JOBS = f"{_HOME_OF_JOBS}/runs"
+"""Where runs under `ray job` live unless they are told otherwise: their working directory goes when they end."""
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_monitor_refresh_ms": "0"}
 _LOCAL = {"RAY_AUTH_MODE": "disabled"}
 _LOCAL_OBJECT_STORE_BYTES = 100_000_000
@@ -160,7 +163,7 @@ def data_path(config: RunConfig) -> str:
 
 def _shared_path(key: str, path: str, under_home: str) -> str:
     if path == "auto":
-        return os.path.expanduser(f"~/dualray/{under_home}") if under_ray_job() else os.path.abspath(under_home)
+        return os.path.expanduser(f"{_HOME_OF_JOBS}/{under_home}") if under_ray_job() else os.path.abspath(under_home)
     if "://" in path:
         return path
     if under_ray_job() and not os.path.isabs(os.path.expanduser(path)):

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -99,25 +100,34 @@ def _status(options: Namespace) -> int:
 
 
 def _named(options: Namespace) -> str:
-    """A folder as it is given, or where there is none the run of that name in `run.directory`."""
+    """A folder as it is given, or where there is none the newest run of that name in `run.directory`."""
     if "/" in options.folder or storage.is_folder(options.folder):
         return options.folder
-    return storage.join(_directory(options), options.folder)
+    folders = [storage.join(directory, options.folder) for directory in _directories(options)]
+    return _touched(folders) or folders[0]
 
 
-def _directory(options: Namespace) -> str:
-    return session.run_directory(load(options.config, options.overrides) if options.config else parse({}, options.overrides))
+def _directories(options: Namespace) -> list[str]:
+    """Where runs may be: as configured; else where those of this folder are, and those of `ray job` of this user."""
+    config = load(options.config, options.overrides) if options.config else parse({}, options.overrides)
+    found = [session.run_directory(config)]
+    return found + [os.path.expanduser(session.RUNS_OF_JOBS)] if config.run.directory == "auto" else found
 
 
 def _newest(options: Namespace) -> str:
     """Raises JobFailed: there is none."""
-    directory = _directory(options)
-    entries = storage.list_folder(directory) if storage.is_folder(directory) else ()
-    signs = [storage.join(entry.uri, sign) for entry in entries for sign in (audit.LEDGER, live.LIVE)]
+    directories = _directories(options)
+    found = _touched(entry.uri for directory in directories if storage.is_folder(directory) for entry in storage.list_folder(directory))
+    if found is None:
+        raise cli.JobFailed(f"{' and '.join(directories)}: no run there; name its folder, or --set run.directory=...")
+    return found
+
+
+def _touched(folders: Iterable[str]) -> str | None:
+    """The folder whose run did something last; None: no folder has a run."""
+    signs = [storage.join(folder, sign) for folder in folders for sign in (audit.LEDGER, live.LIVE)]
     found = [(storage.stat(path).modified, path) for path in signs if storage.exists(path)]
-    if not found:
-        raise cli.JobFailed(f"{directory}: no run there; name its folder, or --set run.directory=...")
-    return max(found)[1].rpartition("/")[0]
+    return max(found)[1].rpartition("/")[0] if found else None
 
 
 def state_of(folder: str, config: RunConfig) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def lines(steps: list[dict[str, Any]], validation: list[tuple[int, float]], base
         found.append(f"validation   {validation[-1][1]:.4f} nats a token after {validation[-1][0]} steps")
     if baselines:
         fitted = ", ".join(f"{name} {value:.4f}" for name, value in baselines.items() if name != OWN_BIGRAM)
-        found.append(f"n-grams      {fitted} (cross-entropy of the validation text), {baselines[OWN_BIGRAM]:.4f} "
-                     "(bigram entropy of the validation text by its own counts)")
+        found.append(f"n-grams      {fitted} (cross-entropy of the same text), {baselines[OWN_BIGRAM]:.4f} "
+                     "(its bigram entropy by its own counts)")
     found.append(f"run folder   {path}")
     return found
 

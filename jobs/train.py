@@ -69,7 +69,10 @@ def dry_run(config: RunConfig) -> int:
     try:
         if not config.topology.virtual_nodes:
             session.connect()
-        layout = choose(session.nodes(config), config.layout, config.model, config.stages)
+        nodes = session.nodes(config)
+        if not nodes:
+            raise cli.JobFailed(f"no node{_wanted(config)} is there")
+        layout = choose(nodes, config.layout, config.model, config.stages)
         print("\n".join(planner.describe(config, planner.plan(config, layout))))
     finally:
         if not config.topology.virtual_nodes:
@@ -113,18 +116,25 @@ def _nodes(config: RunConfig, progress: Progress, interrupt: Interrupt) -> tuple
         raise ConfigError("elastic.min_nodes", elastic.min_nodes, f"at most topology.virtual_nodes = {config.topology.virtual_nodes}")
     found = session.nodes(config)
     if len(found) < elastic.min_nodes:
-        labels = ", ".join(f"{label} = {value}" for label, value in config.topology.labels.items())
-        progress.say(f"waiting: {len(found)} of at least {elastic.min_nodes} nodes are there" + (f" with {labels}" if labels else ""))
+        progress.say(f"waiting: {len(found)} of at least {elastic.min_nodes} nodes are there{_wanted(config)}")
         session.ask_for_nodes(config)
     while len(found) < elastic.min_nodes:
         if elastic.wait_seconds is not None and time.monotonic() - since > elastic.wait_seconds:
-            raise cli.JobFailed(f"no more than {len(found)} of at least {elastic.min_nodes} nodes within elastic.wait_seconds = "
-                                f"{elastic.wait_seconds:g}")
+            raise cli.JobFailed(f"no more than {len(found)} of at least {elastic.min_nodes} nodes{_wanted(config)} within "
+                                f"elastic.wait_seconds = {elastic.wait_seconds:g}")
         interrupt.wait(POLL_SECONDS)
         before, found = len(found), session.nodes(config)
         if len(found) > before:
             session.ask_for_nodes(config)  # it may be known only now how large they are
     return found if elastic.max_nodes == "auto" else found[: elastic.max_nodes]
+
+
+def _wanted(config: RunConfig) -> str:
+    """What nodes must have, if anything."""
+    wanted = [f"{label} = {value}" for label, value in config.topology.labels.items()]
+    if config.topology.resource != "auto":
+        wanted.append(f"the resource {config.topology.resource}")
+    return f" with {', '.join(wanted)}" if wanted else ""
 
 
 def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,
@@ -187,7 +197,7 @@ def _check_model_folder(config: RunConfig) -> None:
 def _summarise(config: RunConfig, folder: RunFolder, dataset: Dataset, progress: Progress) -> None:
     steps = folder.metric_lines()
     validation = [(event["step"], event["loss"]) for event in folder.event_lines() if event["event"] == "validation"]
-    baselines = corpus.baselines(dataset)
+    baselines = corpus.baselines(dataset, config.training.validation_sequences)
     folder.write("summary.png", summary.picture(steps, validation, baselines))
     progress.say("\n".join(summary.lines(steps, validation, baselines, folder.path)))
 

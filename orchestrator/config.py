@@ -355,10 +355,11 @@ def _check_layout(config: RunConfig) -> None:
     topology = config.topology
     if topology.virtual_nodes and topology.ranks_per_node == "auto":
         raise ConfigError("topology.ranks_per_node", "auto", "a number when topology.virtual_nodes is set")
+    virtual = f"topology.virtual_nodes = {topology.virtual_nodes}, 0 takes those that Ray has"
     if topology.virtual_nodes and topology.resource != "auto":
-        raise ConfigError("topology.resource", topology.resource, "auto when topology.virtual_nodes is set")
+        raise ConfigError("topology.resource", topology.resource, f"auto with virtual nodes: {virtual}")
     if topology.virtual_nodes and topology.labels:
-        raise ConfigError("topology.labels", topology.labels, "nothing when topology.virtual_nodes is set")
+        raise ConfigError("topology.labels", topology.labels, f"nothing with virtual nodes: {virtual}")
     for label, value in topology.labels.items():
         if not is_label(label):
             raise ConfigError("topology.labels", topology.labels, f"a label that Ray takes, not {label}")
