@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,7 +33,6 @@ from orchestrator.schedule.kinds import generate
 from orchestrator.schedule.orders import StageStrands, forms, strands_of
 from orchestrator.schedule.pieces import timed
 from orchestrator.schedule.spans import Span
-from tests.cluster import REPOSITORY
 
 NAME, HOLD, LAYERS, MICROBATCHES = "PP2xEP2", 0.003, 2, 6
 CONTESTANTS = ("compute only", "dualpipe", "searched", "overlap off", "ScheduleDualPipeV")

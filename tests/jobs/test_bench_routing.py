@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +11,6 @@ from jobs.benches.routing import Case, Settings
 from jobs.benches.routing_expected import limited, published_packing, unlimited
 from jobs.benches.routing_rank import Found
 from orchestrator.config import RunConfig
-from tests.cluster import REPOSITORY
 
 
 def settings(**changes) -> Settings:

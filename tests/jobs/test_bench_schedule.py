@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
 
@@ -14,7 +12,6 @@ from jobs.benches.schedule import Block, Settings
 from orchestrator.config import RunConfig
 from orchestrator.schedule.kinds import generate
 from orchestrator.schedule.simulate import simulate
-from tests.cluster import REPOSITORY
 
 BLOCK = "4 microbatches, 64 KiB"
 KINDS = {"1f1b": 0.006, "zbv": 0.003, "dualpipe": 0.006}  # seconds of F, I and W together in a stage of each
