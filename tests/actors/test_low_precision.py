@@ -38,6 +38,7 @@ def test_fp8_follows_the_curve(ranks, reference, tmp_path, name, overrides):
     assert found[-1] < found[0]
 
 
+@pytest.mark.long
 def test_recomputation_changes_no_bit(ranks, tmp_path):
     kept, again, inputs = (losses(ranks, tmp_path / recompute, "EP4", "training.dtype=bfloat16", *FLOAT8,
                                   f"training.recompute={recompute}") for recompute in ("none", "selective", "full"))

@@ -74,6 +74,7 @@ def test_the_same_curve_as_without_moves(ranks, reference, tmp_path, name, overr
     assert close(found, still[0]) and furthest(at_the_end, still[1]) < 1e-12
 
 
+@pytest.mark.long
 def test_eight_ranks(tmp_path):
     """Two positions with mirrors, EP over four nodes."""
     config, layout = configured("PP2xEP4")

@@ -121,6 +121,7 @@ def test_the_real_model_has_the_same_losses_both_ways(found):
     assert min(figure["overlap_ratio"] for figure in model["figures"]["overlap"]) > 0.01
 
 
+@pytest.mark.long
 def test_a_rank_that_does_other_work_is_found(monkeypatch):
     """Position 1 has a layer less than its neighbour thinks."""
     right = overlap.task_of

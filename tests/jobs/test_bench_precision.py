@@ -48,6 +48,7 @@ def test_coarser_ways_have_larger_errors():
     assert found["precision.gradients=e5m2"]["dx"] > 1.5 * published["dx"]
 
 
+@pytest.mark.long
 def test_a_short_run(corpus, tmp_path):
     config = load(f"{REPOSITORY}/jobs/configs/tiny.yaml", [
         f"data.path={corpus}", "data.sequence_length=32", "model.num_hidden_layers=2", "optimizer.warmup_steps=2"])
