@@ -91,7 +91,7 @@ class RunActors:
     def follow(self, progress: Progress, interrupt: Interrupt, moved: Callable[[str], object] = lambda address: None) -> Outcome:
         """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason.
 
-        Once it is asked to stop the run has the time that a save takes, whatever that is: who cannot wait sends a second signal.
+        Once it is asked to stop, the trainer bounds its step and its save (training.step_timeout_seconds); a second signal ends it.
         """
         running, stopping, idle = self._coordinator.run.remote(), False, 0
         while True:
