@@ -9,7 +9,6 @@ Nothing here is believed unchecked: a ledger that was cut, edited or written by 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 
 from orchestrator.config import LayoutSection, RunConfig, ScheduleSection, check
 from orchestrator.layout import Layout
+from orchestrator.ledger import STEP, Cuts, Entry, entries
 from orchestrator.placement import Placement, default_placement
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.stages import Stages
@@ -70,8 +70,12 @@ def read(lines: Iterable[str], config: RunConfig) -> Replay:
     """The ledger `lines` of a run of `config`. Raises ReplayRefused: it is not whole, or not that of such a run."""
     changes: list[Recorded] = []
     losses: list[float] = []
-    for number, text in enumerate(lines, 1):
-        line = _object(number, text)
+    found = list(entries(lines))
+    cuts = Cuts(found)
+    for entry in found:
+        number, line = entry.number, _values(entry)
+        if entry.kind != STEP or cuts.voids(entry):
+            continue
         if line["step"] != len(losses):
             raise ReplayRefused(f"line {number}: step {line['step']} where step {len(losses)} is due")
         losses.append(float(line["loss"]))
@@ -168,13 +172,14 @@ def _check(layout: Layout) -> None:
         raise ValueError("two ranks have the same place on a node")
 
 
-def _object(number: int, text: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-        if not all(type(line[key]) is int for key in ("step", "generation")) or not isinstance(line["loss"], int | float):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise ReplayRefused(f"line {number}: not that of a committed step") from None
+def _values(entry: Entry) -> Mapping[str, Any]:
+    """Raises ReplayRefused: they are not those of its kind."""
+    line = entry.values
+    if entry.damaged is not None and entry.kind and type(line.get("step")) is int:
+        raise ReplayRefused(f"line {entry.number}: {entry.damaged}")
+    if entry.damaged is not None or entry.kind == STEP and not (
+            type(line.get("generation")) is int and isinstance(line.get("loss"), int | float)):
+        raise ReplayRefused(f"line {entry.number}: not that of a committed step")
     return line
 
 
