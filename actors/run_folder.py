@@ -1,7 +1,7 @@
 """`runs/<name>/`: what a run leaves behind, on any pyarrow.fs URI.
 
-`ledger.jsonl` is the commit: a line is durable before the step counts. The journals are append-only while a run lasts;
-a run that continues from a checkpoint first trims them to it, so that each step stands in them once.
+`ledger.jsonl` is the commit: a line is durable before the step counts, and the file only grows (orchestrator/ledger.py). The metrics
+of steps that are to be done again are cut off, so that each step stands in them once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from pyarrow import fs
 
 from actors import storage
 from actors.journal import Journal
+from orchestrator import ledger
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LEDGER = "checkpoints", "ledger.jsonl"
 IN_USE = "another run with this name is under way; give one of them another run.name"
 
 
@@ -28,7 +29,8 @@ class RunFolder:
 
     def __init__(self, directory: str, name: str):
         self.path = storage.join(directory, name)
-        self._ledger = Journal(storage.join(self.path, "ledger.jsonl"), durable=True)
+        self._ledger = Journal(storage.join(self.path, LEDGER), durable=True, alone=True)
+        self._newest = ""
         self._metrics = Journal(storage.join(self.path, "metrics.jsonl"))
         self._events = Journal(storage.join(self.path, "events.jsonl"))
 
@@ -65,6 +67,22 @@ class RunFolder:
         storage.write_atomic(path, content.encode() if isinstance(content, str) else content)
         return path
 
+    def ledger(self) -> ledger.Ledger:
+        """What is committed. Raises StorageError: it cannot be read, or is not as it was written."""
+        try:
+            found = ledger.read(self._ledger.lines())
+        except ledger.LedgerDamaged as error:
+            raise storage.StorageError(storage.join(self.path, LEDGER), str(error)) from None
+        self._newest = found.newest
+        return found
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """One more line of the ledger, durable when this returns; after `ledger` has been read. Raises StorageError: it is not there;
+        Overtaken."""
+        line = ledger.chained(values, self._newest)
+        self._ledger.append(line)
+        self._newest = ledger.line_hash(line)
+
     def commit(self, line: str) -> None:
         """Durable when this returns: the step is committed."""
         self._ledger.append(line)
@@ -90,8 +108,17 @@ class RunFolder:
         return dropped
 
     def ledger_lines(self) -> list[dict[str, Any]]:
-        """Of the committed steps; a line that a crash cut off is none."""
-        return [json.loads(line) for line in self._ledger.lines() if _step(line) is not None]
+        """Of the committed steps; a line that a crash cut off is none. Raises StorageError."""
+        return list(map(dict, self.ledger().steps))
+
+    def trim_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Keep the metrics of steps before `step`. Returns the others."""
+        lines = self._metrics.lines()
+        kept = [line for line in lines if (found := _step(line)) is not None and found < step]
+        if len(kept) == len(lines):
+            return []
+        self._metrics.rewrite(kept)
+        return [json.loads(line) for line in lines if (found := _step(line)) is not None and found >= step]
 
     def metric_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._metrics.lines()]
