@@ -147,8 +147,11 @@ class Crew:
 
     def blame(self, failed: RankFailed) -> None:
         """The transport says that a rank's process has ended."""
-        if failed.lost and failed.rank < len(self.seated):
-            self._membership = self._membership.ended(self.seated[failed.rank], time.monotonic(), LOST)
+        member = failed.member
+        if member is None and failed.rank < len(self.seated):
+            member = self.seated[failed.rank]
+        if failed.lost and member is not None:
+            self._membership = self._membership.ended(member, time.monotonic(), LOST)
 
     def wait(self, seconds: float) -> None:
         """Until somebody comes or goes, at most this long."""
@@ -185,7 +188,7 @@ class Crew:
         for place in layout.places:
             member = present.get((place.node, place.local))
             if member is None:
-                raise RankFailed(place.rank, LOST)
+                raise RankFailed(place.rank, LOST, self._last_at(place.node, place.local))
             members.append(member)
         self._planned = self._planned if nodes is None else nodes
         self.use(members)
@@ -229,6 +232,11 @@ class Crew:
                 state = state.ended(member, now, f"did not start within {START_SECONDS:g} s")
                 del self._starting[member]
         self._membership = state
+
+    def _last_at(self, node: str, local: int) -> Member:
+        """Who was there last, or is to be."""
+        known = [member for member in (*self.about, *self._starting) if (member.node, member.local) == (node, local)]
+        return max(known, default=Member(node, local))
 
     def _decide(self, now: float) -> Decision:
         return self._membership.decide(self.seated, now, self._planned)

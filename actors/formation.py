@@ -6,9 +6,8 @@ whose state all survivors have.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from actors.ahead import Ahead
 from actors.crew import Crew
 from actors.dealing import Dealer
-from actors.messages import ANY_GENERATION, Apply, Assignment, Formed, Former, Rearranged, Rearrangement, Standing
+from actors.messages import ANY_GENERATION, Apply, Assignment, Formed, Former, Rearranged, Rearrangement, Recollection, Standing
 from actors.ranks import RankFailed, Ranks
 from orchestrator import transfer
 from orchestrator.config import RunConfig
@@ -93,27 +92,32 @@ class Formation:
         if members:
             self.crew.seat(self.layout)
 
-    def adopt(self, members: Sequence[Member], generation: int) -> None:
-        """Take over processes that another coordinator has left, and make the generation whose state they have the base: the
-        newest that all of them have who have any, else the one that most have. generation: a number that was used already.
+    def adopt(self, members: Sequence[Member], generation: int, committed: int) -> None:
+        """Take over processes that another coordinator has left, and make the base the newest generation of which they have all
+        state after `committed` steps, be it that some have yet to complete the last of them. generation: a number that was used
+        already.
 
         Raises RankFailed.
         """
         crew = self.crew
         crew.adopt(members)
         crew.abort(ANY_GENERATION)
-        recalled = self._recalled()
-        found = dict(zip(crew.seated, recalled))
-        numbers = Counter(number for assignments in recalled for number in assignments)
-        self.generation = max([generation, *numbers])
-        if numbers:
-            number = max(numbers, key=lambda number: (numbers[number], number))
-            places = {assignments[number].rank: (member, assignments[number])
-                      for member, assignments in found.items() if number in assignments}
+        found: dict[int, dict[int, tuple[Member, Assignment]]] = {}
+        for member, recalled in zip(crew.seated, self._recalled()):
+            newest = recalled.held[-1][0].generation if recalled.held else None
+            for place, applied in recalled.held:
+                generation = max(generation, place.generation)
+                pending = place.generation == newest and applied == recalled.reduced == committed - 1
+                if applied == committed or pending:
+                    found.setdefault(place.generation, {})[place.rank] = member, place
+        self.generation = generation
+        for number, places in sorted(found.items(), reverse=True):
             known = next(iter(places.values()))[1]
-            self.config, self.layout, self.placement = known.config, known.layout, known.placement
-            self.base = Base(number, known.config, known.layout, known.placement, tuple(
-                places[rank][0] if rank in places else Member("", rank) for rank in range(known.layout.size)))
+            if _all_state((known.config, known.layout, known.placement), places):
+                self.config, self.layout, self.placement = known.config, known.layout, known.placement
+                self.base = Base(number, known.config, known.layout, known.placement, tuple(
+                    places[rank][0] if rank in places else _nobody(rank) for rank in range(known.layout.size)))
+                return
 
     def form(self) -> Regrouped:
         """The first generation, or one that takes nothing over: its state must be loaded, then `loaded`. Raises RankFailed."""
@@ -128,9 +132,15 @@ class Formation:
         """Those of the base that live, whatever they are to be: for `finish`."""
         self.crew.use([member for member in self.base.members if self.crew.trusts(member)])
 
-    def finish(self, apply: Apply | None) -> list[Standing]:
-        """Have everybody seated complete a committed step alone. Raises RankFailed."""
-        return self.call("finish", [(apply,)] * len(self.crew.seated), FORM_TIMEOUT_SECONDS)
+    def finish(self, apply: Apply | None, applied: int) -> list[Standing]:
+        """Have everybody seated go back to the base, and complete a committed step there alone. Those who then do not have the
+        state after `applied` steps have come without it: they are of the base no more. Raises RankFailed."""
+        base, seated = self.base, self.crew.seated
+        standings: list[Standing] = self.call("finish", [(apply, base.generation)] * len(seated), FORM_TIMEOUT_SECONDS)
+        astray = {member for member, standing in zip(seated, standings)
+                  if (standing.generation, standing.applied) != (base.generation, applied)}
+        self.base = replace(base, members=tuple(_nobody(rank) if member in astray else member for rank, member in enumerate(base.members)))
+        return [standing for member, standing in zip(seated, standings) if member not in astray]
 
     def take_seats(self, relaid: Relaid, nodes: tuple[Node, ...] | None = None, placement: Placement | None = None) -> None:
         """Go over to another layout, made for `nodes`, though nobody has been told yet. placement: None: one that moves little.
@@ -182,8 +192,8 @@ class Formation:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _recalled(self) -> list[dict[int, Assignment]]:
-        """What everybody seated knows of generations; who is lost meanwhile is seated no more. Raises RankFailed."""
+    def _recalled(self) -> list[Recollection]:
+        """What everybody seated holds; who is lost meanwhile is seated no more. Raises RankFailed."""
         crew = self.crew
         while True:
             crew.use([member for member in crew.seated if crew.trusts(member)])
@@ -223,6 +233,21 @@ def layout_record(layout: Layout) -> dict[str, Any]:
 
 def _default_placement(config: RunConfig, layout: Layout) -> Placement:
     return default_placement(config.model, layout, config.layout.layers_per_stage, config.layout.group_parts)
+
+
+def _nobody(rank: int) -> Member:
+    """In the place of whoever was this rank of the base, and is not there."""
+    return Member("", rank)
+
+
+def _all_state(held: transfer.Held, ranks: Collection[int]) -> bool:
+    """Whether these ranks of a layout have all state between them."""
+    layout = held[1]
+    try:
+        transfer.plan_between(held, held, [rank if rank in ranks else None for rank in range(layout.size)])
+    except transfer.StateLost:
+        return False
+    return True
 
 
 def _came_from(members: Iterable[Member], before: Sequence[Member]) -> tuple[int | None, ...]:

@@ -12,7 +12,9 @@ from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.placement import Placement
+from orchestrator.protocol.events import CallId, Fault
 from orchestrator.replay import Replay
+from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import Figures, Span
 
 ANY_GENERATION = -1
@@ -69,13 +71,28 @@ class Formed:
 
 
 @dataclass(frozen=True)
+class Recollection:
+    """What a rank holds. held: its places in generations, oldest first, and the updates in the state that it has of each; None: it
+    was never initialised, restored or carried over. reduced, published: as of Standing. busy: the call that its compute thread
+    carries out. fault: how the last one failed, if it did.
+    """
+
+    held: tuple[tuple[Assignment, int | None], ...]
+    reduced: int | None
+    published: bool
+    busy: CallId | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
 class Standing:
-    """Where a rank stands between steps. `generation`: whose state it has; None: it has none. `applied`: updates in it.
+    """Where a rank stands between steps. `generation`: whose state it has; None: it has none. `applied`: updates in it; None: none
+    that counts.
     `reduced`: the step whose reduced gradients it still holds. `published`: whether its working weights are those of the state.
     """
 
     generation: int | None
-    applied: int
+    applied: int | None
     reduced: int | None
     published: bool
 
@@ -120,6 +137,7 @@ class StepRequest:
 
     `tokens` int32 [n, S+1] and `valid` int32 [n] (real tokens of a row): the stream's sequences, entrance by entrance,
     microbatch by microbatch; only the ranks that host the first or the last stage get them.
+    `program`: to be learned first; None: the rank has it.
     """
 
     step: int
@@ -130,6 +148,7 @@ class StepRequest:
     tokens: numpy.ndarray | None
     valid: numpy.ndarray | None
     keep_spans: bool = False
+    program: Program | None = None
 
 
 @dataclass(frozen=True)

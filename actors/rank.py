@@ -6,19 +6,19 @@ persistent changes) and, once the coordinator has committed it, the `Apply` that
 
 from __future__ import annotations
 
-import datetime
 import os
-import threading
 import time
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
+from actors.authority import Authority
 from actors.checkpoint import PieceWriter, restore_shards
-from actors.comm.groups import CREATE_TIMEOUT_SECONDS, Aborted, Generation, Group
+from actors.comm.groups import Generation, Group
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
+from actors.comm.waiting import OutOfStep
 from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.held import Held, State
@@ -26,8 +26,8 @@ from actors.hugging_face import ModelFolder
 from actors.host import device_name, settle, warm_up
 from actors.lane import ExchangeLane, lane_for
 from actors.lifeline import Lifeline
+from actors.meeting import MeetingPlace
 from actors.messages import (
-    ANY_GENERATION,
     Apply,
     Assignment,
     Formed,
@@ -36,6 +36,7 @@ from actors.messages import (
     LossSums,
     Rearranged,
     Rearrangement,
+    Recollection,
     SavedPiece,
     Standing,
     StepReport,
@@ -56,22 +57,17 @@ from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import figures
 
 
-
 class Rank:
-    """`host`: the address of this rank's node that its peers can reach."""
+    """`host`: the address of this rank's node that its peers can reach. `authority`: whom it obeys."""
 
     def __init__(self, config: RunConfig, host: str):
         self._host = host
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.configure(config)
-        self._generation: Generation | None = None
+        self.authority, self._meeting_place, self._held = Authority(), MeetingPlace(), Held()
         self._lane: ExchangeLane | None = None
         self._lifeline: Lifeline | None = None
-        self._store: tuple[tuple[str, int], dist.Store] | None = None
-        self._held, self._reduced, self._published = Held(), None, False
         self.optimizer: Optimizer | None = None
-        self._abort_lock = threading.Lock()
-        self._given_up: int | None = None  # the last generation that was to be aborted: it may not have begun here
         if self._device.type == "cpu":
             settle()
             self._cores = sorted(os.sched_getaffinity(0))
@@ -81,6 +77,10 @@ class Rank:
         """Of the gates of this rank's layers, part of its state."""
         return self._held.current.biases
 
+    @property
+    def _generation(self) -> Generation | None:
+        return self.authority.generation
+
     def configure(self, config: RunConfig) -> None:
         """Another configuration, from the next `form` on."""
         self._config, self._dtype = config, DTYPES[config.training.dtype]
@@ -88,11 +88,12 @@ class Rank:
 
     # --- generations ---------------------------------------------------------------------------------------------
 
-    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, target: str | None = None) -> None:
+    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, target: str | None = None,
+               epoch: int = 0) -> None:
         """Keep a lifeline to the coordinator at `address`, as this member of `run`; safe from any thread. target: host:port of this
-        rank's metrics."""
+        rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
+        self.authority.attached(run, epoch)
         warm_up()
-        self._given_up = None  # another coordinator counts generations anew
         if self._lifeline is not None:
             self._lifeline.close()
         self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run,
@@ -102,22 +103,20 @@ class Rank:
         """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is
         empty until `initialise` or `restore`.
 
-        Raises Aborted: a member does not come, or goes. The state that this rank had is as it was.
+        Raises Aborted: a member does not come, or goes, or the generation was given up. The state that this rank had is as it was.
         """
         started = time.perf_counter()
+        self.authority.check(assignment.generation)
         self.close()
         self.configure(assignment.config)
         former, layout, config = assignment.former, assignment.layout, self._config
-        state = self._held.base(former.generation if former else None)
-        self._assignment, self._layout = assignment, layout
-        buckets = self._buckets_of(assignment.placement)
         generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
                                 config.training.step_timeout_seconds, assignment.form_seconds)
-        with self._abort_lock:
-            self._generation = generation
-            if self._given_up == assignment.generation:
-                generation.abort()
-        store = dist.PrefixStore(assignment.prefix, self._meeting_place(assignment.store))
+        self.authority.enter(generation)
+        state = self._former_state(assignment)
+        self._assignment, self._layout = assignment, layout
+        buckets = self._buckets_of(assignment.placement)
+        store = dist.PrefixStore(assignment.prefix, self._meeting_place.at(assignment.store))
         groups, seconds = groups_of(layout, buckets, config.layout.hops)
         everybody = tuple(range(layout.size + len(former.leaving))) if former else groups[0]
         generation.meet(store, len(everybody))
@@ -136,7 +135,7 @@ class Rank:
         self._stage_group = generation.group(layout.peers(self._place.position))
         shards = shards_of(assignment.rank, buckets, config.optimizer, exact_dtype(self._dtype), self._device,
                            state.shards if state else ())
-        new = State(replace(assignment, former=None), buckets, shards, self._biases_of(state), former.applied if former else 0)
+        new = State(replace(assignment, former=None), buckets, shards, self._biases_of(state), former.applied if former else None)
         fresh: frozenset[int] = frozenset()
         if former is not None:
             carried, fresh = self._carry_over(former, state, generation.group(everybody), new)
@@ -158,12 +157,12 @@ class Rank:
         """Move experts with all their state to where another placement has them, between two steps of which the first was
         applied. Groups stay, and so does what the placement does not change.
 
-        Raises Aborted: the generation is of no use any more; the state of the generation before is as it was.
+        Raises Aborted: the generation is of no use any more, or was given up; the state of the generation before is as it was.
         """
         started, assignment, config, state = time.perf_counter(), self._assignment, self._config, self._settled()
         rank, buckets = assignment.rank, self._buckets_of(wanted.placement)
         plan = transfer.plan(state.buckets, buckets, range(self._layout.size), [place.node for place in self._layout.places])
-        self._generation.number = wanted.generation
+        self.authority.renumber(wanted.generation)
         self._regroup(state.buckets, buckets)
         shards = shards_of(rank, buckets, config.optimizer, exact_dtype(self._dtype), self._device, state.shards)
         carried = carry_over(plan, rank, self._world, state.shards, shards, state.biases, state.biases)
@@ -175,21 +174,24 @@ class Rank:
         self._set_up(wanted.placement)
         return Rearranged(carried.sent, carried.received, time.perf_counter() - started)
 
-    def finish(self, apply: Apply | None) -> Standing:
-        """Complete a committed step from what this rank holds, if it has not done so yet: without the others, whose communication
-        has been aborted. Working weights are then to be published."""
-        if apply is not None and self._reduced == apply.step and self._held.current.applied == apply.step:
+    def finish(self, apply: Apply | None, base: int) -> Standing:
+        """Go back to the state of generation `base`, all others are let go of; there complete a committed step from what this rank
+        holds, if it has not done so yet: without the others, whose communication has been aborted. Working weights are then to be
+        published. Where this rank has no state of that generation, it has none at all from now on, and says so.
+        """
+        state = self._held.base(base)
+        if apply is not None and state is not None and self._held.reduced == apply.step == state.applied:
             self._update(apply)
         return self.standing()
 
-    def recall(self) -> dict[int, Assignment]:
-        """This rank's places in the generations whose state it holds: for a coordinator that knows nothing."""
-        return self._held.assignments
+    def recall(self) -> Recollection:
+        """What this rank holds; from any thread."""
+        return self._held.recollect()
 
     def standing(self) -> Standing:
         """Where this rank stands; between calls only."""
-        known = self._held.generation is not None
-        return Standing(self._held.generation, self._held.current.applied if known else 0, self._reduced, self._published)
+        held = self._held
+        return Standing(held.generation, held.current.applied if held.generation is not None else None, held.reduced, held.published)
 
     def learn(self, program: Program, training: bool) -> None:
         """Keep a program of this rank's position for steps with its number of microbatches."""
@@ -197,7 +199,7 @@ class Rank:
 
     def initialise(self) -> None:
         """State of step 0, the same on any layout: random weights, or those of a folder. Raises FolderError."""
-        self._held.settle()
+        self._loading()
         config, model = self._config, self._config.model
         if config.training.init_from is None:
             self.optimizer.initialise(lambda spec: initial_value(spec.name, spec.shape, config.run.seed, model.initializer_range))
@@ -207,27 +209,24 @@ class Rank:
             for layer, bias in self.biases.items():
                 bias.copy_(folder.bias(layer, model.n_routed_experts))
         self._publish()
+        self._held.has_applied(0)
 
     def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
         """State of a checkpoint, whatever layout wrote it. Raises CheckpointError."""
-        state = self._settled()
+        state = self._loading()
         restore_shards(directory, pieces, state.shards, state.biases, steps)
-        state.applied = steps
         self._publish()
+        self._held.has_applied(steps)
 
     def abort(self, generation: int | None = None) -> None:
-        """End every blocked communication of this rank, of that generation if one is named; safe from any thread, at any
-        time."""
-        with self._abort_lock:
-            self._given_up = generation
-            if self._generation is not None and generation in (None, ANY_GENERATION, self._generation.number):
-                self._generation.abort()
+        """End every blocked communication of this rank, and refuse what comes later, of generations up to this one; without a
+        number, of the present one. Safe from any thread, at any time."""
+        self.authority.give_up(generation)
 
     def close(self) -> None:
         """Leave the generation, with all its sockets and threads."""
-        with self._abort_lock:
-            generation, self._generation = self._generation, None
-            lane, self._lane = self._lane, None
+        generation = self.authority.leave()
+        lane, self._lane = self._lane, None
         if lane is not None:
             lane.close(generation.abort)
         if generation is not None:
@@ -238,10 +237,13 @@ class Rank:
     def step(self, request: StepRequest) -> StepReport:
         """Apply the step committed before, then compute and reduce this one. Raises ActionFailed, Aborted."""
         started = time.perf_counter()
-        self._held.settle()
+        self._learn_with(request, True)
+        state = self._settled()
         if request.apply is not None:
             self.apply(request.apply)
-        self._reduced = None
+        if state.applied != request.step:
+            raise OutOfStep(f"step {request.step} on a state after {state.applied} updates")
+        self._held.has_reduced(None)
         self._blocks.clear()  # weights have changed
         self.optimizer.zero_gradients()
         sent_before = self._traffic.sent
@@ -253,7 +255,7 @@ class Rank:
         work, began = StepWork(tapes, self._links(request), self._reduce), time.time()
         with torch.no_grad():  # islands switch gradients on for themselves
             self._executor.run(self._programs[True, request.microbatches], work)
-        self._reduced = request.step
+        self._held.has_reduced(request.step)
         ended = time.perf_counter()
         return StepReport(
             rank=self._assignment.rank, step=request.step, losses=loss_sums(tapes), gradient_norm=self.optimizer.gradient_norm,
@@ -268,22 +270,30 @@ class Rank:
         self._publish()
 
     def _update(self, apply: Apply) -> None:
-        """All that changes of the state; without communication, so that it is done whole or not at all."""
-        state, self._published = self._held.current, False
+        """All that changes of the state; without communication, so that it is done whole or not at all.
+
+        Raises OutOfStep: that step is not the one that is due, or its gradients are not here.
+        """
+        held, state = self._held, self._held.current
+        if not apply.step == state.applied == held.reduced:
+            raise OutOfStep(f"update of step {apply.step} on a state after {state.applied} updates, with gradients of {held.reduced}")
+        held.has_published(False)
+        held.has_applied(None)
         self.optimizer.update(apply.learning_rate)
         speed = self._config.training.bias_update_speed
         for layer, load in self._load.items():
             state.biases[layer] += speed * torch.sign(load.double().mean() - load).to(state.biases[layer])
-        state.applied = apply.step + 1
+        held.has_applied(apply.step + 1)
 
     def _publish(self, only: frozenset[int] | None = None) -> None:
         """Working weights from the state: of these buckets, or all. Raises Aborted."""
-        self._published = False
+        self._held.has_published(False)
         self.optimizer.publish(self._generation, only)
-        self._published = True
+        self._held.has_published(True)
 
     def evaluate(self, request: StepRequest) -> LossSums:
         """Loss sums over a batch, forward only; changes nothing."""
+        self._learn_with(request, False)
         self._blocks.clear()
         tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=False)
         work = StepWork(tapes, self._links(request), lambda: None)
@@ -305,20 +315,6 @@ class Rank:
         Raises CheckpointError.
         """
         return self._writer.finish()
-
-    def _meeting_place(self, address: tuple[str, int]) -> dist.Store:
-        """The store at `address`, connected to once: torch looks up the names of both ends, and DNS may take seconds.
-
-        Raises Aborted: nobody is there.
-        """
-        host, port = address
-        try:
-            if self._store is None or self._store[0] != address or not _answers(self._store[1]):
-                self._store = address, dist.TCPStore(host, port, is_master=False, wait_for_workers=False,
-                                                     timeout=datetime.timedelta(seconds=CREATE_TIMEOUT_SECONDS))
-        except RuntimeError as error:
-            raise Aborted(f"no store at {host}:{port}") from error
-        return self._store[1]
 
     # --- what a rank is made of ----------------------------------------------------------------------------------
 
@@ -353,6 +349,25 @@ class Rank:
                              state.biases if state else {}, new.biases if new else {})
         return carried, plan.fresh
 
+    def _former_state(self, assignment: Assignment) -> State | None:
+        """What this rank brings into a generation. Raises OutOfStep: not what it is expected to."""
+        former = assignment.former
+        state = self._held.base(former.generation if former else None)
+        if former is not None and former.came_from[assignment.rank] is not None and (state is None or state.applied != former.applied):
+            raise OutOfStep(f"a state after {former.applied} updates in generation {former.generation} is not here, but {state and state.applied}")
+        return state
+
+    def _learn_with(self, request: StepRequest, training: bool) -> None:
+        if request.program is not None:
+            self.learn(request.program, training)
+
+    def _loading(self) -> State:
+        """The state, which counts as none until it is whole."""
+        state = self._settled()
+        self._held.has_applied(None)
+        self._held.has_reduced(None)
+        return state
+
     def _settled(self) -> State:
         """The state, where all have arrived in this generation."""
         self._held.settle()
@@ -366,7 +381,7 @@ class Rank:
         for ranks in had:
             if ranks not in needed and ranks not in self._lasting and assignment.rank in ranks:
                 generation.group(ranks).close()
-        store = dist.PrefixStore(f"{assignment.prefix}/{generation.number}", self._meeting_place(assignment.store))
+        store = dist.PrefixStore(f"{assignment.prefix}/{generation.number}", self._meeting_place.at(assignment.store))
         generation.create(store, [ranks for ranks in needed if ranks not in had and ranks not in self._lasting])
 
     def _set_up(self, placement: Placement) -> None:
@@ -395,10 +410,3 @@ class Rank:
     def _reported_load(self) -> dict[int, list[int]]:
         first = self._assignment.rank == self._stage_group.ranks[0]
         return {layer: load.tolist() for layer, load in self._load.items()} if first else {}
-
-
-def _answers(store: dist.Store) -> bool:
-    try:
-        return store.num_keys() >= 0
-    except RuntimeError:  # its server is gone; another one may have the same address
-        return False

@@ -21,10 +21,11 @@ Check = Callable[[], "RankFailed | None"]
 
 
 class RankFailed(RuntimeError):
-    """A rank raised, died, or did not answer in time. `reason` is one line."""
+    """A rank raised, died, or did not answer in time. `reason` is one line. `member`: who that is, where the rank is not one
+    of those seated."""
 
-    def __init__(self, rank: int, reason: str):
-        self.rank, self.reason = rank, reason
+    def __init__(self, rank: int, reason: str, member: Member | None = None):
+        self.rank, self.reason, self.member = rank, reason, member
         super().__init__(f"rank {rank}: {reason}")
 
     @property
@@ -35,7 +36,7 @@ class RankFailed(RuntimeError):
     @property
     def own_fault(self) -> bool:
         """Whether it failed by itself, and not because somebody else went or was silent."""
-        return not (self.lost or "Aborted" in self.reason or NO_ANSWER in self.reason)
+        return not (self.lost or "Aborted" in self.reason or "OutOfStep" in self.reason or NO_ANSWER in self.reason)
 
 
 class Pending(Protocol):

@@ -151,10 +151,7 @@ class Recovery:
         """Raises RankFailed, StateLost, CannotGoOn."""
         formation = self._formation
         formation.seat_survivors()
-        standings = formation.finish(apply)
-        if astray := [rank for rank, standing in enumerate(standings)
-                      if (standing.generation, standing.applied) != (formation.base.generation, applied)]:
-            raise CannotGoOn(f"{applied} steps are committed, but {standings[astray[0]]} is what a rank holds")
+        standings = formation.finish(apply, applied)
         publish = not all(standing.published for standing in standings)
         formation.take_seats(found, nodes, placement)
         layout = formation.layout

@@ -19,6 +19,7 @@ from actors.messages import (
     LossSums,
     Rearranged,
     Rearrangement,
+    Recollection,
     SavedPiece,
     Standing,
     StepReport,
@@ -85,13 +86,13 @@ class StageActor:
 
     @ray.method(concurrency_group="compute")
     @_in_one_line
-    def recall(self) -> dict[int, Assignment]:
+    def recall(self) -> Recollection:
         return self._rank.recall()
 
     @ray.method(concurrency_group="compute")
     @_in_one_line
-    def finish(self, apply: Apply | None) -> Standing:
-        return self._rank.finish(apply)
+    def finish(self, apply: Apply | None, base: int) -> Standing:
+        return self._rank.finish(apply, base)
 
     @ray.method(concurrency_group="compute")
     @_in_one_line

@@ -157,7 +157,8 @@ class Trainer:
         lines = self._folder.ledger_lines()
         committed = lines[-1]["step"] + 1 if lines else 0
         self._folder.trim(committed)
-        self._formation.adopt(self._start.members, max((line["generation"] for line in lines), default=0))
+        self._formation.adopt(self._start.members, max((line["generation"] for line in lines), default=0),
+                              committed)
         self._event("coordinator_restarted", step=committed, members=len(self._formation.crew.seated),
                     generation=self._formation.base.generation if self._formation.base else None)
         self._committed = committed

@@ -24,6 +24,10 @@ class Aborted(RuntimeError):
     """A communication ended because its group was aborted, timed out, or lost a member."""
 
 
+class OutOfStep(Aborted):
+    """Aborted, before anything was done: what was asked for does not follow on what this rank has."""
+
+
 class Operation:
     """One under way: to be waited for once. Operations that can only end by themselves or with their connection."""
 

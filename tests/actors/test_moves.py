@@ -149,7 +149,7 @@ def test_a_move_that_fails_ends_for_all_and_changes_nothing(ranks, reference, tm
 
 def go_back(host):
     """To what all have: a rank that needed nothing of the one that failed may be through with its part of the move."""
-    host._held.base(min(host.recall()))
+    host._held.base(min(place.generation for place, _ in host.recall().held))
 
 
 def nothing(host):

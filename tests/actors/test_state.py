@@ -47,7 +47,7 @@ def take_place(host, rank, config, old_layout, layout, came_from, place, publish
                          number_bytes=8)
     address, prefix = place
     generation = Generation(2, rank, torch.device("cpu"), "127.0.0.1", 30)
-    generation.create(dist.PrefixStore(prefix, host._meeting_place(address)), *groups_of(layout, new, "auto"))
+    generation.create(dist.PrefixStore(prefix, host._meeting_place.at(address)), *groups_of(layout, new, "auto"))
     stays = came_from[rank] is not None
     former, biases = (host.optimizer, host.biases) if stays else (None, {})
     settings, exact, cpu = config.optimizer, torch.float64, torch.device("cpu")
@@ -61,7 +61,7 @@ def take_place(host, rank, config, old_layout, layout, came_from, place, publish
     host.optimizer.publish(generation, plan.fresh if published else ())
     host._assignment = replace(host._assignment, rank=rank, layout=layout)
     host._generation.close()
-    host._generation = generation
+    host.authority.generation = generation
     return carried.sent, carried.received, plan.bytes_moved, {n: w.value.clone() for n, w in host.optimizer.weights.items()}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from runtime import configured, form, meeting_place, on_all
 
-from actors import rank as rank_module
+from actors import meeting as meeting_module
 from actors.comm.groups import Aborted, Generation
 
 ALL, SOME = (0, 1, 2, 3), (0, 1, 3)
@@ -31,8 +31,8 @@ def generation_of(host, rank, place, wanted, seconds=(), **options):
     address, prefix = place
     made = Generation(1, rank, torch.device("cpu"), "127.0.0.1", 30, **options)
     host.close()
-    host._generation = made
-    made.create(dist.PrefixStore(prefix, host._meeting_place(address)), wanted, seconds)
+    host.authority.generation = made
+    made.create(dist.PrefixStore(prefix, host._meeting_place.at(address)), wanted, seconds)
     return made
 
 
@@ -102,7 +102,7 @@ def test_operations(ranks, place):
 
 def pass_by(host, rank, place):
     """A small exchange on the second group of two ranks while the first group's is still waiting for rank 1."""
-    members, store = (0, 1), host._meeting_place(place[0])
+    members, store = (0, 1), host._meeting_place.at(place[0])
     made = generation_of(host, rank, place, [members], seconds=[members])
     large = torch.full((2, 1000), float(rank))
     if rank == 0:
@@ -138,7 +138,7 @@ def block(host, rank, place, operation):
         return None
     aborted_at, abort = [], made.abort
     made.abort = lambda: (aborted_at.append(time.monotonic()), abort())
-    host._meeting_place(place[0]).set(f"{operation}-{rank}", "blocks now")
+    host._meeting_place.at(place[0]).set(f"{operation}-{rank}", "blocks now")
     with pytest.raises((Aborted, RuntimeError)) as caught:
         OPERATIONS[operation](made.group(members))
     seconds = time.monotonic() - aborted_at[0]
@@ -187,7 +187,7 @@ def use_after_close(host):
 
 
 def meeting(host):
-    return id(host._store[1])
+    return id(host._meeting_place._found[1])
 
 
 def test_a_rank_connects_to_the_store_once(ranks):
@@ -202,11 +202,11 @@ def test_a_rank_connects_to_the_store_once(ranks):
 def connect_nowhere(host):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = "127.0.0.1", server.port
-    host._meeting_place(address)
+    host._meeting_place.at(address)
     del server
-    host._store[1].set_timeout(datetime.timedelta(seconds=1))
+    host._meeting_place._found[1].set_timeout(datetime.timedelta(seconds=1))
     with pytest.raises(Aborted, match=f"no store at 127.0.0.1:{address[1]}"):
-        host._meeting_place(address)
+        host._meeting_place.at(address)
 
 
 def test_a_store_that_is_gone_is_told(ranks):
@@ -216,7 +216,7 @@ def test_a_store_that_is_gone_is_told(ranks):
 
 
 def patient_for(host, seconds):
-    rank_module.CREATE_TIMEOUT_SECONDS = seconds
+    meeting_module.CREATE_TIMEOUT_SECONDS = seconds
 
 
 def resources(host):
