@@ -96,6 +96,10 @@ class RunFolder:
         self._events.append(json.dumps(event))
         return event
 
+    def told(self, event: Mapping[str, Any]) -> None:
+        """One line of `events.jsonl` that has been put together."""
+        self._events.append(json.dumps(event))
+
     def trim(self, step: int) -> int:
         """Keep the journal lines of steps before `step`. Returns how many committed steps were dropped."""
         dropped = 0

@@ -26,6 +26,10 @@ class Spending:
         finally:
             self._account.enter(before, time.monotonic())
 
+    def to(self, kind: str) -> None:
+        """From now on time goes there."""
+        self._account.enter(kind, time.monotonic())
+
     def step_lost(self) -> None:
         self._account.step_lost()
 

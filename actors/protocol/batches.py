@@ -1,0 +1,102 @@
+"""The batches of a run, read one ahead on a thread of their own."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from actors.dealing import Batch
+from orchestrator.protocol.events import BatchFailed, BatchReady
+
+logger = logging.getLogger(__name__)
+
+_END_SECONDS = 5.0
+
+
+class Batches(Protocol):
+    """Where batches come from: `next()` gives those of consecutive steps."""
+
+    def next(self) -> Batch: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """`training(first_step)` opens the batches from a step on; `validation()` gives the held-out batch, or None."""
+
+    training: Callable[[int], Batches]
+    validation: Callable[[], Batch | None]
+
+
+class Reader:
+    """Answers `need(step)` by posting BatchReady or BatchFailed; the batch is then there to be taken. From one thread."""
+
+    def __init__(self, open_at: Callable[[int], Batches], post: Callable[[object], None]):
+        self._open_at, self._post = open_at, post
+        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._lock, self._read = threading.Lock(), {}
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    def need(self, step: int) -> None:
+        self._wanted.put(step)
+
+    def batch(self, step: int) -> Batch:
+        """One that was announced. It is kept until `forget`."""
+        with self._lock:
+            return self._read[step]
+
+    def forget(self, before: int) -> None:
+        """Let go of the batches of steps before this one."""
+        with self._lock:
+            self._read = {step: batch for step, batch in self._read.items() if step >= before}
+
+    def close(self) -> None:
+        """End the thread, unless it is stuck in a read: it is a daemon then."""
+        self._wanted.put(None)
+        self._thread.join(_END_SECONDS)
+
+    # --- on its own thread ---------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        source, due = None, None
+        while (step := self._wanted.get()) is not None:
+            with self._lock:
+                known = step in self._read
+            if known:
+                self._post(BatchReady(step))
+                continue
+            try:
+                if source is None or step != due:
+                    if source is not None:
+                        source.close()
+                    source, due = self._open_at(step), step
+                batch = source.next()
+            except Exception as error:  # of whatever the data is read with: it is told, and tried again
+                logger.exception("the batch of step %d cannot be read", step)
+                source = _closed(source)
+                self._post(BatchFailed(step, _one_line(error)))
+                continue
+            due = step + 1
+            with self._lock:
+                self._read[step] = batch
+            self._post(BatchReady(step))
+        _closed(source)
+
+
+def _closed(source: Batches | None) -> None:
+    if source is not None:
+        try:
+            source.close()
+        except Exception:  # it has failed already, or is not needed any more
+            logger.exception("batches cannot be closed")
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")

@@ -1,0 +1,105 @@
+"""Everything that a run writes, by one thread and in order: the ledger, manifests, journals and other files.
+
+What the state machine orders is answered with Stored, StoreFailed or LineRefused. Everything else (metrics, events, traces) never
+stops a run: that it cannot be written is logged once, and once more when it can again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actors import checkpoint
+from actors.checkpoint import CheckpointError, Manifest
+from actors.journal import Overtaken
+from actors.run_folder import RunFolder
+from actors.storage import StorageError
+from orchestrator.protocol.events import Ending, LineRefused, Stored, StoreFailed
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 10_000
+"""Jobs that nobody waits for: where storage is away for long, further ones are dropped."""
+_END_SECONDS = 60.0
+
+
+class Clerk:
+    """folder: of the run, whose ledger has been read. post: what is called with each answer, from this thread."""
+
+    def __init__(self, folder: RunFolder, post: Callable[[object], None]):
+        self._folder, self._post = folder, post
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._trouble: dict[str, str] = {}
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._work, name="clerk", daemon=True)
+        self._thread.start()
+
+    def append(self, order: int, values: Mapping[str, Any]) -> None:
+        """A line of the ledger."""
+        def write() -> None:
+            try:
+                self._folder.append(values)
+            except Overtaken as error:
+                self._post(LineRefused(order, Ending.SUPERSEDED, str(error)))
+            except (StorageError, OSError) as error:
+                self._post(StoreFailed(order, str(error)))
+            else:
+                self._post(Stored(order))
+        self._jobs.put(write)
+
+    def manifest(self, order: int, directory: str, manifest: Manifest) -> None:
+        """Make a checkpoint count."""
+        self._ordered(order, lambda: checkpoint.commit(directory, manifest))
+
+    def discard(self, order: int, directory: str) -> None:
+        """Delete a checkpoint, or what there is of it."""
+        self._ordered(order, lambda: checkpoint.discard(directory))
+
+    def chore(self, what: str, job: Callable[[], None]) -> None:
+        """Something that nobody waits for; what: a word or two, by which its failures are told."""
+        if self._jobs.qsize() > MOST_WAITING:
+            self._dropped += 1
+            return
+        self._jobs.put(lambda: self._try(what, job))
+
+    def close(self) -> None:
+        """Return when everything is written, within a bound: storage may be away."""
+        self._jobs.put(None)
+        self._thread.join(_END_SECONDS)
+        if self._thread.is_alive():
+            logger.error("some of what the run tells is not written: %s does not answer", self._folder.path)
+        else:
+            with contextlib.suppress(StorageError, OSError):
+                self._folder.close()
+
+    # --- on its own thread ---------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _ordered(self, order: int, job: Callable[[], None]) -> None:
+        def carry_out() -> None:
+            try:
+                job()
+            except (CheckpointError, StorageError, OSError) as error:
+                self._post(StoreFailed(order, str(error)))
+            else:
+                self._post(Stored(order))
+        self._jobs.put(carry_out)
+
+    def _try(self, what: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:  # whatever it is: the run goes on without it
+            if self._trouble.get(what) != str(error):
+                self._trouble[what] = str(error)
+                logger.error("%s cannot be written: %s", what, error)
+            return
+        if self._trouble.pop(what, None) is not None:
+            dropped, self._dropped = self._dropped, 0
+            logger.warning("%s can be written again%s", what, f"; {dropped} lines were dropped meanwhile" if dropped else "")

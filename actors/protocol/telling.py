@@ -1,0 +1,166 @@
+"""What a run tells: events.jsonl, metrics.jsonl, traces, and whoever watches. None of it ever stops a run.
+
+What is watched is told at once, on the conductor's thread; files are the clerk's. For one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from actors.messages import StepRequest
+from actors.protocol.book import StepAccount
+from actors.protocol.clerk import Clerk
+from actors.protocol.tables import Tables
+from actors.records import loads_of, step_metrics, timeline
+from actors.run_folder import RunFolder
+from actors.slow import SlowWatch
+from actors.spending import Spending
+from actors.trace import trace_json
+from orchestrator import goodput
+from orchestrator.config import RunConfig, dump
+from orchestrator.expert_load import ExpertLoad
+from orchestrator.layout import Layout, Place
+from orchestrator.placement import Placement, moves, worst_unevenness
+from orchestrator.protocol.commands import Tell
+from orchestrator.recipe import learning_rate
+from orchestrator.schedule.spans import Span
+
+Watch = Callable[[str, dict[str, Any]], None]
+
+_SPENT_ON = {
+    "stepping": goodput.STEP, "committing": goodput.STEP, "applying": goodput.STEP, "fetching batch": goodput.DATA,
+    "placing": goodput.PLACEMENT, "rearranging": goodput.PLACEMENT, "evaluating": goodput.VALIDATION,
+    "snapshotting": goodput.CHECKPOINT, "awaiting save": goodput.CHECKPOINT,
+}
+"""By phase of the state machine; all others are on the way from one generation to the next."""
+_OWN = "step_lost"
+"""What the machine tells the account of time only."""
+
+
+class Telling:
+    """config: the run's. notes(): of the layout that was planned last. scores(): of the newest validation, and its seconds. post: what
+    is handed to it is called on this thread, from any other."""
+
+    def __init__(self, config: RunConfig, tables: Tables, folder: RunFolder, clerk: Clerk, watch: Watch, *,
+                 post: Callable[[Callable[[], None]], None], notes: Callable[[], tuple[str, ...]], scores: Callable[[], Mapping[str, float]],
+                 utilisation: Callable[[float], float | None]):
+        self._config, self._tables, self._folder, self._clerk, self._watch = config, tables, folder, clerk, watch
+        self._post, self._notes, self._scores, self._utilisation = post, notes, scores, utilisation
+        self._spending = Spending()
+        self._phase, self._step_since, self._shown_at = "", time.perf_counter(), 0.0
+        self._slow: tuple[int, SlowWatch] | None = None
+        self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
+        self._configured = False
+        self.load = ExpertLoad(max(1, config.placement.every))
+        self._details = {"layout": self._of_layout, "generation": self._of_generation, "placement": self._of_placement,
+                         "validation": self._of_validation}
+
+    # --- what is asked -------------------------------------------------------------------------------------------
+
+    def traced(self, step: int) -> bool:
+        """Whether all spans of a step are kept."""
+        return step in self._config.telemetry.trace_steps
+
+    def shows(self, step: int) -> bool:
+        """Whether the spans of the first ranks are to be shown."""
+        return time.monotonic() - self._shown_at >= self._config.telemetry.timeline_seconds
+
+    # --- what is told --------------------------------------------------------------------------------------------
+
+    def tell(self, told: Tell) -> None:
+        """An event, in the words of its users."""
+        if told.kind == _OWN:
+            self._spending.step_lost()
+            return
+        details = self._details.get(told.kind, dict)(told.details)
+        if told.kind == "generation" and not self._configured:  # not before: a refused run leaves that of the last one
+            self._configured = True
+            self._write("config.yaml", dump(self._config))
+        self.event(told.kind, details)
+
+    def event(self, kind: str, details: Mapping[str, Any]) -> None:
+        event = {"time": round(time.time(), 3), "event": kind, **details}
+        self._clerk.chore("events.jsonl", lambda: self._folder.told(event))
+        self._watch("event", event)
+
+    def entered(self, phase: str) -> None:
+        """The state machine is in this phase now: what time goes to from here on."""
+        if phase != self._phase:
+            if _SPENT_ON.get(phase) in (goodput.STEP, goodput.DATA) and _SPENT_ON.get(self._phase) not in (goodput.STEP, goodput.DATA):
+                self._step_since = time.perf_counter()
+            self._phase = phase
+            self._spending.to(_SPENT_ON.get(phase, goodput.RECOVERY))
+
+    def committed(self, account: StepAccount, requests: list[StepRequest], arrangement: tuple[RunConfig, Layout, Placement]) -> None:
+        """A step is durable."""
+        step, reports, (_, layout, placement) = account.step, account.reports, arrangement
+        self.load = self.load.after(loads_of(reports))
+        rate = learning_rate(self._config.optimizer, step, self._config.training.steps)
+        now = time.perf_counter()
+        values = step_metrics(step, account.batch, dict(account.losses), rate, reports, now - self._step_since, account.generation,
+                              len(layout.nodes))
+        self._step_since = now
+        values["spent"] = self._spending.step_done(reports)
+        values["redone"] = round(self._spending.take_redone(), 6)
+        values["mfu"] = self._utilisation(values["tokens_per_second"])
+        self._clerk.chore("metrics.jsonl", lambda: self._folder.metrics(values))
+        self._watch("step", values)
+        self._watch("load", loads_of(reports))
+        if reports[0].spans:
+            self._shown_at = time.monotonic()
+            self._watch("timeline", timeline(step, reports))
+        if self.traced(step):
+            self._traced[step] = [span for report in reports for span in report.spans], layout.places
+            spans, places = ({traced: found[part] for traced, found in self._traced.items()} for part in (0, 1))
+            self._clerk.chore("trace.json", lambda: self._folder.write("trace.json", trace_json(spans, places)))
+        self._look_for_slow(account, requests, layout, placement)
+
+    def undone(self, step: int) -> None:
+        """Steps from `step` on are void: they stand in the metrics no more."""
+        def trim() -> None:
+            undone = self._folder.trim_metrics(step)
+            steps, events = self._folder.metric_lines(), self._folder.event_lines()
+            self._post(lambda: self._trimmed(undone, steps, events))
+        self._clerk.chore("metrics.jsonl", trim)
+
+    def history(self, steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+        """What the journals have, of a run that goes on."""
+        self._watch("history", {"steps": steps, "events": events})
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _trimmed(self, undone: list[dict[str, Any]], steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+        self._spending.redone(undone)
+        self.history(steps, events)
+
+    def _look_for_slow(self, account: StepAccount, requests: list[StepRequest], layout: Layout, placement: Placement) -> None:
+        if self._slow is None or self._slow[0] != account.generation:
+            self._slow = account.generation, SlowWatch(layout, placement)
+        for kind, details in self._slow[1].after(requests, account.reports):
+            self.event(kind, {"step": account.step, **details})
+
+    def _write(self, name: str, content: str) -> None:
+        self._clerk.chore(name, lambda: self._folder.write(name, content))
+
+    def _of_layout(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        layout = self._tables.layout(details["layout"])
+        return {"layout": layout.describe(), "nodes": len(layout.nodes), "notes": list(self._notes()), "seconds": details["seconds"]}
+
+    def _of_generation(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        layout = self._tables.layout(details["layout"])
+        rest = {key: value for key, value in details.items() if key not in ("generation", "layout", "placement", "step")}
+        return {"generation": details["generation"], "layout": layout.describe(), "nodes": len(layout.nodes), "step": details["step"],
+                **rest}
+
+    def _of_placement(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        before, found = self._tables.placement(details["before"]), self._tables.placement(details["placement"])
+        return {"step": details["step"], "generation": details["generation"], "experts": len(moves(before, found)),
+                "bytes": details["bytes"], "seconds": details["seconds"],
+                "unevenness_before": worst_unevenness(before, self.load.mean),
+                "unevenness_after": worst_unevenness(found, self.load.mean)}
+
+    def _of_validation(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        scores = self._scores()
+        return {**details, "loss": scores["loss"], "accuracy": scores["accuracy"], "seconds": round(scores["seconds"], 3)}
