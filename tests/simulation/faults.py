@@ -1,0 +1,443 @@
+"""What may go wrong, by name. Each notes what may be suspected because of it, which endings it accounts for, and when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from orchestrator.protocol import commands as orders
+from orchestrator.protocol import events as happened
+from orchestrator.protocol.events import Ending, FailKind
+from orchestrator.topology import Node
+from tests.simulation.rank_model import RankModel, Refused
+from tests.simulation.settings import COOL_DOWN, SILENCE
+
+if TYPE_CHECKING:
+    from tests.simulation.world import Host, World
+
+Kind = Callable[["World", int], None]
+
+
+def _member(world: World, target: int) -> RankModel | None:
+    alive = sorted(world.alive(), key=lambda rank: rank.member)
+    return alive[target % len(alive)] if alive else None
+
+
+def _host(world: World, target: int) -> Host | None:
+    up = [host for host in world.hosts.values() if host.up and host.present]
+    return up[target % len(up)] if up else None
+
+
+def _on(world: World, host: Host) -> list[RankModel]:
+    return [rank for rank in world.ranks.values() if rank.alive and rank.member.node == host.name]
+
+
+def _between(world: World, low: float, high: float) -> float:
+    return low + (high - low) * world.random.random()
+
+
+def _over(world: World, at: float) -> None:
+    world.calm_at = max(world.calm_at, at)
+
+
+def _watch(world: World, event: happened.Event, low: float, high: float) -> None:
+    """What the cluster says reaches the coordinator late."""
+    world.later(_between(world, low, high), _seen, world, event)
+
+
+def _seen(world: World, event: happened.Event) -> None:
+    if world.coordinator is not None:
+        world.coordinator.receive(event)
+
+
+# --- processes -----------------------------------------------------------------------------------------------------------
+
+
+def kill(world: World, target: int) -> None:
+    if rank := _member(world, target):
+        world.kill(rank)
+
+
+def _kill_with_heir(birth: str, times: int = 1) -> Kind:
+    """What takes its place fares ill."""
+
+    def fault(world: World, target: int) -> None:
+        if rank := _member(world, target):
+            world.hosts[rank.member.node].births += [birth] * times
+            world.kill(rank)
+
+    return fault
+
+
+def hang(world: World, target: int) -> None:
+    """Its compute lane never goes on; its heartbeat does."""
+    if rank := _member(world, target):
+        rank.hung = True
+        world.harmed.add(rank.member)
+
+
+def slow(world: World, target: int) -> None:
+    """Within all bounds."""
+    if rank := _member(world, target):
+        rank.slowness = 8.0
+
+
+def _freeze(world: World, ranks: list[RankModel], seconds: float, harm: bool) -> None:
+    for rank in ranks:
+        rank.thaws = max(rank.thaws, world.now + seconds)
+        if rank.stopped_at is None:
+            rank.stopped_at = world.now
+        if harm:
+            world.harmed.add(rank.member)
+    _over(world, world.now + seconds)
+
+
+def freeze(world: World, target: int) -> None:
+    if rank := _member(world, target):
+        _freeze(world, [rank], _between(world, SILENCE + 1, 5 * SILENCE), harm=True)
+
+
+def freeze_node(world: World, target: int) -> None:
+    if host := _host(world, target):
+        seconds = _between(world, SILENCE + 1, 5 * SILENCE)
+        world.suspect(host.name, world.now + seconds)
+        _freeze(world, _on(world, host), seconds, harm=True)
+
+
+def pause(world: World, target: int) -> None:
+    """Shorter than what is tolerated."""
+    if rank := _member(world, target):
+        _freeze(world, [rank], _between(world, 0.3, 0.7) * SILENCE, harm=False)
+
+
+def stall(world: World, target: int) -> None:
+    """Everything stands still for less than is tolerated, coordinators too."""
+    seconds = _between(world, 0.3, 0.7) * SILENCE
+    _freeze(world, world.alive(), seconds, harm=False)
+    if world.coordinator is not None:
+        world.coordinator.thaws = max(world.coordinator.thaws, world.now + seconds)
+
+
+def deaf(world: World, target: int) -> None:
+    """A node and the coordinator do not reach each other; ranks reach theirs."""
+    if host := _host(world, target):
+        seconds = _between(world, SILENCE + 1, 4 * SILENCE)
+        world.suspect(host.name, world.now + seconds + 2.0)
+        for rank in _on(world, host):
+            rank.deaf = max(rank.deaf, world.now + seconds)
+            if rank.stopped_at is None:
+                rank.stopped_at = world.now
+        _over(world, world.now + seconds)
+
+
+def own(world: World, target: int) -> None:
+    """One call of one member fails with an error of its own."""
+    if rank := _member(world, target):
+        kinds = (orders.Step, orders.Form, orders.Initialise, orders.Apply, orders.Snapshot, orders.Rearrange, orders.Evaluate)
+        kind = kinds[0] if target % 3 else kinds[target // 3 % len(kinds)]
+        rank.ills.setdefault(kind, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
+        world.harmed.add(rank.member)
+        own_faults = world.own_faults
+        own_faults.add(rank.member.node)
+        if len(own_faults) > 1:
+            world.excused.add(Ending.OWN_FAULT)
+
+
+def own_everywhere(world: World, target: int) -> None:
+    """Nobody can compute one of the next steps."""
+    if world.coordinator is not None:
+        world.failing_step = min(world.coordinator.run.committed + 1 + target % 2, world.goal.steps - 1)
+        world.excused.add(Ending.OWN_FAULT)
+        world.harmed.update(world.ranks)
+        world.all_harmed = True
+
+
+# --- nodes and links -----------------------------------------------------------------------------------------------------
+
+
+def lose_node(world: World, target: int) -> None:
+    """A host stops: nothing says so, until the cluster notices."""
+    _remove(world, target, quiet=True)
+
+
+def end_node(world: World, target: int) -> None:
+    """A node leaves, with its processes."""
+    _remove(world, target, quiet=False)
+
+
+def _remove(world: World, target: int, quiet: bool) -> None:
+    host = _host(world, target)
+    if host is None:
+        return
+    if quiet:
+        host.up = False
+    world.suspect(host.name, world.now)
+    for rank in _on(world, host):
+        world.kill(rank, quiet=quiet)
+    host.up = host.present = False
+    _watch(world, happened.NodeLeft(host.name, "lost"), 0.2, 12.0)
+    comes = _between(world, 15.0, 60.0)
+    _over(world, world.now + comes + 2.0)
+    if world.random.random() < 0.5:
+        world.later(comes, _comes_back, world, host)
+    elif _usable(world) < max(world.scenario.min_nodes, world.scenario.least):
+        world.later(comes, _joins, world)
+
+
+def _usable(world: World) -> int:
+    return sum(host.present and host.up and not host.draining for host in world.hosts.values())
+
+
+def _comes_back(world: World, host: Host) -> None:
+    host.up = host.present = True
+    host.draining = False
+    world.note(f"{host.name} is back")
+    _seen(world, happened.NodeJoined(Node(host.name, host.ranks)))
+
+
+def _joins(world: World) -> None:
+    from tests.simulation.world import Host
+
+    name = f"n{len(world.hosts)}"
+    host = world.hosts[name] = Host(name, world.scenario.nodes[len(world.hosts) % len(world.scenario.nodes)])
+    world.note(f"{name} joins")
+    _seen(world, happened.NodeJoined(Node(name, host.ranks)))
+
+
+def join(world: World, target: int) -> None:
+    _joins(world)
+
+
+def drain(world: World, target: int) -> None:
+    _drains(world, target, None, stays=False)
+
+
+def drain_until(world: World, target: int) -> None:
+    _drains(world, target, _between(world, 0.5, 20.0), stays=False)
+
+
+def drain_off(world: World, target: int) -> None:
+    _drains(world, target, _between(world, 0.5, 20.0) if target % 2 else None, stays=True)
+
+
+def _drains(world: World, target: int, seconds: float | None, stays: bool) -> None:
+    host = _host(world, target)
+    if host is None or host.draining:
+        return
+    host.draining = True
+    until = world.now + (seconds if seconds is not None else 30.0)
+    world.suspect(host.name, until + 4 * SILENCE)
+    _watch(world, happened.NodeDraining(host.name, None if seconds is None else until), 0.1, 1.0)
+    world.later(until - world.now + (_between(world, -1.0, 10.0) if stays else 3.0), _drained, world, host, stays)
+    _over(world, until + 10.0)
+    if not stays and _usable(world) < max(world.scenario.min_nodes, world.scenario.least):
+        world.later(40.0, _joins, world)
+        _over(world, world.now + 42.0)
+
+
+def _drained(world: World, host: Host, stays: bool) -> None:
+    if not host.present:
+        return
+    if stays:
+        host.draining = False
+        _seen(world, happened.NodeStays(host.name))
+    else:
+        for rank in _on(world, host):
+            world.kill(rank)
+        host.up = host.present = False
+        _watch(world, happened.NodeLeft(host.name, "drained"), 0.2, 3.0)
+
+
+def cut(world: World, target: int) -> None:
+    """Nothing passes from one node to another, for long."""
+    _cut(world, target, _between(world, 60.0, 200.0), both=False)
+
+
+def cut_briefly(world: World, target: int) -> None:
+    _cut(world, target, _between(world, 0.5, 25.0), both=False)
+
+
+def cut_both(world: World, target: int) -> None:
+    _cut(world, target, _between(world, 30.0, 120.0), both=True)
+
+
+def _cut(world: World, target: int, seconds: float, both: bool) -> None:
+    names = [host.name for host in world.hosts.values() if host.present and host.up]
+    if len(names) < 2:
+        return
+    one = names[target % len(names)]
+    other = names[(target // len(names) + target + 1) % len(names)]
+    if one == other:
+        return
+    links = [(one, other), (other, one)] if both else [(one, other)]
+    world.links.cut |= set(links)
+    for name in (one, other):
+        world.suspect(name, world.now + seconds + 4 * SILENCE)
+    world.later(seconds, world.heal, links)
+    _over(world, world.now + seconds)
+
+
+# --- coordinators ----------------------------------------------------------------------------------------------------------
+
+
+def coordinator(world: World, target: int) -> None:
+    """It dies; the driver starts another."""
+    found = world.coordinator
+    if found is None:
+        return
+    found.alive = False
+    found.clerk.author_dies()
+    world.coordinator = None
+    world.later(0.05 + world.delay(), world.restart)
+
+
+def coordinator_replaced(world: World, target: int) -> None:
+    """It is frozen, replaced, and goes on later."""
+    found = world.coordinator
+    if found is None:
+        return
+    found.thaws = world.now + _between(world, 6.0, 60.0)
+    world.later(_between(world, 2.0, 5.0), _replaced, world, found)
+    _over(world, found.thaws)
+
+
+def _replaced(world: World, found: object) -> None:
+    if world.coordinator is found:
+        world.supersede()
+        world.coordinate(left_behind=True)
+
+
+def coordinator_paused(world: World, target: int) -> None:
+    if world.coordinator is not None:
+        world.coordinator.thaws = world.now + _between(world, 0.5, 3.0 * SILENCE)
+        _over(world, world.coordinator.thaws)
+
+
+def stop(world: World, target: int) -> None:
+    world.excused |= {Ending.STOPPED, Ending.WAITED}
+    world.stop_at = world.now
+    _seen(world, happened.StopAsked())
+
+
+# --- storage and data --------------------------------------------------------------------------------------------------------
+
+
+def storage_away(world: World, target: int) -> None:
+    """Nothing can be written, for less than its patience."""
+    world.storage_harmed = True
+    world.storage.fails_until = world.now + _between(world, 1.0, 60.0)
+    _over(world, world.storage.fails_until)
+
+
+def storage_slow(world: World, target: int) -> None:
+    world.storage.slowness = 10.0
+
+
+def unreadable_for_a_while(world: World, target: int) -> None:
+    world.reads_failed = world.storage_harmed = True
+    world.storage.unread_until = world.now + _between(world, 5.0, 60.0)
+    world.excused.add(Ending.NO_STATE)
+    _over(world, world.storage.unread_until)
+
+
+def damage(world: World, target: int) -> None:
+    """Of the newest checkpoint: a piece, or (every third) the manifest itself."""
+    whole = world.storage.whole()
+    if not whole:
+        return
+    found = max(whole, key=lambda checkpoint: checkpoint.step)
+    world.storage_harmed = True
+    if target % 3:
+        found.damaged = True
+    else:
+        found.unreadable = True
+    if not world.storage.whole():
+        world.excused.add(Ending.NO_STATE)
+
+
+def unlisted(world: World, target: int) -> None:
+    """A listing does not show the newest checkpoint, for a while."""
+    whole = world.storage.whole()
+    if whole:
+        found = max(whole, key=lambda checkpoint: checkpoint.step)
+        found.unlisted = True
+        world.storage_harmed = True
+        world.later(30.0, _listed, found)
+
+
+def _listed(found: object) -> None:
+    found.unlisted = False
+
+
+def not_finite(world: World, target: int) -> None:
+    if world.coordinator is not None:
+        step = world.coordinator.run.committed + 1 + target % 2
+        if step < world.goal.steps:
+            world.not_finite = step
+            world.excused.add(Ending.NOT_FINITE)
+
+
+def no_batches(world: World, target: int) -> None:
+    world.batches_fail_until = world.now + _between(world, 1.0, 60.0)
+    _over(world, world.batches_fail_until)
+
+
+# --- what befalls a new process ----------------------------------------------------------------------------------------------
+
+
+def _without_memory(world: World, rank: RankModel) -> None:
+    rank.ills.setdefault(orders.Form, []).append(Refused(FailKind.NO_MEMORY, "out of memory"))
+    world.harmed.add(rank.member)
+    _over(world, world.now)
+
+
+def _short_lived(world: World, rank: RankModel) -> None:
+    world.later(_between(world, 0.0, 4.0), world.kill, rank)
+    _over(world, world.now + 4.0)
+
+
+def _hanging(world: World, rank: RankModel) -> None:
+    rank.hung = True
+    world.harmed.add(rank.member)
+    _over(world, world.now)
+
+
+def _faulty(world: World, rank: RankModel) -> None:
+    rank.ills.setdefault(orders.Step, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
+    world.harmed.add(rank.member)
+    _over(world, world.now)
+
+
+def _unreachable(world: World, rank: RankModel) -> None:
+    name, seconds = rank.member.node, _between(world, 20.0, 100.0)
+    links = [(other, name) for other in world.hosts if other != name] + [(name, other) for other in world.hosts if other != name]
+    world.links.cut |= set(links)
+    for other in world.hosts if len(world.hosts) == 2 else (name,):
+        world.suspect(other, world.now + seconds + 4 * SILENCE)
+    world.harmed.update(world.ranks)
+    world.later(seconds, world.heal, links)
+    _over(world, world.now + seconds)
+
+
+def _harmed(world: World, rank: RankModel) -> None:
+    world.harmed.add(rank.member)
+    _over(world, world.now + COOL_DOWN)
+
+
+BIRTHS: dict[str, Callable[[World, RankModel], None]] = {
+    "memory": _without_memory, "short": _short_lived, "hung": _hanging, "faulty": _faulty, "unreachable": _unreachable,
+    "mute": _harmed, "slow": _harmed,
+}
+
+KINDS: dict[str, Kind] = {
+    "kill": kill, "flap": _kill_with_heir("short", 2), "memory": _kill_with_heir("memory", 2),
+    "unreachable": _kill_with_heir("unreachable"), "hung heir": _kill_with_heir("hung"), "faulty heir": _kill_with_heir("faulty", 2),
+    "mute heir": _kill_with_heir("mute"), "slow heir": _kill_with_heir("slow"), "no heir": _kill_with_heir("never"),
+    "hang": hang, "slow": slow, "freeze": freeze, "freeze node": freeze_node, "pause": pause, "stall": stall, "deaf": deaf, "own": own,
+    "own everywhere": own_everywhere, "lose node": lose_node, "end node": end_node, "join": join, "drain": drain,
+    "drain until": drain_until, "drain off": drain_off, "cut": cut, "cut briefly": cut_briefly, "cut both": cut_both,
+    "coordinator": coordinator, "coordinator replaced": coordinator_replaced, "coordinator paused": coordinator_paused, "stop": stop,
+    "storage away": storage_away, "storage slow": storage_slow, "unreadable": unreadable_for_a_while, "damage": damage,
+    "unlisted": unlisted, "not finite": not_finite, "no batches": no_batches,
+}
+
