@@ -3,7 +3,8 @@
 The ledger keeps, for each step, the sum of one hash per sequence that ranks really ran. The same sum is computed here from
 the shards: `orchestrator.order` says which rows a step has, so nothing that a run wrote is believed but the ledger's digests
 and its configuration. Row groups are read when a step needs them, and only 16 bytes a row are kept, of the shuffle windows
-under way; so memory does not grow with the run. Rows with the same tokens cannot be told apart, nor need they be.
+under way; so memory does not grow with the run. Rows with the same tokens cannot be told apart, nor need they be. Steps that the
+ledger says were to be done again are left out: each counts as it was done in the end.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from actors import storage
 from actors.dataset import Dataset
 from orchestrator import order
 from orchestrator.config import RunConfig, TrainingSection
-from orchestrator.ledger import combine, digest_text, sequence_digest
+from orchestrator.ledger import STEP, Cuts, Entry, combine, digest_text, entries, sequence_digest
 
 LEDGER, METRICS = "ledger.jsonl", "metrics.jsonl"
 _DIGEST_BYTES = 16
@@ -28,7 +29,7 @@ _MODULUS = 1 << 128
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`kind`: line (not a ledger line), order (a step missing, twice, late), range (other positions), sequences (other tokens),
+    """`kind`: line (not a ledger line, or not as it was written), order (a step missing, twice, late), range (other positions), sequences (other tokens),
     uncommitted (a step that left metrics, and no line)."""
 
     step: int | None
@@ -61,11 +62,17 @@ def audit(folder: str, config: RunConfig, dataset: Dataset) -> Audited:
     """
     expected = _Expected(config, dataset)
     problems, steps, sequences, due = [], 0, 0, 0
-    for number, text in enumerate(_lines(storage.join(folder, LEDGER)), 1):
-        line = _parsed(text)
-        if line is None:
-            problems.append(Problem(None, "line", f"line {number} of the ledger is not that of a step"))
+    ledger = storage.join(folder, LEDGER)
+    cuts = Cuts(entries(_lines(ledger)))
+    for entry in entries(_lines(ledger)):
+        if entry.damaged is None and (entry.kind != STEP or cuts.voids(entry)):
             continue
+        line = _parsed(entry)
+        if line is None:
+            problems.append(Problem(None, "line", f"line {entry.number} of the ledger is not that of a step"))
+            continue
+        if entry.damaged is not None:
+            problems.append(Problem(line.step, "line", f"line {entry.number} of the ledger is damaged: {entry.damaged}"))
         steps, sequences = steps + 1, sequences + line.count
         problems += _order_problems(line.step, due)
         due = max(due, line.step + 1)
@@ -227,9 +234,10 @@ def _span(first: int, count: int) -> str:
     return f"{first} to {first + count - 1}"
 
 
-def _parsed(text: str) -> _Line | None:
+def _parsed(entry: Entry) -> _Line | None:
+    """None: it is not that of a step."""
     try:
-        found = json.loads(text)
+        found = entry.values
         line = _Line(*(found[key] for key in ("step", "first", "count")), int(found["digest"], 16))
     except (ValueError, KeyError, TypeError):
         return None
