@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from actors.comm.links import Links
+from actors.comm.waiting import Progress
 from actors.lane import Exchanges, InTurn
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
@@ -59,11 +60,13 @@ class Executor:
         queue: where their backward passes put weight gradients.
         fed_by: slot -> the slot of this rank whose output is its input; slots that other ranks feed are left out.
         exchanges: where exchange segments run, beside the thread that calls `run`; None: in turn with the others, on that thread.
+        progress: where finished actions are counted.
     """
 
     def __init__(self, rank: int, generation: int, chunks: Mapping[int, Chunk], queue: WeightGradients,
-                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None):
+                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None, progress: Progress | None = None):
         self._rank, self._generation, self._chunks = rank, generation, chunks
+        self._progress = progress or Progress()
         self._fed_by = dict(fed_by or {})
         self._feeds = {source: slot for slot, source in self._fed_by.items()}
         self._weaver = Weaver(rank, queue, InTurn() if exchanges is None else exchanges)
@@ -84,6 +87,7 @@ class Executor:
         try:
             for action in program.actions:
                 self._handlers[action.kind](action, work)
+                self._progress.finished()
             action = "drain sends"
             work.links.drain()
         except Exception as error:

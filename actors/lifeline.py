@@ -46,15 +46,19 @@ class Lifeline:
     refused: called with the reason when the coordinator has someone newer in this member's place, or is another run's. This then
         rests until `move`.
     about: what to say of oneself at each hello besides pid and host; it must be fit for JSON.
+    epoch: of the newest coordinator that is known here. Aborts of one that is older are neither obeyed nor answered.
+    finished: how much has been done so far; each beat says it.
     Beats pause while another thread holds the interpreter's lock without a break, as only a call into C can.
     """
 
     def __init__(self, address: Address, member: Member, abort: Callable[[int], None], beat_seconds: float,
                  orphaned: Callable[[], None] = lambda: None, *, refused: Callable[[str], None] = lambda reason: None,
-                 about: Callable[[], Mapping[str, Any]] = dict, run: str = ""):
+                 about: Callable[[], Mapping[str, Any]] = dict, run: str = "",
+                 epoch: Callable[[], int] = lambda: 0, finished: Callable[[], int] = lambda: 0):
         self._address, self._member, self._run = address, member, run
         self._abort, self._orphaned, self._refused, self._about = abort, orphaned, refused, about
-        self._beat_seconds = beat_seconds
+        self._beat_seconds, self._epoch, self._finished = beat_seconds, epoch, finished
+        self._their_epoch = self._most_finished = 0
         self._lock = threading.Lock()
         self._moved = self._closing = False
         self._bell, self._rope = bell_and_rope()
@@ -145,7 +149,7 @@ class Lifeline:
             if not said:
                 about = {**self._about(), "pid": os.getpid(), "host": socket.gethostname()}
                 member = [self._member.node, self._member.local, self._member.incarnation]
-                wire.send({"lifeline": VERSION, "run": self._run, "member": member, "about": about})
+                wire.send({"lifeline": VERSION, "run": self._run, "epoch": self._epoch(), "member": member, "about": about})
                 said = True
             selector.modify(wire.socket, wanted_events(wire))
             wire.flush()
@@ -155,6 +159,7 @@ class Lifeline:
                     raise _Refused(message["refused"])
                 if message.get("welcome") != VERSION:
                     raise Ended(End.MALFORMED)  # not a coordinator; maybe ourselves: a port that nobody holds may be our own
+                self._their_epoch = int(message.get("epoch", 0))
                 return lines[1:]
         return None
 
@@ -172,7 +177,8 @@ class Lifeline:
             if ready & selectors.EVENT_WRITE:
                 wire.flush()
             if (now := time.monotonic()) >= due:
-                wire.beat()
+                self._most_finished = max(self._most_finished, self._finished())
+                wire.beat(self._most_finished)
                 due = now + self._beat_seconds
 
     def _let_go(self, wire: Wire, message: Mapping[str, Any]) -> None:
@@ -180,6 +186,9 @@ class Lifeline:
         generation, started = message.get("abort"), time.monotonic()
         if not isinstance(generation, int):
             raise Ended(End.MALFORMED)
+        if self._their_epoch < self._epoch():
+            logger.warning("a coordinator of epoch %d is not obeyed any more", self._their_epoch)
+            return
         try:
             self._abort(generation)
         except Exception:  # whatever it is, this thread must go on: no answer tells the coordinator that this rank failed to

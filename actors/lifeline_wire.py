@@ -4,11 +4,12 @@ A rank says who it is (`hello`), then beats. When its process ends, the kernel c
 at once; when its node is cut off or frozen, there is only silence. The other way goes `abort`: to end the rank's blocked
 communication, from a thread of the lifeline's own, whatever the rank's other threads are doing.
 
-On the wire: lines of UTF-8 JSON; an empty line is a beat.
-    member       {"lifeline": 1, "run": "...", "member": ["node", 0, 0], "about": {"pid": 1, ...}}
-    coordinator  {"welcome": 1} or {"refused": "why"}
+On the wire: lines of UTF-8 JSON; a line of digits is a beat: how much the member has finished so far, of whatever it does.
+    member       {"lifeline": 2, "run": "...", "epoch": 1, "member": ["node", 0, 0], "about": {"pid": 1, ...}}
+    coordinator  {"welcome": 2, "epoch": 1} or {"refused": "why"}
     coordinator  {"abort": 3}
     member       {"aborted": 3, "seconds": 0.01}
+An epoch counts the coordinators of a run: the member's is that of the newest one that it knows, whose aborts alone it obeys.
 Neither side ever waits for the other: what the kernel does not take at once is kept, up to a bound, and at the bound the
 connection is given up. TCP_USER_TIMEOUT gives up one whose bytes are not acknowledged. Nobody is authenticated: what keeps
 strangers out is that they do not speak like this, and the name of the run.
@@ -28,9 +29,8 @@ from typing import Any
 
 _FIRST = -10
 Address = tuple[str, int]
-VERSION = 1
+VERSION = 2
 INTRODUCTION_SECONDS = 5.0  # from the connection to hello, or to welcome
-_BEAT = b"\n"
 _RECEIVE_BYTES = 4096
 _LINE_BYTES = 1 << 16
 _UNSENT_BYTES = 1 << 16
@@ -86,8 +86,6 @@ class Wire:
             raise Ended(_how(error)) from error
         if not data:
             raise Ended(End.EOF)
-        if data == _BEAT and not self._received:
-            return [b""]
         *lines, self._received = (self._received + data).split(b"\n")
         if len(self._received) > _LINE_BYTES:
             raise Ended(End.MALFORMED)
@@ -97,11 +95,11 @@ class Wire:
         self._unsent += json.dumps(message, separators=(",", ":")).encode() + b"\n"
         self.flush()
 
-    def beat(self) -> None:
+    def beat(self, finished: int) -> None:
         if not self._unsent:  # what is on its way says as much
-            self._unsent = _BEAT
+            self._unsent = beat = b"%d\n" % finished
             self.flush()
-            self._unsent = b"" if self._unsent == _BEAT else self._unsent
+            self._unsent = b"" if self._unsent == beat else self._unsent
 
     def flush(self) -> None:
         try:

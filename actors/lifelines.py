@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 from actors.lifeline_wire import (
@@ -31,6 +31,7 @@ from actors.lifeline_wire import (
     wanted_events,
 )
 from orchestrator.membership import Member
+from orchestrator.protocol.events import Beat, LetGo
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _TICK_SECONDS = 0.5
 _BACKLOG = 4096
 _GATHER_SECONDS = 0.002  # beats that are taken in together cost less; it adds to how late an end is noticed
 _GATHER_FROM = 64  # connections
+_BEAT_DIGITS = 19
 
 
 class Lifelines:
@@ -47,11 +49,13 @@ class Lifelines:
     An incarnation older than one that has been seen at its place is refused; a newer one takes the place of an older one that is
     still connected (`End.REPLACED`). A member that comes again from the same process (its link was cut) is told by `hello` again.
     `wake` is set on every hello and end. Clear it, then ask, then wait; so none is missed.
+    epoch: of this coordinator, said in each welcome; nobody is refused for having another. told: called on every hello, end and answer
+    to an abort, from the thread that serves members: it must return at once, and not raise.
     Raises OSError: no such address here.
     """
 
-    def __init__(self, host: str, port: int = 0, run: str = ""):
-        self._run = run
+    def __init__(self, host: str, port: int = 0, run: str = "", *, epoch: int = 0, told: Callable[[], None] = lambda: None):
+        self._run, self._epoch, self._told = run, epoch, told
         _allow_descriptors()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
@@ -64,6 +68,7 @@ class Lifelines:
         self._ended: list[tuple[Member, float, str]] = []
         self._aborts: list[tuple[tuple[Member, ...], int]] = []
         self._answers: dict[Member, tuple[int, float]] = {}
+        self._let_go: list[LetGo] = []
         self._closing = False
         # of the thread alone
         self._newest: dict[tuple[str, int], int] = {}
@@ -79,6 +84,17 @@ class Lifelines:
         """When each connected member was last heard from: time.monotonic(), seconds."""
         with self._changed:
             return {member: peer.heard for member, peer in self._peers.items()}
+
+    def beats(self) -> dict[Member, Beat]:
+        """The same, with how much each member had finished by then."""
+        with self._changed:
+            return {member: Beat(peer.heard, peer.finished) for member, peer in self._peers.items()}
+
+    def let_go(self) -> list[LetGo]:
+        """Answers to aborts since the last call."""
+        with self._changed:
+            found, self._let_go = self._let_go, []
+        return found
 
     def hello(self) -> list[tuple[Member, dict[str, Any]]]:
         """Members that have connected since the last call, with what they say of themselves: pid, host, and more."""
@@ -200,7 +216,9 @@ class Lifelines:
                 self._flush(peer)
             if events & selectors.EVENT_READ:
                 for line in peer.wire.receive():
-                    if line or peer.member is None:
+                    if peer.member is not None and len(line) <= _BEAT_DIGITS and (line.isdigit() or not line):
+                        peer.finished = max(peer.finished, int(line or b"0"))
+                    else:
                         self._hear(peer, line)
                 if peer.member is not None:
                     peer.heard = time.monotonic()
@@ -219,7 +237,9 @@ class Lifelines:
             raise Ended(End.MALFORMED) from None
         with self._changed:
             self._answers[peer.member] = answer
+            self._let_go.append(LetGo(peer.member, *answer))
             self._changed.notify_all()
+        self._told()
 
     def _introduce(self, peer: _Peer, message: Any) -> None:
         """Raises Ended: refused. ValueError, TypeError, KeyError: that was no hello."""
@@ -241,7 +261,8 @@ class Lifelines:
             self._hellos.append((member, about))
             self._answers.pop(member, None)
         self.wake.set()
-        peer.wire.send({"welcome": VERSION})  # now it is one of us
+        peer.wire.send({"welcome": VERSION, "epoch": self._epoch})  # now it is one of us
+        self._told()
 
     def _refusal(self, member: Member, about: Mapping[str, Any], run: str) -> str | None:
         if run != self._run:
@@ -284,18 +305,19 @@ class Lifelines:
                     self._ended.append((peer.member, time.monotonic(), how))
                 self._changed.notify_all()
             self.wake.set()
+            self._told()
 
 
 class _Peer:
     """A connection as the coordinator sees it; `member` once it has introduced itself."""
 
-    __slots__ = ("about", "dropped", "heard", "member", "wire")
+    __slots__ = ("about", "dropped", "finished", "heard", "member", "wire")
 
     def __init__(self, wire: Wire, now: float):
         self.wire, self.heard = wire, now
         self.member: Member | None = None
         self.about: dict[str, Any] = {}
-        self.dropped = False
+        self.dropped, self.finished = False, 0
 
 
 def _read_hello(message: Any) -> tuple[Member, dict[str, Any]]:
@@ -303,7 +325,8 @@ def _read_hello(message: Any) -> tuple[Member, dict[str, Any]]:
     (node, local, incarnation), about = message["member"], message["about"]
     if message["lifeline"] != VERSION or not (isinstance(node, str) and type(local) is type(incarnation) is int):
         raise ValueError("no hello")
-    if not (isinstance(about, dict) and {"pid", "host"} <= about.keys() and isinstance(message["run"], str)):
+    if not (isinstance(about, dict) and {"pid", "host"} <= about.keys() and isinstance(message["run"], str)
+            and type(message["epoch"]) is int):
         raise ValueError("no hello")
     return Member(node, local, incarnation), about
 

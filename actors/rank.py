@@ -18,7 +18,7 @@ from actors.checkpoint import PieceWriter, restore_shards
 from actors.comm.groups import Generation, Group
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
-from actors.comm.waiting import OutOfStep
+from actors.comm.waiting import OutOfStep, Progress
 from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.held import Held, State
@@ -64,7 +64,7 @@ class Rank:
         self._host = host
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.configure(config)
-        self.authority, self._meeting_place, self._held = Authority(), MeetingPlace(), Held()
+        self.authority, self._meeting_place, self._held, self._progress = Authority(), MeetingPlace(), Held(), Progress()
         self._lane: ExchangeLane | None = None
         self._lifeline: Lifeline | None = None
         self.optimizer: Optimizer | None = None
@@ -96,7 +96,8 @@ class Rank:
         warm_up()
         if self._lifeline is not None:
             self._lifeline.close()
-        self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run,
+        self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
+                                  finished=lambda: self._progress.count,
                                   about=lambda: {"target": target, "device": device_name()})
 
     def form(self, assignment: Assignment) -> Formed:
@@ -111,7 +112,7 @@ class Rank:
         self.configure(assignment.config)
         former, layout, config = assignment.former, assignment.layout, self._config
         generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
-                                config.training.step_timeout_seconds, assignment.form_seconds)
+                                config.training.step_timeout_seconds, assignment.form_seconds, self._progress)
         self.authority.enter(generation)
         state = self._former_state(assignment)
         self._assignment, self._layout = assignment, layout
@@ -388,7 +389,7 @@ class Rank:
         """Stages and what runs them, over the optimizer's weights."""
         self._chunks = self._stages.chunks(self.optimizer.weights, placement)
         self._executor = Executor(self._assignment.rank, self._generation.number, self._chunks, self._queue,
-                                  self._layout.handovers(self._place.position), self._lane)
+                                  self._layout.handovers(self._place.position), self._lane, self._progress)
 
     def _links(self, request: StepRequest) -> Links:
         line = self._generation.group(self._layout.line(self._place.row, self._place.width))

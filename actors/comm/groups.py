@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from actors.comm.waiting import Aborted, Collective, Operation, Receive, first_line
+from actors.comm.waiting import Aborted, Collective, Operation, Progress, Receive, first_line
 
 CREATE_TIMEOUT_SECONDS = 60.0
 _UNUSED_TAG = 999_999
@@ -41,7 +41,9 @@ class Exchanged:
 class Group:
     """An ordered set of ranks of one generation. Member i of the group is rank `ranks[i]` of the layout."""
 
-    def __init__(self, ranks: Sequence[int], rank: int, backend: dist.Backend | None):
+    def __init__(self, ranks: Sequence[int], rank: int, backend: dist.Backend | None,
+                 progress: Progress | None = None):
+        self._progress = progress or Progress()
         self.ranks, self.size, self.rank = tuple(ranks), len(ranks), tuple(ranks).index(rank)
         self._backend, self._aborted, self._waiting = backend, threading.Event(), set()
 
@@ -77,12 +79,14 @@ class Group:
 
     def send(self, tensor: torch.Tensor, member: int, tag: int) -> Operation:
         """Start a send; the tensor must stay unchanged until it is done. Raises Aborted."""
-        return Operation(self._work(lambda backend: backend.send([tensor], member, tag)))
+        return Operation(self._work(lambda backend: backend.send([tensor], member, tag)), self._progress)
 
     def receive(self, tensor: torch.Tensor, member: int, tag: int) -> Operation:
         """Post a receive into `tensor`. Raises Aborted."""
         work = self._work(lambda backend: backend.recv([tensor], member, tag))
-        return Receive(work, self._aborted, self._waiting) if _is_gloo(self._backend) else Operation(work)
+        if _is_gloo(self._backend):
+            return Receive(work, self._progress, self._aborted, self._waiting)
+        return Operation(work, self._progress)
 
     def abort(self) -> None:
         """End every blocked operation of this group within milliseconds; each raises in the thread that waits for it."""
@@ -108,12 +112,16 @@ class Group:
     def _start(self, operation: Callable[[dist.Backend], dist.Work]) -> Operation:
         """A collective. Raises Aborted."""
         work, backend = self._work(operation), self._backend
-        return Collective(work, backend, self._aborted) if _is_gloo(backend) else Operation(work)
+        if _is_gloo(backend):
+            return Collective(work, self._progress, backend, self._aborted)
+        return Operation(work, self._progress)
 
     def _work(self, operation: Callable[[dist.Backend], dist.Work]) -> dist.Work:
         """A group that was aborted refuses an operation when it is started, one that is aborted later when it is waited for."""
         if (backend := self._backend) is None:
             raise Aborted(f"the group of ranks {self.ranks} is closed")
+        if self._aborted.is_set():
+            raise Aborted(f"the group of ranks {self.ranks} was aborted")
         try:
             return operation(backend)
         except RuntimeError as error:
@@ -134,11 +142,13 @@ class Generation:
 
     A set may have a second group, on which small messages pass what the first one transfers.
 
-    `timeout_seconds`: of every operation. `create_timeout_seconds`: of making one group, which no abort can end.
+    `timeout_seconds`: of every operation. `create_timeout_seconds`: of making one group, which no abort can end. `progress`: where
+    finished operations and groups made are counted.
     """
 
     def __init__(self, number: int, rank: int, device: torch.device, host: str, timeout_seconds: float,
-                 create_timeout_seconds: float = CREATE_TIMEOUT_SECONDS):
+                 create_timeout_seconds: float = CREATE_TIMEOUT_SECONDS, progress: Progress | None = None):
+        self._progress = progress or Progress()
         self.number, self.rank = number, rank
         self._device, self._host = device, host
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -156,7 +166,7 @@ class Generation:
         deadline, pause = time.monotonic() + self._create_timeout.total_seconds(), _FIRST_PAUSE_SECONDS
         while not self._aborted:
             if store.check(["complete"]):
-                return
+                return self._progress.finished()
             if time.monotonic() > deadline:
                 raise Aborted(f"generation {self.number}: not all of {members} ranks came within {self._create_timeout}")
             time.sleep(pause)
@@ -180,7 +190,8 @@ class Generation:
             if len(ranks) > 1:
                 prefix = dist.PrefixStore(f"generation-{self.number}/group-{index}", store)
                 backend = self._backend(prefix, ranks.index(self.rank), len(ranks))
-            self._groups[ranks, second] = Group(ranks, self.rank, backend)
+            self._groups[ranks, second] = Group(ranks, self.rank, backend, self._progress)
+            self._progress.finished()
 
     def group(self, ranks: tuple[int, ...], second: bool = False) -> Group:
         return self._groups[ranks, second]

@@ -8,6 +8,7 @@ many minutes later. So whoever waits here goes away without it; what gloo still 
 from __future__ import annotations
 
 import datetime
+import itertools
 import queue
 import threading
 
@@ -28,11 +29,23 @@ class OutOfStep(Aborted):
     """Aborted, before anything was done: what was asked for does not follow on what this rank has."""
 
 
-class Operation:
-    """One under way: to be waited for once. Operations that can only end by themselves or with their connection."""
+class Progress:
+    """How much a rank has finished, of whatever it does: a number that grows while it gets anywhere."""
 
-    def __init__(self, work: dist.Work):
-        self._work = work
+    def __init__(self) -> None:
+        self._numbers, self.count = itertools.count(1), 0
+
+    def finished(self) -> None:
+        """Something. From any thread."""
+        self.count = next(self._numbers)
+
+
+class Operation:
+    """One under way: to be waited for once. Operations that can only end by themselves or with their connection. progress: where its
+    end is counted."""
+
+    def __init__(self, work: dist.Work, progress: Progress):
+        self._work, self._progress = work, progress
 
     def is_completed(self) -> bool:
         """Of collectives only: gloo does not know it of single messages before they are waited for."""
@@ -44,13 +57,14 @@ class Operation:
             self._work.wait()
         except RuntimeError as error:
             raise Aborted(first_line(error)) from error
+        self._progress.finished()
 
 
 class Collective(Operation):
     """gloo runs it on a thread of its own; waiting for that with a timeout does no harm. aborted: of the group, when it is."""
 
-    def __init__(self, work: dist.Work, backend: dist.Backend, aborted: threading.Event):
-        super().__init__(work)
+    def __init__(self, work: dist.Work, progress: Progress, backend: dist.Backend, aborted: threading.Event):
+        super().__init__(work, progress)
         self._backend, self._aborted = backend, aborted
 
     def wait(self) -> None:
@@ -58,7 +72,7 @@ class Collective(Operation):
             last = self._aborted.is_set()
             try:
                 self._work.wait(_GRACE if last else _SLICE)
-                return
+                return self._progress.finished()
             except RuntimeError:
                 if self._work.is_completed():
                     return super().wait()
@@ -71,8 +85,8 @@ class Receive(Operation):
     """A wait with a timeout would close all connections, so another thread waits. aborted: as above; waiting: of the group, those
     whom `let_go` must end."""
 
-    def __init__(self, work: dist.Work, aborted: threading.Event, waiting: set[Receive]):
-        super().__init__(work)
+    def __init__(self, work: dist.Work, progress: Progress, aborted: threading.Event, waiting: set[Receive]):
+        super().__init__(work, progress)
         self._aborted, self._waiting = aborted, waiting
         self._error: RuntimeError | None = None
         self._done = threading.Event()
@@ -89,6 +103,7 @@ class Receive(Operation):
             raise Aborted(first_line(self._error)) from self._error
         if not self._done.is_set() or self._aborted.is_set():
             raise Aborted("aborted while a message was awaited")
+        self._progress.finished()
 
     def let_go(self) -> None:
         """Have the waiting thread go on. From any thread."""

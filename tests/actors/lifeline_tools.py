@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +30,10 @@ class Process:
         self._reader.start()
 
     def signal(self, number):
+        """A stop has happened when this returns: until one of its threads has run, all others go on."""
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
     def say(self, line):
         self._process.stdin.write(line + "\n")

@@ -266,5 +266,5 @@ def test_a_beat_that_does_not_fit_is_left_out():
                 while True:
                     mine.send(bytes(4096))
             for _ in range(1000):
-                wire.beat()
+                wire.beat(7)
             assert not wire.unsent

@@ -23,7 +23,7 @@ def server():
 
 
 def hello(of, pid=1, **changes):
-    return {"lifeline": 1, "run": RUN, "member": [of.node, of.local, of.incarnation],
+    return {"lifeline": 2, "run": RUN, "epoch": 0, "member": [of.node, of.local, of.incarnation],
             "about": {"pid": pid, "host": "somewhere"}} | changes
 
 
@@ -53,7 +53,7 @@ def closed(peer):
 STRANGE = [
     b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", b"\n", b"\x16\x03\x01\x02\x00\x01\xfc\n", b"[]\n", b"7\n", b"{}\n",
     b"[" * 60_000 + b"\n", b"x" * (lifeline_wire._LINE_BYTES + 5000),
-    json.dumps(hello(Member("a", 0), lifeline=2)).encode() + b"\n",
+    json.dumps(hello(Member("a", 0), lifeline=1)).encode() + b"\n",
     json.dumps(hello(Member("a", 0), member=["a", "0", 0])).encode() + b"\n",
     json.dumps(hello(Member("a", 0), member=["a", True, 0])).encode() + b"\n",
     json.dumps(hello(Member("a", 0), about={})).encode() + b"\n", json.dumps(hello(Member("a", 0), run=None)).encode() + b"\n"]
@@ -62,7 +62,7 @@ STRANGE = [
 @pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
 def test_a_stranger_is_dropped_without_harm(server, text):
     with introduced(server, Member("b", 0)) as member, connect(server, text) as stranger:
-        assert answer(member) == {"welcome": 1} and closed(stranger)
+        assert answer(member) == {"welcome": 2, "epoch": 0} and closed(stranger)
         server.hello()
         assert server.heard().keys() == {Member("b", 0)} and server.ended() == []
         before = server.heard()[Member("b", 0)]
@@ -74,7 +74,7 @@ def test_who_says_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr(lifelines, "INTRODUCTION_SECONDS", 0.2)
     monkeypatch.setattr(lifelines, "_TICK_SECONDS", 0.1)
     with Lifelines("127.0.0.1", run=RUN) as server, connect(server) as silent, introduced(server, Member("a", 0)) as member:
-        assert answer(member) == {"welcome": 1} and closed(silent) and server.heard().keys() == {Member("a", 0)}
+        assert answer(member) == {"welcome": 2, "epoch": 0} and closed(silent) and server.heard().keys() == {Member("a", 0)}
 
 
 def test_a_member_that_talks_nonsense_is_dropped_and_told_of(server):
@@ -103,9 +103,9 @@ def test_of_two_incarnations_the_newer_has_the_place(server):
     with introduced(server, old) as first:
         expect(server, server.hello)
         with introduced(server, new, pid=2) as second:
-            assert answer(second) == {"welcome": 1} and server.heard().keys() == {new}
+            assert answer(second) == {"welcome": 2, "epoch": 0} and server.heard().keys() == {new}
             assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(old, End.REPLACED)]
-            assert answer(first) == {"welcome": 1} and closed(first)
+            assert answer(first) == {"welcome": 2, "epoch": 0} and closed(first)
             with introduced(server, old) as again:
                 assert answer(again) == {"refused": "incarnation 2 is in its place"} and closed(again)
         assert expect(server, server.ended)[0][0] == new
@@ -121,10 +121,10 @@ def test_the_same_process_may_come_again_another_may_not(server):
         with introduced(server, member, pid=2) as other:
             assert answer(other) == {"refused": "process 1 on somewhere is this member"}
         with introduced(server, member) as second:
-            assert answer(second) == {"welcome": 1}
+            assert answer(second) == {"welcome": 2, "epoch": 0}
             assert [found for found, _ in expect(server, server.hello)] == [member]
             assert server.ended() == [] and server.heard().keys() == {member}
-            assert answer(first) == {"welcome": 1} and closed(first)
+            assert answer(first) == {"welcome": 2, "epoch": 0} and closed(first)
 
 
 def test_other_runs_members_are_refused_and_rest_until_they_move(server):
@@ -166,5 +166,5 @@ def test_what_comes_together_with_the_welcome_is_not_lost():
         peer, _ = listener.accept()
         with peer, peer.makefile() as lines:
             assert json.loads(lines.readline())["member"] == ["a", 0, 0]
-            peer.sendall(b'{"welcome":1}\n{"abort":3}\n')
+            peer.sendall(b'{"welcome":2}\n{"abort":3}\n')
             assert json.loads(lines.readline())["aborted"] == 3 and told.is_set()
