@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import errno
 import fcntl
 import json
@@ -13,7 +14,7 @@ from pyarrow._fs import _MockFileSystem
 
 from actors import journal as journal_module
 from actors import storage
-from actors.journal import Journal
+from actors.journal import Journal, Overtaken
 from actors.run_folder import RunFolder
 from actors.storage import StorageError
 
@@ -206,3 +207,96 @@ def test_a_folder_is_held_by_one_and_where_there_are_no_locks_that_is_said(tmp_p
     monkeypatch.setattr(fcntl, "flock", unknown)
     with folder.held() as locked:
         assert locked is False
+
+
+# --- one writer ------------------------------------------------------------------------------------------------------
+
+
+def test_who_finds_that_another_has_written_writes_no_more(tmp_path):
+    old = Journal(str(tmp_path / "j"), durable=True, alone=True)
+    old.append("one")
+    new = Journal(str(tmp_path / "j"), durable=True, alone=True)
+    assert new.lines() == ["one"]
+    new.append("two")
+    for _ in range(2):
+        with pytest.raises(Overtaken, match="has taken this run over"):
+            old.append("three")
+    new.append("four")
+    assert new.lines() == ["one", "two", "four"]
+
+
+def test_who_read_before_the_other_wrote_writes_no_more(tmp_path):
+    old, new = (Journal(str(tmp_path / "j"), alone=True) for _ in range(2))
+    old.append("one")
+    assert new.lines() == ["one"]
+    old.append("two")
+    assert new.lines() == ["one", "two"]
+    with pytest.raises(Overtaken):
+        new.append("three")
+    assert old.lines() == ["one", "two"]
+
+
+def test_what_an_append_of_ones_own_left_is_cut_off(tmp_path, monkeypatch):
+    """The disk fails while the line is flushed, and once more when it is to be taken back."""
+    journal = Journal(str(tmp_path / "j"), durable=True, alone=True)
+    journal.append("one")
+
+    def fail(descriptor):
+        (tmp_path / "j").write_bytes(b"one\ntw")
+        raise OSError(5, "Input/output error")
+
+    class Stuck:
+        def __init__(self, stream):
+            self._stream = stream
+
+        def truncate(self, size):
+            raise OSError(5, "Input/output error")
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+    stream = journal._stream
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        journal._stream = Stuck(stream)
+        with pytest.raises(StorageError, match="Input/output error"):
+            journal.append("two")
+    journal._stream = stream
+    journal.append("two")
+    assert (tmp_path / "j").read_text() == "one\ntwo\n"
+
+
+def test_a_writer_that_froze_with_the_lock_does_not_block_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "_LOCK_SECONDS", 0.05)
+    journal = Journal(str(tmp_path / "j"), alone=True)
+    journal.append("one")
+    with open(tmp_path / "j", "ab") as frozen:
+        fcntl.flock(frozen, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="locked"):
+            journal.append("two")
+    journal.append("three")
+    assert journal.lines() == ["one", "three"]
+
+
+def test_one_writer_of_an_object(memory):
+    old, new = (Journal(memory, durable=True, alone=True) for _ in range(2))
+    new.append("one")
+    with pytest.raises(Overtaken):
+        old.append("two")
+    new.append("three")
+    assert Journal(memory).lines() == ["one", "three"]
+
+
+def test_a_ledger_that_was_changed_is_refused_in_one_line(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    assert folder.ledger().committed == 0
+    for step in range(3):
+        folder.append({"step": step, "generation": 1})
+    folder.append({"kind": "cut", "step": 2, "reason": "lost"})
+    assert [line["step"] for line in RunFolder(str(tmp_path), "run").ledger_lines()] == [0, 1]
+    path = tmp_path / "run" / "ledger.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1].replace("1", "7", 1), *lines[2:]]) + "\n")
+    with pytest.raises(StorageError, match="ledger.jsonl: line 2 is damaged: ") as caught:
+        RunFolder(str(tmp_path), "run").ledger()
+    assert "\n" not in str(caught.value)
