@@ -201,15 +201,17 @@ class Invariants:
     def call(self, coordinator: Coordinator, call: Call, lane: Lane) -> None:
         if call.call.epoch != coordinator.epoch:
             raise Violation("S9", f"coordinator {coordinator.epoch} calls as {call.call.epoch}")
-        if lane is Lane.COMPUTE:
-            before = coordinator.computing.get(call.member)
-            if before is not None:
-                raise Violation("S11", f"{call.member} is called for {_name(call)} while {_name(before)} is not answered")
+        if lane is Lane.COMPUTE and coordinator is self.world.coordinator:
             if call.member in self.fenced:
                 raise Violation("S8", f"{call.member} is called for {_name(call)} after it was given up")
-            coordinator.computing[call.member] = call
             if type(call.request) is Form:
                 self._plan(call)
+
+    def begins(self, rank: RankModel, call: Call) -> None:
+        """A call for the compute lane comes to a rank."""
+        before = rank.call
+        if before is not None and before.call.epoch == call.call.epoch:
+            raise Violation("S11", f"{rank.member} is called for {_name(call)} while it runs {_name(before)}")
 
     def _plan(self, call: Call) -> None:
         plan, former = call.request.plan, call.request.former
@@ -241,7 +243,7 @@ class Invariants:
         if order.ending is Ending.DONE:
             if steps != world.goal.steps or order.step != steps:
                 raise Violation("L2", f"done after {steps} of {world.goal.steps} steps")
-        elif order.ending not in world.excused:
+        elif order.ending not in world.excused and not (order.ending is Ending.SUPERSEDED and world.superseded):
             raise Violation("L2", f"the run ends ({order.ending}: {order.text})")
         if order.step != steps and order.ending is not Ending.SUPERSEDED:
             raise Violation("L2", f"ended as of {order.step} steps where {steps} are committed")

@@ -51,14 +51,14 @@ class KeyPlanner:
 
     def covered(self, base: Base, having: Collection[Member]) -> str | None:
         having = set(having)
-        has = [member in having for member in base.members]
-        lost = [key for key, ranks in enumerate(self.owned(base.layout, base.placement).by_key) if not any(has[r] for r in ranks)]
+        has = {rank for rank, member in enumerate(base.members) if member in having}
+        lost = [key for key, ranks in enumerate(self.owned(base.layout, base.placement).by_key) if has.isdisjoint(ranks)]
         return f"keys {lost} are lost" if lost else None
 
     def hands_over(self, base: Base, plan: Plan, having: Collection[Member]) -> tuple[Member, ...]:
         having, staying, leaving = set(having), set(plan.members), {}
         for ranks in self.owned(base.layout, base.placement).by_key:
-            owners = [base.members[rank] for rank in ranks if base.members[rank] in having]
+            owners = [base.members[rank] for rank in ranks if rank < len(base.members) and base.members[rank] in having]
             if owners and not any(owner in staying or owner in leaving for owner in owners):
                 leaving[owners[0]] = None
         return tuple(leaving)

@@ -177,6 +177,10 @@ class World:
         rank.end()
         self.places[member.node, member.local].remove(rank)
         self.harmed.add(member)
+        host = self.hosts[member.node]
+        if not any(self.at(host.name, local) for local in range(host.ranks)):  # it looks as if the node had gone, with what starts there
+            self.harmed.update(Member(host.name, local, self.known[host.name, local]) for local in range(host.ranks)
+                               if (host.name, local) in self.known)
         if quiet:
             return
         if group is not None and not group.broken:
@@ -227,6 +231,7 @@ class World:
         if refused is not None:
             self.fail(rank, call, refused)
         elif lane is Lane.COMPUTE:
+            self.invariants.begins(rank, call)
             rank.queue.append(call)
             if rank.work is None:
                 self._next(rank)
@@ -387,7 +392,6 @@ class Coordinator:
         self.inbox: list[Event] = []
         self.connected: dict[Member, RankModel] = {}
         self.calls: dict[Member, dict[CallId, Call]] = {}
-        self.computing: dict[Member, Call] = {}
         self.clerk = Clerk(world, self)
         self._timer: float | None = None
         self._carry_out = {
@@ -440,9 +444,6 @@ class Coordinator:
             open_ = self.calls.get(event.member)
             if open_ is not None:
                 open_.pop(event.call, None)
-            computing = self.computing.get(event.member)
-            if computing is not None and computing.call == event.call:
-                del self.computing[event.member]
         if world.trace is not None and kind is not happened.Heard and kind is not happened.Tick:
             world.note(f"[{self.epoch}] {event}")
         before = run.phase.name if world.trace is not None else ""
@@ -524,7 +525,6 @@ class Coordinator:
     def connection_ended(self, rank: RankModel) -> None:
         """Of a process: whoever called it is told, and whoever listened to it."""
         world, member = self.world, rank.member
-        self.computing.pop(member, None)
         late = max(0.0, rank.deaf - world.now)
         if self.connected.pop(member, None) is not None:
             self.post(Ended(member, "its process has ended"), late + world.delay() / 4)
