@@ -206,6 +206,10 @@ class ElasticSection(Section):
     abort_seconds: Real = Field(2.0, gt=0, description="bound on the wait for ranks to let go of what they communicate")
     form_seconds: Real = Field(5.0, gt=0, description="bound on making process groups after a change")
     wait_seconds: Annotated[Real, Gt(0)] | None = Field(None, description="for min_nodes, before the run gives up; null: for ever")
+    stuck_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="no rank finishes anything for so long: the step is "
+                                                         "interrupted, and who hangs is replaced; auto: 10, or 10 median steps")
+    storage_seconds: Real = Field(300.0, gt=0, description="how long storage may be away before the run ends")
+    give_up_seconds: Real = Field(1800.0, gt=0, description="without a committed step, before the run ends")
 
 
 class CheckpointSection(Section):

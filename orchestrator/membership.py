@@ -207,6 +207,18 @@ class Membership:
         together = all(not place.warm and now - place.lost <= self.rules.silence_seconds for place in places)
         return state._lose_node(member.node, now, f"all its processes ended: {reason}") if ranks > 1 and together else state
 
+    def suspected(self, member: Member, now: float, reason: str) -> Membership:
+        """It lives, but is not to take part: it hangs, cannot be reached, failed on trial. Lost alone, with a cool-down from the
+        first time on."""
+        state = self._at(now)
+        place = state._place(member.node, member.local)
+        if member.incarnation < place.trusted:
+            return state
+        losses = state.rules.counted(place.losses, place.until, now)
+        gone = replace(place, running=member.incarnation).retired(now, reason)
+        return state._place_set(member.node, member.local, replace(
+            gone, alone=True, losses=losses, until=now + state.rules.cool_down(losses)))
+
     def listened(self, heard: Mapping[Member, float], now: float) -> Membership:
         """When the last beat of each came, as the listener has it. To be called at least twice in `silence_seconds`.
 
@@ -269,6 +281,43 @@ class Membership:
         """The one that is ready there."""
         place = self._place(node, local)
         return Member(node, local, place.running) if place.warm else None
+
+    def trusted_from(self, node: str, local: int) -> int:
+        """The least incarnation at a place that has not been lost."""
+        return self._place(node, local).trusted
+
+    def may_come(self, member: Member) -> bool:
+        """Whether it is expected: it has been started, and was not lost since."""
+        return self._place(member.node, member.local).running == member.incarnation
+
+    def why_lost(self, member: Member) -> str:
+        """Of the last loss at its place."""
+        return self._place(member.node, member.local).reason
+
+    def present(self, node: str) -> bool:
+        """Whether it is in the cluster."""
+        return node in self.hosts and self.hosts[node].present
+
+    def drains(self, node: str) -> bool:
+        return node in self.hosts and self.hosts[node].draining
+
+    def cooling(self, now: float) -> list[tuple[str, float]]:
+        """Nodes that are there, but left alone after a loss: with the end of that."""
+        return [(name, host.until) for name, host in self.hosts.items() if host.present and not host.draining and now < host.until]
+
+    def next_change(self, now: float) -> float | None:
+        """When `decide` may say something else though nothing happens: a cool-down or a drain ends."""
+        found = []
+        for name, host in self.hosts.items():
+            if not host.present:
+                continue
+            found += [at for at in (host.until, host.deadline if not host.expired else None) if at is not None and at > now]
+            found += [place.until for place in self.places.get(name, {}).values() if place.running is None and place.until > now]
+        return min(found, default=None)
+
+    def ready_members(self) -> tuple[Member, ...]:
+        """All that are ready, on whatever node."""
+        return tuple(sorted(member for member, _ in self._warm()))
 
     def _ready_ranks(self, name: str) -> int:
         ranks = self.hosts[name].ranks

@@ -1,0 +1,102 @@
+"""Which state goes on: from what members hold, what is committed, and which checkpoints there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.membership import Member
+from orchestrator.protocol.events import Base, Recalled, Seen
+from orchestrator.protocol.planner import Planner
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """State in memory: of these members, after `applied` committed steps (fewer than are committed: the rest is to be redone)."""
+
+    base: Base
+    having: frozenset[Member]
+    applied: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A checkpoint. lost: why nobody's memory will do."""
+
+    seen: Seen
+    lost: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Initial values."""
+
+    lost: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """There is no state of this run any more."""
+
+    text: str
+
+
+Choice = Carry | Load | Begin | Nothing
+
+
+def choose(recalled: Mapping[Member, Recalled], committed: int, checkpoints: Sequence[Seen], planner: Planner) -> Choice:
+    """In this order: the newest generation of which those who have all committed steps (or all but the last, whose reduced gradients
+    they hold) own everything; an older state in memory that is newer than every checkpoint; the newest readable checkpoint; initial
+    values, where no checkpoint was ever made.
+    """
+    generations = _generations(recalled)
+    lost = "no rank holds any state"
+    for number in sorted(generations, reverse=True):
+        base, applied = generations[number]
+        having = {member for member, count in applied.items()
+                  if count == committed or count == committed - 1 == recalled[member].reduced}
+        missing = planner.covered(base, having)
+        if missing is None:
+            return Carry(base, frozenset(having), committed)
+        if lost.startswith("no rank"):
+            lost = missing
+    readable = [seen for seen in checkpoints if seen.readable and seen.step <= committed]
+    newest = max(readable, key=lambda seen: seen.step, default=None)
+    older = _older(generations, committed, newest.step if newest else 0, planner)
+    if older is not None:
+        return older
+    if newest is not None:
+        return Load(newest, lost)
+    if checkpoints:
+        return Nothing(f"{lost}, and none of {len(checkpoints)} checkpoints can be read or is of the {committed} committed steps")
+    return Begin(lost)
+
+
+def _generations(recalled: Mapping[Member, Recalled]) -> dict[int, tuple[Base, dict[Member, int]]]:
+    """By number: the generation, and how many updates the state of each of its members has; those without state are left out."""
+    found: dict[int, tuple[Base, dict[Member, int]]] = {}
+    places: dict[int, dict[int, Member]] = {}
+    for member in sorted(recalled):
+        for holding in recalled[member].held:
+            places.setdefault(holding.generation, {})[holding.rank] = member
+            base = Base(holding.generation, holding.layout, holding.placement, ())
+            _, applied = found.setdefault(holding.generation, (base, {}))
+            if holding.applied is not None:
+                applied[member] = holding.applied
+    for number, (base, applied) in found.items():
+        size = 1 + max(places[number])
+        members = tuple(places[number].get(rank) for rank in range(size))
+        found[number] = Base(number, base.layout, base.placement, members), applied
+    return found
+
+
+def _older(generations: Mapping[int, tuple[Base, Mapping[Member, int]]], committed: int, least: int, planner: Planner) -> Carry | None:
+    """State of fewer steps than are committed, yet more than `least`."""
+    best = None
+    for number in sorted(generations, reverse=True):
+        base, applied = generations[number]
+        for count in sorted({count for count in applied.values() if least < count < committed}, reverse=True):
+            having = frozenset(member for member, its in applied.items() if its == count)
+            if (best is None or count > best.applied) and planner.covered(base, having) is None:
+                best = Carry(base, having, count)
+    return best

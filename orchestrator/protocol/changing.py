@@ -1,0 +1,145 @@
+"""From one generation to the next: with the state of the base, or with state that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from orchestrator.membership import Member
+from orchestrator.protocol.commands import Fence, Finish, Form, Former, Initialise, OriginLine, Restore
+from orchestrator.protocol.events import Base, Plan, Seen
+from orchestrator.protocol.phases import Phase, Recording
+
+if TYPE_CHECKING:
+    from orchestrator.protocol.run import Run
+
+
+class Finishing(Phase):
+    """Those who hold the base go back to it and complete the last committed step, each alone; then the layout is planned."""
+
+    name = "finishing"
+
+    def __init__(self, having: Collection[Member]):
+        super().__init__()
+        self._having = having
+
+    def enter(self, run: Run) -> None:
+        apply = run.committed - 1 if run.committed else None
+        request = Finish(run.base.generation, apply)
+        self.ask(run, sorted(member for member in self._having if run.trusts(member)), lambda member: request, run.bounds.finish)
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return dict.fromkeys([*self.calls.values(), *self.answers])
+
+    def done(self, run: Run) -> None:
+        good = {member for member, standing in self.answers.items()
+                if (standing.generation, standing.applied) == (run.base.generation, run.committed)}
+        if (missing := run.planner.covered(run.base, good)) is not None:
+            return run.trouble(None, missing)
+        plan = run.plan(run.decision.nodes, run.base)
+        if plan is None:
+            return run.wait_for_nodes(formed=False)
+        publish = not all(standing.published for standing in self.answers.values())
+        return run.enter(Moving(plan, good, publish))
+
+
+class Moving(Phase):
+    """A new generation in the living processes, with the state of the base."""
+
+    name = "moving"
+
+    def __init__(self, plan: Plan, good: Collection[Member], publish: bool):
+        super().__init__()
+        self._plan, self._good, self._publish = plan, good, publish
+
+    def enter(self, run: Run) -> None:
+        base, plan = run.base, self._plan
+        leaving = run.planner.hands_over(base, plan, self._good)
+        self._plan = plan = Plan(plan.layout, plan.placement, plan.members, plan.planned, leaving)
+        rank_of = {member: rank for rank, member in enumerate(base.members) if member in self._good}
+        everybody = (*plan.members, *leaving)
+        former = Former(base, run.committed, tuple(rank_of.get(member) for member in everybody), self._publish)
+        run.trials.begin(member for member, came in zip(plan.members, former.came_from) if came is None)
+        run.taking_part = set(everybody)
+        run.generation += 1
+        run.tell("layout", layout=plan.layout, seconds=round(run.now - run.change_since, 4))
+        request = Form(plan, former)
+        self.ask(run, everybody, lambda member: request, run.bounds.form)
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return dict.fromkeys([*self.calls.values(), *self.answers])
+
+    def done(self, run: Run) -> None:
+        plan = self._plan
+        before = run.seated
+        settle(run, plan)
+        formed = self.answers.values()
+        run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed,
+                 bytes=sum(answer.bytes for answer in formed),
+                 grouping_seconds=round(max(answer.grouping_seconds for answer in formed), 4),
+                 moving_seconds=round(max(answer.moving_seconds for answer in formed), 4),
+                 seconds=round(run.now - run.change_since, 4))
+        run.interruption = None
+        for member in sorted({*before, *plan.leaving} - {*plan.members}):
+            if run.membership.drains(member.node) and run.trusts(member):
+                run.order(Fence(member, "its node drains"))
+        run.go_on()
+
+
+class Forming(Phase):
+    """A generation without state, which is loaded then. seen: the checkpoint; None: initial values."""
+
+    name = "forming"
+
+    def __init__(self, seen: Seen | None):
+        super().__init__()
+        self._seen = seen
+
+    def enter(self, run: Run) -> None:
+        plan = self._plan = run.plan(run.decision.nodes, None)
+        if plan is None:
+            return run.wait_for_nodes(formed=False)
+        run.generation += 1
+        run.seated, run.loading = plan.members, self._seen
+        run.taking_part = set(plan.members)
+        request = Form(plan, None)
+        return self.ask(run, plan.members, lambda member: request, run.bounds.form)
+
+    def done(self, run: Run) -> None:
+        run.enter(Loading(self._plan, self._seen))
+
+
+class Loading(Phase):
+    """Everybody reads its part of a checkpoint, or makes initial values."""
+
+    name = "loading"
+
+    def __init__(self, plan: Plan, seen: Seen | None):
+        super().__init__()
+        self._plan, self._seen = plan, seen
+
+    def enter(self, run: Run) -> None:
+        request = Restore(self._seen.directory, self._seen.step) if self._seen else Initialise()
+        self.ask(run, self._plan.members, lambda member: request, run.bounds.load)
+
+    def done(self, run: Run) -> None:
+        line = OriginLine(run.generation, run.committed, self._seen.directory if self._seen else None)
+        run.enter(Recording(line, self._loaded))
+
+    def _loaded(self, run: Run) -> None:
+        seen, plan = self._seen, self._plan
+        settle(run, plan)
+        if seen is not None:
+            run.tell("resumed", step=run.committed, checkpoint=seen.directory, steps_to_redo=run.redone)
+        elif run.redone:
+            run.tell("started_over", reason="no checkpoint", steps_to_redo=run.redone)
+        run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed)
+        run.loaded, run.loading, run.redone, run.interruption = True, None, 0, None
+        run.go_on()
+
+
+def settle(run: Run, plan: Plan) -> None:
+    """All have arrived: this generation's state is the run's."""
+    run.base = Base(run.generation, plan.layout, plan.placement, plan.members)
+    run.seated, run.planned, run.pending, run.placement = plan.members, plan.planned, None, None
+    run.loaded = True

@@ -1,0 +1,306 @@
+"""Trouble, and taking over: everybody lets go and says what it holds; who is to go is named; the state that goes on is chosen.
+
+Evidence, not memory: what a coordinator believed before counts for nothing here, so one that has just begun is the normal case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from orchestrator.membership import Member
+from orchestrator.protocol import suspicion
+from orchestrator.protocol.base import Begin, Carry, Load, Nothing, choose
+from orchestrator.protocol.changing import Finishing, Forming
+from orchestrator.protocol.commands import Abort, CutLine, Probe, Recall
+from orchestrator.protocol.events import Answered, Ending, Failed, FailKind, Fault, LetGo, Recalled, Seen
+from orchestrator.protocol.phases import Phase, Recording
+
+if TYPE_CHECKING:
+    from orchestrator.protocol.run import Run
+
+MOST_TROUBLES_AT_THE_END = 3
+
+
+class LettingGo(Phase):
+    """Whoever is ready ends everything up to this generation."""
+
+    name = "letting go"
+
+    def enter(self, run: Run) -> None:
+        run.release_at = self.deadline = run.now + run.release_seconds
+        self._waiting = set(run.membership.ready_members())
+        if self._waiting:
+            run.order(Abort(tuple(sorted(self._waiting)), run.generation))
+        else:
+            run.enter(Recalling(run.release_at))
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return self._waiting
+
+    def lost(self, run: Run, dead: Sequence[Member]) -> None:
+        self._waiting.difference_update(dead)
+        self._go_on(run)
+
+    def said_hello(self, run: Run, member: Member) -> None:
+        if member in self._waiting:  # the same process again: it may not have been told
+            run.order(Abort((member,), run.generation))
+
+    def let_go(self, run: Run, event: LetGo) -> None:
+        if event.generation == run.generation:
+            self._waiting.discard(event.member)
+            run.interruption.aborted[event.member] = event.seconds
+            self._go_on(run)
+
+    def late(self, run: Run) -> None:
+        for member in sorted(self._waiting):
+            run.interruption.silent.add(member)
+            run.lose(member, f"did not let go within {run.release_seconds:g} s", fence=True)
+        self._waiting.clear()
+        self._go_on(run)
+
+    def _go_on(self, run: Run) -> None:
+        if not self._waiting:
+            run.enter(Recalling(run.release_at))
+
+
+class Recalling(Phase):
+    """Everybody ready says what it holds, once its compute lane is free. until: who is not free by then hangs."""
+
+    name = "recalling"
+
+    def __init__(self, until: float | None = None):
+        super().__init__()
+        self._until, self._busy = until, set()
+
+    def enter(self, run: Run) -> None:
+        until = self._until or run.now + run.release_seconds
+        self.ask(run, run.membership.ready_members(), lambda member: Recall(run.bounds.recall), until - run.now)
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return [*self.calls.values(), *self.answers]
+
+    def answered(self, run: Run, event: Answered) -> None:
+        if event.value.busy is not None and run.now < (self.deadline or 0.0):
+            member = self.calls.pop(event.call)
+            self._busy.add(member)
+            self.calls[run.call(member, Recall(run.bounds.recall))] = member
+            return
+        super().answered(run, event)
+
+    def failed(self, run: Run, event: Failed) -> None:
+        if event.kind is not FailKind.GONE:
+            run.lose(event.member, f"cannot say what it holds: {event.text}", fence=True)
+        self.lost(run, [event.member])
+
+    def lost(self, run: Run, dead: Sequence[Member]) -> None:
+        for member in dead:
+            self.answers.pop(member, None)
+        self.calls = {call: member for call, member in self.calls.items() if member not in dead}
+        if not self.calls:
+            self.deadline = None
+            self.done(run)
+
+    def late(self, run: Run) -> None:
+        for member in self.calls.values():
+            why = "its computing hangs" if member in self._busy else "does not answer"
+            run.lose(member, f"{why}: not free {run.release_seconds:g} s after it was told to let go", fence=True, cool=True)
+        self.calls.clear()
+        self.done(run)
+
+    def done(self, run: Run) -> None:
+        recalled = {member: answer for member, answer in self.answers.items() if run.trusts(member)}
+        understand(run, recalled)
+
+
+class Probing(Phase):
+    """Nobody is known to be at fault: is there a link that carries nothing?"""
+
+    name = "probing"
+
+    def __init__(self, recalled: Mapping[Member, Recalled]):
+        super().__init__()
+        self._recalled = recalled
+
+    def enter(self, run: Run) -> None:
+        members = [member for member in run.seated if member in self._recalled]
+        self.ask(run, members, lambda member: Probe(tuple(peer for peer in members if peer != member), run.bounds.probe),
+                 run.bounds.probe + run.release_seconds)
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return self.calls.values()
+
+    def failed(self, run: Run, event: Failed) -> None:
+        self.lost(run, [event.member])
+
+    def lost(self, run: Run, dead: Sequence[Member]) -> None:
+        self.calls = {call: member for call, member in self.calls.items() if member not in dead}
+        if not self.calls:
+            self.deadline = None
+            self.done(run)
+
+    def late(self, run: Run) -> None:
+        self.calls.clear()
+        self.done(run)
+
+    def done(self, run: Run) -> None:
+        run.interruption.probed = True
+        said = {member: answer.not_reached for member, answer in self.answers.items() if run.trusts(member)}
+        cut = {member: [peer for peer in peers if run.trusts(peer)] for member, peers in said.items()}
+        found = suspicion.by_links(cut, run.newcomers(), run.safe_without)
+        if found is not None:
+            run.lose(found.member, found.reason, fence=True, cool=True)
+        understand(run, {member: answer for member, answer in self._recalled.items() if run.trusts(member)})
+
+
+# --- what it means ---------------------------------------------------------------------------------------------------
+
+
+def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
+    """Name who is to go, if anybody is, and go on from the state that is left."""
+    run.generation = max([run.generation, *(holding.generation for answer in recalled.values() for holding in answer.held)])
+    faults = {member: answer.fault for member, answer in recalled.items() if answer.fault is not None}
+    if run.interruption is None:  # a coordinator that begins: nothing has been under way here
+        return _go_on(run, recalled)
+    faults = {**{member: fault for member, fault in run.interruption.faults.items() if member in recalled}, **faults}
+    if refused := [f"{member}: {fault.text}" for member, fault in faults.items() if fault.kind is FailKind.REFUSED]:
+        return run.end(Ending.REFUSED, refused[0])
+    explained = _unreadable(run, faults)
+    lost = _newly_lost(run)
+    if not lost and not explained:
+        found = suspicion.by_fault(faults, run.newcomers(), run.trials.struck.get(run.committed, {}))
+        if isinstance(found, suspicion.Hopeless):
+            run.wind_up(Ending.OWN_FAULT, found.text)
+        elif found is not None:
+            if found.member not in run.newcomers():
+                run.trials.struck.setdefault(run.committed, {})[found.member.node] = f"{found.member}: {found.reason}"
+            run.lose(found.member, found.reason, fence=True, cool=True)
+        elif not run.interruption.probed and len(run.seated) > 1:
+            return run.enter(Probing(recalled))
+        elif not run.interruption.paused:
+            run.trials.unnamed += 1
+            if run.trials.unnamed > 1:
+                for member in sorted(run.newcomers()):
+                    run.lose(member, "a generation with it does not stand", fence=True, cool=True)
+        lost = _newly_lost(run)
+    _tell(run, lost)
+    if run.now - run.committed_at > run.bounds.give_up:
+        run.wind_up(Ending.NO_PROGRESS, f"no step was committed for {run.now - run.committed_at:.0f} s; {_suspects(run)}")
+    if run.ending is not None:
+        run.troubles_at_the_end += 1
+        if run.troubles_at_the_end > MOST_TROUBLES_AT_THE_END:
+            return run.end(*run.ending)
+    recalled = {member: answer for member, answer in recalled.items() if run.trusts(member)}
+    if not lost and not explained and run.trials.unnamed > 1 and not run.interruption.paused:
+        run.interruption.paused = True
+        seconds = min(run.bounds.last_pause, run.bounds.first_pause * 2 ** run.trials.unnamed)
+        return run.pause(seconds, lambda run: run.enter(Recalling()))
+    return _go_on(run, recalled)
+
+
+def _unreadable(run: Run, faults: Mapping[Member, Fault]) -> bool:
+    """Whether a checkpoint that was being read is to blame; it is passed over from now on."""
+    texts = [fault.text for fault in faults.values() if fault.kind is FailKind.UNREADABLE]
+    if not texts or run.loading is None:
+        return False
+    seen, run.loading = run.loading, None
+    run.checkpoints = [Seen(other.step, other.directory, other.readable and other.directory != seen.directory)
+                       for other in run.checkpoints]
+    run.tell("checkpoint_unreadable", step=seen.step, path=seen.directory, reason=texts[0])
+    return True
+
+
+def _newly_lost(run: Run) -> list[Member]:
+    return [member for member in dict.fromkeys([*run.seated, *sorted(run.taking_part)])
+            if not run.trusts(member) and member not in run.interruption.told]
+
+
+def _tell(run: Run, lost: Sequence[Member]) -> None:
+    interruption = run.interruption
+    if lost:
+        interruption.told.update(lost)
+        run.trials.unnamed = 0
+        run.tell("lost", members=[str(member) for member in lost], generation=run.generation,
+                 reasons=sorted({run.membership.why_lost(member) for member in lost}))
+    elif not interruption.paused:
+        run.tell("interrupted", member=None if interruption.first is None else str(interruption.first), reason=interruption.sign,
+                 generation=run.generation)
+    run.seated = tuple(member for member in run.seated if run.trusts(member))
+    run.tell("aborted", ranks=len(interruption.aborted), slowest_rank_seconds=round(max(interruption.aborted.values(), default=0.0), 4),
+             unanswered=sorted(map(str, interruption.silent)), seconds=round(run.now - interruption.since, 4))
+
+
+def _suspects(run: Run) -> str:
+    interruption = run.interruption
+    return f"last: {interruption.first or 'nobody'}: {interruption.sign or 'no sign'}"
+
+
+# --- what goes on ----------------------------------------------------------------------------------------------------
+
+
+def _go_on(run: Run, recalled: Mapping[Member, Recalled]) -> None:
+    choice = choose(recalled, run.committed, run.checkpoints, run.planner)
+    match choice:
+        case Carry(base, having, applied):
+            run.base = base
+            if applied < run.committed:
+                run.tell("state_lost", reason=f"the last {run.committed - applied} steps are in nobody's memory", step=run.committed)
+                return cut(run, applied, "older state in memory", again)
+            return run.enter(Finishing(having))
+        case Load(seen, lost):
+            return _load(run, seen, lost)
+        case Begin(lost):
+            return _load(run, None, lost)
+        case Nothing(text):
+            return run.end(Ending.NO_STATE, text)
+
+
+class AwaitingManifest(Phase):
+    """A checkpoint may be newer than those that are known: that is settled first."""
+
+    name = "awaiting manifest"
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return ()
+
+    def changed(self, run: Run) -> None:
+        if not run.saver.in_doubt:
+            again(run)
+
+
+def _load(run: Run, seen: Seen | None, lost: str) -> None:
+    if run.saver.in_doubt:
+        return run.enter(AwaitingManifest())
+    if run.decision.wait or not run.decision.nodes:
+        return run.wait_for_nodes(formed=False)
+    if run.committed and (run.loaded or run.left_behind) and run.told_lost_at != run.committed:
+        run.told_lost_at = run.committed
+        run.tell("state_lost", reason=lost, step=run.committed)
+    run.base, step = None, seen.step if seen else 0
+    run.redone = run.committed - step
+    if run.redone:
+        return cut(run, step, lost, lambda run: _form(run, seen))
+    return _form(run, seen)
+
+
+def _form(run: Run, seen: Seen | None) -> None:
+    if run.dead(run.seated):
+        return again(run)
+    return run.enter(Forming(seen))
+
+
+def again(run: Run) -> None:
+    """Somebody may have gone meanwhile: ask again."""
+    run.enter(Recalling())
+
+
+def cut(run: Run, step: int, reason: str, then: Callable[[Run], None]) -> None:
+    """Steps from `step` on are to be redone: the ledger says so before anything is loaded."""
+    def cut_(run: Run) -> None:
+        run.committed, run.pending, run.validated = step, None, None
+        run.batches.clear()
+        run.batch_again()
+        run.due.clear()
+        run.saver.abandon(run)
+        then(run)
+    run.enter(Recording(CutLine(step, reason), cut_))
