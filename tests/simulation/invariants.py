@@ -39,7 +39,6 @@ class Invariants:
     def __init__(self, world: World):
         self.world = world
         self.committed: list[int] = [INITIAL]
-        self.fenced: set[Member] = set()
         self.progress_at = 0.0
 
     def broken(self, text: str, rule: str = "S2") -> None:
@@ -178,7 +177,7 @@ class Invariants:
     # --- members -----------------------------------------------------------------------------------------------------------
 
     def fence(self, coordinator: Coordinator, order: Fence) -> None:
-        self.fenced.add(order.member)
+        coordinator.fenced.add(order.member)
         if not order.reason:
             raise Violation("L5", f"{order.member} is ended without a reason")
         self._healthy(coordinator, order.member, f"ended ({order.reason})")
@@ -189,7 +188,7 @@ class Invariants:
             if rank.member.incarnation >= order.member.incarnation:
                 raise Violation("S7", f"{order.member} is to be made, and {rank.member} is there")
             self._healthy(coordinator, rank.member, f"replaced by {order.member}")
-            self.fenced.add(rank.member)
+            coordinator.fenced.add(rank.member)
 
     def _healthy(self, coordinator: Coordinator, member: Member, what: str) -> None:
         rank = self.world.ranks.get(member)
@@ -202,7 +201,7 @@ class Invariants:
         if call.call.epoch != coordinator.epoch:
             raise Violation("S9", f"coordinator {coordinator.epoch} calls as {call.call.epoch}")
         if lane is Lane.COMPUTE and coordinator is self.world.coordinator:
-            if call.member in self.fenced:
+            if call.member in coordinator.fenced:
                 raise Violation("S8", f"{call.member} is called for {_name(call)} after it was given up")
             if type(call.request) is Form:
                 self._plan(call)
@@ -237,7 +236,8 @@ class Invariants:
     def end(self, coordinator: Coordinator, order: EndRun) -> None:
         world, steps = self.world, len(self.world.storage.steps)
         if coordinator is not world.coordinator:
-            if order.ending is not Ending.SUPERSEDED:
+            done = order.ending is Ending.DONE and order.step == steps == world.goal.steps
+            if order.ending is not Ending.SUPERSEDED and not done:
                 raise Violation("S9", f"a coordinator of before ends the run: {order.ending}: {order.text}")
             return
         if order.ending is Ending.DONE:

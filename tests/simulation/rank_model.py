@@ -199,6 +199,8 @@ class RankModel:
         self.newest = call.generation
         self.published = False
         if former is not None:
+            if plan.leaving:
+                self.group, self.met = world.group(call.call.epoch, call.generation, plan.members), 0
             yield "published"
             self.published = former.publish or not brings or was_published
         return Formed()

@@ -178,7 +178,9 @@ class World:
         self.places[member.node, member.local].remove(rank)
         self.harmed.add(member)
         host = self.hosts[member.node]
-        if not any(self.at(host.name, local) for local in range(host.ranks)):  # it looks as if the node had gone, with what starts there
+        known = self.coordinator.connected if self.coordinator is not None else {}
+        if not any(other.member in known for local in range(host.ranks) for other in self.at(host.name, local)):
+            # it looks as if the node had gone, with what starts there
             self.harmed.update(Member(host.name, local, self.known[host.name, local]) for local in range(host.ranks)
                                if (host.name, local) in self.known)
         if quiet:
@@ -392,8 +394,10 @@ class Coordinator:
         self.inbox: list[Event] = []
         self.connected: dict[Member, RankModel] = {}
         self.calls: dict[Member, dict[CallId, Call]] = {}
+        self.fenced: set[Member] = set()
         self.clerk = Clerk(world, self)
         self._timer: float | None = None
+        self._idle_ticks = 0
         self._carry_out = {
             Call: self._call, orders.Abort: self._abort, orders.Fence: self._fence, orders.Spawn: self._spawn,
             orders.Append: self._append, orders.WriteManifest: self._manifest, orders.Discard: self._discard,
@@ -473,6 +477,10 @@ class Coordinator:
             self.world.later(self.thaws - self.world.now + 0.001, self._tick_again)
         else:
             self.handle(happened.Tick())
+            wake = self.run.wake
+            self._idle_ticks = self._idle_ticks + 1 if self.alive and wake is not None and wake <= self.world.now else 0
+            if self._idle_ticks > 50:
+                raise Violation("L6", f"wakes again and again, and nothing comes of it ({self.run.phase.name})")
 
     def _tick_again(self) -> None:
         if self.alive:
