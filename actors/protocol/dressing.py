@@ -28,6 +28,8 @@ from orchestrator.protocol.events import Answer, Done, LayoutRef, Plan
 from orchestrator.recipe import learning_rate
 
 _KEPT = 8
+OF_NONE = (commands.Recall, commands.Finish, commands.Probe, commands.Collect)
+"""Requests that belong to no generation: they are served whatever was given up."""
 _FIRST_FORM_SECONDS = 60.0
 
 
@@ -77,7 +79,7 @@ class Dresser:
             commands.Rearrange: self._rearrange,
             commands.Evaluate: self._evaluate,
             commands.Snapshot: lambda call: Dressed("snapshot", (call.request.directory,)),
-            commands.Collect: lambda call: Dressed("saved", (call.request.directory,)),
+            commands.Collect: lambda call: Dressed("saved", ()),
             commands.Probe: self._probe,
         }
 

@@ -16,7 +16,7 @@ from actors.messages import LossSums
 from actors.protocol.batches import Reader
 from actors.protocol.book import Book, StepAccount
 from actors.protocol.clerk import Clerk
-from actors.protocol.dressing import Dresser, Reading
+from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.ranks import Arrived, RankCalls
@@ -148,7 +148,8 @@ class RealShell:
                 self._sums.clear()
         self._open[call.call] = call
         dressed = self._parts.dresser.dressed(call)
-        self._parts.ranks.send(call.call, call.member, call.generation, dressed.method, dressed.arguments, lane_of(call.request))
+        generation = 0 if isinstance(call.request, OF_NONE) else call.generation
+        self._parts.ranks.send(call.call, call.member, generation, dressed.method, dressed.arguments, lane_of(call.request))
 
     def _arrived(self, number: CallId, member: Member, value: Any) -> Iterable[Event]:
         call = self._open.pop(number, None)

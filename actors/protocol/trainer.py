@@ -112,7 +112,8 @@ class Trainer:
         """Train to the end, or until stopped. Raises TrainingFailed, StorageError, CheckpointError, DatasetError."""
         found = self._storage()
         held_out = self._sources.validation()
-        with Lifelines(self._host, run=self._config.run.name, told=lambda: self._conductor.post(Listened())) as lines:
+        with Lifelines(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
+                       told=lambda: self._conductor.post(Listened())) as lines:
             reader, clerk = Reader(self._sources.training, self._conductor.post), Clerk(self._folder, self._conductor.post)
             try:
                 shell = self._shell(found, held_out, lines, reader, clerk)
