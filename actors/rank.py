@@ -45,6 +45,7 @@ from actors.messages import (
 from actors.model.chunk import LossScales
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
 from actors.optimizer import Optimizer, shards_of
+from actors.probe import ProbeListener
 from actors.stages import Stages, groups_of
 from actors.state import Carried, carry_over
 from actors.step_data import digests, links, loss_sums, microbatches
@@ -67,6 +68,7 @@ class Rank:
         self.authority, self._meeting_place, self._held, self._progress = Authority(), MeetingPlace(), Held(), Progress()
         self._lane: ExchangeLane | None = None
         self._lifeline: Lifeline | None = None
+        self._probe: ProbeListener | None = None
         self.optimizer: Optimizer | None = None
         if self._device.type == "cpu":
             settle()
@@ -94,11 +96,13 @@ class Rank:
         rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
         self.authority.attached(run, epoch)
         warm_up()
+        self._probe = self._probe or ProbeListener(self._host)
+        probe = list(self._probe.address)
         if self._lifeline is not None:
             self._lifeline.close()
         self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
                                   finished=lambda: self._progress.count,
-                                  about=lambda: {"target": target, "device": device_name()})
+                                  about=lambda: {"target": target, "device": device_name(), "probe": probe})
 
     def form(self, assignment: Assignment) -> Formed:
         """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is

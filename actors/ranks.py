@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.membership import Member
+from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.events import CallId, NodeDraining, NodeJoined, NodeLeft, NodeStays
 from orchestrator.topology import Node
 
 LOST = "its process or node was lost"
@@ -59,6 +61,60 @@ class News:
     node: Node
     reason: str = ""
     deadline: float | None = None
+
+
+def as_event(news: News) -> NodeJoined | NodeLeft | NodeDraining | NodeStays:
+    """Raises ValueError: there is no such kind."""
+    match news.kind:
+        case "joined":
+            return NodeJoined(news.node)
+        case "left":
+            return NodeLeft(news.node.name, news.reason)
+        case "draining":
+            return NodeDraining(news.node.name, news.deadline)
+        case "stays":
+            return NodeStays(news.node.name)
+    raise ValueError(f"no news: {news}")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What a call brought, as the rank returned it."""
+
+    call: CallId
+    member: Member
+    value: Any
+
+
+class RankCalls(Protocol):
+    """Processes that are called one by one, by name. Nothing here waits for a rank, and nothing raises because one is gone."""
+
+    def listen(self, post: Callable[[object], None]) -> None:
+        """From now on all that happens is posted, from threads of the transport: Arrived; and the events Failed, NotMade, NodeJoined,
+        NodeLeft, NodeDraining, NodeStays. `post` must return at once, and not raise."""
+        ...
+
+    def enlist(self, members: Sequence[Member]) -> None:
+        """Name the processes that there are, which were made for ranks 0, 1, ... of the first layout."""
+        ...
+
+    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
+        """Have a process keep a lifeline to `address`, as this member of `run`; as soon as there is one."""
+        ...
+
+    def spawn(self, member: Member) -> bool:
+        """Have a process made for this member, in place of whatever is left of its earlier incarnations. It must be `attach`ed. False,
+        and NotMade: there never will be one."""
+        ...
+
+    def dismiss(self, member: Member) -> None:
+        """End a process, if there is one."""
+        ...
+
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+        """Call a method of a rank. generation: that the call is meant for; 0: it belongs to none. The arguments may be changed
+        afterwards. Calls of one lane of one member are carried out in order."""
+        ...
 
 
 class Ranks(Protocol):

@@ -98,6 +98,7 @@ def test_an_abort_ends_a_step_that_waits_for_an_exchange(ranks, overlap):
     """Its peers take no part. Their being there keeps the exchange from failing by itself."""
     config, layout = configured("EP4", f"schedule.overlap={overlap}", *STEPS)
     form(ranks, config, layout, 7)
+    ranks.start("initialise", [()] * layout.size).results(TIMEOUT_SECONDS)
     request = Dealer(config, layout).requests(batch_of(config, 0), None, training=True)[1]
     program = programs_for(config, layout.folding, request.microbatches, training=True)[0]
     error, seconds = on_all(ranks, aborted_step, layout.size, program, request, 1)[1]

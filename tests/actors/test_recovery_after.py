@@ -38,8 +38,9 @@ def test_who_thaws_after_it_was_given_up_does_no_harm(stage, place):
 
     def thaw() -> None:
         process, = frozen_one
+        answered = process.answered
         os.kill(process.handle.pid, signal.SIGCONT)
-        until(process.calls.poll, "its late answer")
+        until(lambda: process.answered > answered or process.gone, "its late answer")
         crew = run.trainer._formation.crew
         until(lambda: crew.look() and not process_of(process), "it is ended: its beats do not make it one of us")
 
