@@ -53,6 +53,8 @@ class Telling:
         self._slow: tuple[int, SlowWatch] | None = None
         self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
         self._configured = False
+        self._since: dict[str, list[dict[str, Any]]] | None = None
+        self._untrimmed: tuple[int, dict[str, list[dict[str, Any]]]] | None = None  # of the clerk's thread
         self.load = ExpertLoad(max(1, config.placement.every))
         self._details = {"layout": self._of_layout, "generation": self._of_generation, "placement": self._of_placement,
                          "validation": self._of_validation}
@@ -83,7 +85,7 @@ class Telling:
     def event(self, kind: str, details: Mapping[str, Any]) -> None:
         event = {"time": round(time.time(), 3), "event": kind, **details}
         self._clerk.chore("events.jsonl", lambda: self._folder.told(event))
-        self._watch("event", event)
+        self._tell("event", event)
 
     def entered(self, phase: str) -> None:
         """The state machine is in this phase now: what time goes to from here on."""
@@ -105,8 +107,8 @@ class Telling:
         values["spent"] = self._spending.step_done(reports)
         values["redone"] = round(self._spending.take_redone(), 6)
         values["mfu"] = self._utilisation(values["tokens_per_second"])
-        self._clerk.chore("metrics.jsonl", lambda: self._folder.metrics(values))
-        self._watch("step", values)
+        self._clerk.chore("metrics.jsonl", lambda: self._write_metrics(values))
+        self._tell("step", values)
         self._watch("load", loads_of(reports))
         if reports[0].spans:
             self._shown_at = time.monotonic()
@@ -118,22 +120,42 @@ class Telling:
         self._look_for_slow(account, requests, layout, placement)
 
     def undone(self, step: int) -> None:
-        """Steps from `step` on are void: they stand in the metrics no more."""
+        """Steps from `step` on are void: they stand in the metrics no more. Whoever watches is told then what the journals have."""
+        self._since = {"step": [], "event": []}  # what is told before that, and so is not in what will be read
+        since = self._since
+
         def trim() -> None:
-            undone = self._folder.trim_metrics(step)
-            steps, events = self._folder.metric_lines(), self._folder.event_lines()
-            self._post(lambda: self._trimmed(undone, steps, events))
+            self._untrimmed = step, since
+            self._trim()
         self._clerk.chore("metrics.jsonl", trim)
 
-    def history(self, steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
-        """What the journals have, of a run that goes on."""
-        self._watch("history", {"steps": steps, "events": events})
+    # --- on the clerk's thread -----------------------------------------------------------------------------------
+
+    def _write_metrics(self, values: dict[str, Any]) -> None:
+        """Not before what is void is gone from there: else a step would stand in it twice."""
+        if self._untrimmed is not None:
+            self._trim()
+        self._folder.metrics(values)
+
+    def _trim(self) -> None:
+        step, since = self._untrimmed
+        undone = self._folder.trim_metrics(step)
+        found = {"step": self._folder.metric_lines(), "event": self._folder.event_lines()}
+        self._untrimmed = None
+        self._post(lambda: self._trimmed(undone, found, since))
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _trimmed(self, undone: list[dict[str, Any]], steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+    def _trimmed(self, undone: list[dict[str, Any]], found: dict[str, list], since: dict[str, list]) -> None:
         self._spending.redone(undone)
-        self.history(steps, events)
+        if self._since is since:
+            self._since = None
+        self._watch("history", {"steps": found["step"] + since["step"], "events": found["event"] + since["event"]})
+
+    def _tell(self, kind: str, values: dict[str, Any]) -> None:
+        if self._since is not None:
+            self._since[kind].append(values)
+        self._watch(kind, values)
 
     def _look_for_slow(self, account: StepAccount, requests: list[StepRequest], layout: Layout, placement: Placement) -> None:
         if self._slow is None or self._slow[0] != account.generation:
