@@ -137,10 +137,14 @@ def own(world: World, target: int) -> None:
         kind = kinds[0] if target % 3 else kinds[target // 3 % len(kinds)]
         rank.ills.setdefault(kind, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
         world.harmed.add(rank.member)
-        own_faults = world.own_faults
-        own_faults.add(rank.member.node)
-        if len(own_faults) > 1:
-            world.excused.add(Ending.OWN_FAULT)
+        _own_fault_on(world, rank.member.node)
+
+
+def _own_fault_on(world: World, node: str) -> None:
+    """A second node that fails by itself makes it look as if the step did it."""
+    world.own_faults.add(node)
+    if len(world.own_faults) > 1:
+        world.excused.add(Ending.OWN_FAULT)
 
 
 def own_everywhere(world: World, target: int) -> None:
@@ -387,6 +391,7 @@ def no_batches(world: World, target: int) -> None:
 
 def _without_memory(world: World, rank: RankModel) -> None:
     rank.ills.setdefault(orders.Form, []).append(Refused(FailKind.NO_MEMORY, "out of memory"))
+    _own_fault_on(world, rank.member.node)
     world.harmed.add(rank.member)
     _over(world, world.now)
 
@@ -403,6 +408,7 @@ def _hanging(world: World, rank: RankModel) -> None:
 
 
 def _faulty(world: World, rank: RankModel) -> None:
+    _own_fault_on(world, rank.member.node)
     rank.ills.setdefault(orders.Step, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
     world.harmed.add(rank.member)
     _over(world, world.now)

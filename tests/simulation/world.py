@@ -31,12 +31,13 @@ _COMPUTE_SECONDS = 0.2
 
 
 class Host:
-    """A node. up: it runs. present: the cluster has it. draining: it is to go."""
+    """A node. up: it runs. present: the cluster has it. draining: it is to go. lost_at: when the last process on it ended."""
 
-    __slots__ = ("births", "draining", "name", "present", "ranks", "up")
+    __slots__ = ("births", "draining", "lost_at", "name", "present", "ranks", "up")
 
     def __init__(self, name: str, ranks: int):
         self.name, self.ranks, self.up, self.present, self.draining = name, ranks, True, True, False
+        self.lost_at = -SILENCE
         self.births: list[str] = []  # what befalls the next processes that are made here
 
 
@@ -177,12 +178,7 @@ class World:
         rank.end()
         self.places[member.node, member.local].remove(rank)
         self.harmed.add(member)
-        host = self.hosts[member.node]
-        known = self.coordinator.connected if self.coordinator is not None else {}
-        if not any(other.member in known for local in range(host.ranks) for other in self.at(host.name, local)):
-            # it looks as if the node had gone, with what starts there
-            self.harmed.update(Member(host.name, local, self.known[host.name, local]) for local in range(host.ranks)
-                               if (host.name, local) in self.known)
+        self.hosts[member.node].lost_at = self.now
         if quiet:
             return
         if group is not None and not group.broken:
@@ -615,6 +611,9 @@ class Coordinator:
             return
         rank = world.make(member)
         world.note(f"{member} is made{f' ({birth})' if birth else ''}")
+        host = world.hosts[member.node]
+        if host.ranks > 1 and world.now - host.lost_at < 2 * SILENCE:  # if others end now, it looks as if the node had gone
+            world.harmed.add(member)
         if birth:
             BIRTHS[birth](world, rank)
         if birth != "mute" and world.coordinator is not None:
