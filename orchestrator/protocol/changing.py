@@ -102,6 +102,8 @@ class Forming(Phase):
         run.generation += 1
         run.seated, run.loading = plan.members, self._seen
         run.taking_part = set(plan.members)
+        if run.loaded:
+            run.trials.begin(member for member in plan.members if member not in run.trials.proven)
         request = Form(plan, None)
         return self.ask(run, plan.members, lambda member: request, run.bounds.form)
 

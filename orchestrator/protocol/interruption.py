@@ -14,7 +14,7 @@ MOST_TRIALS = 5
 @dataclass(slots=True)
 class Interruption:
     """since: when it was known. first, sign: who failed first, and how. faults: what members raised. told: of whose loss. aborted: how
-    long each took to let go. probed, paused: whether that has been tried."""
+    long each took to let go. probed: links have been tried. understood: what follows has been told."""
 
     since: float
     first: Member | None
@@ -24,12 +24,12 @@ class Interruption:
     aborted: dict[Member, float] = field(default_factory=dict)
     silent: set[Member] = field(default_factory=set)
     probed: bool = False
-    paused: bool = False
+    understood: bool = False
 
     def again(self, first: Member | None, sign: str) -> None:
         """What was tried against it has been interrupted itself."""
         self.first, self.sign = first, sign
-        self.faults, self.probed, self.paused = {}, False, False
+        self.faults, self.probed, self.understood = {}, False, False
 
 
 class Trials:
@@ -42,6 +42,7 @@ class Trials:
 
     def __init__(self) -> None:
         self.on_trial: set[Member] = set()
+        self.proven: set[Member] = set()
         self.struck: dict[int, dict[str, str]] = {}
         self.unnamed = 0
         self._failures: dict[tuple[str, int], int] = {}
@@ -50,8 +51,9 @@ class Trials:
         """These take part for the first time; those who were on trial before still are."""
         self.on_trial.update(members)
 
-    def passed(self) -> None:
-        """A step was committed with all that are seated."""
+    def passed(self, seated: Iterable[Member]) -> None:
+        """A step was committed with these."""
+        self.proven.update(seated)
         for member in self.on_trial:
             self._failures.pop((member.node, member.local), None)
         self.on_trial.clear()

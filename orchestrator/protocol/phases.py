@@ -110,10 +110,10 @@ class Opening(Phase):
 
     def __init__(self, members: Sequence[Member], seconds: float):
         super().__init__()
-        self._waiting, self._seconds, self._written, self._since_failed = set(members), seconds, False, None
+        self._waiting, self._seconds, self._written = set(members), seconds, False
 
     def enter(self, run: Run) -> None:
-        self.deadline = run.now + self._seconds
+        self._end = self.deadline = run.now + self._seconds
         self.order = run.append(EpochLine(run.epoch))
 
     def involved(self, run: Run) -> Iterable[Member]:
@@ -137,12 +137,14 @@ class Opening(Phase):
     def late(self, run: Run) -> None:
         if not self._written and self.order is None:
             self.order = run.append(EpochLine(run.epoch))
-        if run.now - self.since < self._seconds:
-            self.deadline = self.since + self._seconds
+        if run.now < self._end:
+            self.deadline = self._end
             return
         for member in sorted(self._waiting):
-            if not run.trusts(member):
-                run.lose(member, f"did not say hello within {self._seconds:g} s")
+            if run.left_behind:  # it may only have been asked for just before
+                run.still_starts(member)
+            else:
+                run.lose(member, f"did not say hello within {self._seconds:g} s", fence=True)
         self._waiting.clear()
         self._go_on(run)
 

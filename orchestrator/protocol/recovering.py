@@ -81,12 +81,13 @@ class Recalling(Phase):
         return [*self.calls.values(), *self.answers]
 
     def answered(self, run: Run, event: Answered) -> None:
-        if event.value.busy is not None and run.now < (self.deadline or 0.0):
-            member = self.calls.pop(event.call)
-            self._busy.add(member)
-            self.calls[run.call(member, Recall(run.bounds.recall))] = member
-            return
-        super().answered(run, event)
+        if event.value.busy is None:
+            return super().answered(run, event)
+        self._busy.add(event.member)
+        if run.now < self.deadline:  # after that it hangs, as `late` will say
+            del self.calls[event.call]
+            self.calls[run.call(event.member, Recall(run.bounds.recall))] = event.member
+        return None
 
     def failed(self, run: Run, event: Failed) -> None:
         if event.kind is not FailKind.GONE:
@@ -123,7 +124,7 @@ class Probing(Phase):
         self._recalled = recalled
 
     def enter(self, run: Run) -> None:
-        members = [member for member in run.seated if member in self._recalled]
+        members = [member for member in _company(run) if member in self._recalled]
         self.ask(run, members, lambda member: Probe(tuple(peer for peer in members if peer != member), run.bounds.probe),
                  run.bounds.probe + run.release_seconds)
 
@@ -160,24 +161,30 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
     """Name who is to go, if anybody is, and go on from the state that is left."""
     run.generation = max([run.generation, *(holding.generation for answer in recalled.values() for holding in answer.held)])
     faults = {member: answer.fault for member, answer in recalled.items() if answer.fault is not None}
-    if run.interruption is None:  # a coordinator that begins: nothing has been under way here
+    if run.interruption is None or run.interruption.understood:  # a coordinator that begins; or all that is known has been said
+        if run.interruption is not None and (lost := _newly_lost(run)):
+            _tell_lost(run, lost)
+        run.seated = tuple(member for member in run.seated if run.trusts(member))
         return _go_on(run, recalled)
+    run.interruption.understood = True
     faults = {**{member: fault for member, fault in run.interruption.faults.items() if member in recalled}, **faults}
     if refused := [f"{member}: {fault.text}" for member, fault in faults.items() if fault.kind is FailKind.REFUSED]:
         return run.end(Ending.REFUSED, refused[0])
     explained = _unreadable(run, faults)
     lost = _newly_lost(run)
     if not lost and not explained:
-        found = suspicion.by_fault(faults, run.newcomers(), run.trials.struck.get(run.committed, {}))
+        found = suspicion.by_fault(faults, run.newcomers(), run.trials.struck.get(run.committed, {}),
+                                    len(run.decision.nodes))
         if isinstance(found, suspicion.Hopeless):
             run.wind_up(Ending.OWN_FAULT, found.text)
         elif found is not None:
             if found.member not in run.newcomers():
                 run.trials.struck.setdefault(run.committed, {})[found.member.node] = f"{found.member}: {found.reason}"
             run.lose(found.member, found.reason, fence=True, cool=True)
-        elif not run.interruption.probed and len(run.seated) > 1:
+        elif not run.interruption.probed and len(_company(run)) > 1:
+            run.interruption.understood = False
             return run.enter(Probing(recalled))
-        elif not run.interruption.paused:
+        else:
             run.trials.unnamed += 1
             if run.trials.unnamed > 1:
                 for member in sorted(run.newcomers()):
@@ -191,8 +198,7 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
         if run.troubles_at_the_end > MOST_TROUBLES_AT_THE_END:
             return run.end(*run.ending)
     recalled = {member: answer for member, answer in recalled.items() if run.trusts(member)}
-    if not lost and not explained and run.trials.unnamed > 1 and not run.interruption.paused:
-        run.interruption.paused = True
+    if not lost and not explained and run.trials.unnamed > 1:
         seconds = min(run.bounds.last_pause, run.bounds.first_pause * 2 ** run.trials.unnamed)
         return run.pause(seconds, lambda run: run.enter(Recalling()))
     return _go_on(run, recalled)
@@ -210,22 +216,31 @@ def _unreadable(run: Run, faults: Mapping[Member, Fault]) -> bool:
     return True
 
 
+def _company(run: Run) -> list[Member]:
+    """Who serves, or was about to."""
+    return list(dict.fromkeys([*run.seated, *sorted(run.taking_part)]))
+
+
 def _newly_lost(run: Run) -> list[Member]:
-    return [member for member in dict.fromkeys([*run.seated, *sorted(run.taking_part)])
-            if not run.trusts(member) and member not in run.interruption.told]
+    return [member for member in _company(run) if not run.trusts(member) and member not in run.interruption.told]
+
+
+def _tell_lost(run: Run, lost: Sequence[Member]) -> None:
+    run.interruption.told.update(lost)
+    run.trials.unnamed = 0
+    run.tell("lost", members=[str(member) for member in lost], generation=run.generation,
+             reasons=sorted({run.membership.why_lost(member) for member in lost}))
 
 
 def _tell(run: Run, lost: Sequence[Member]) -> None:
     interruption = run.interruption
     if lost:
-        interruption.told.update(lost)
-        run.trials.unnamed = 0
-        run.tell("lost", members=[str(member) for member in lost], generation=run.generation,
-                 reasons=sorted({run.membership.why_lost(member) for member in lost}))
-    elif not interruption.paused:
+        _tell_lost(run, lost)
+    else:
         run.tell("interrupted", member=None if interruption.first is None else str(interruption.first), reason=interruption.sign,
                  generation=run.generation)
     run.seated = tuple(member for member in run.seated if run.trusts(member))
+    run.taking_part = {member for member in run.taking_part if run.trusts(member)}
     run.tell("aborted", ranks=len(interruption.aborted), slowest_rank_seconds=round(max(interruption.aborted.values(), default=0.0), 4),
              unanswered=sorted(map(str, interruption.silent)), seconds=round(run.now - interruption.since, 4))
 

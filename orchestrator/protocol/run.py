@@ -27,6 +27,7 @@ from orchestrator.protocol.stepping import next_step
 from orchestrator.topology import Node
 
 _REMEMBERED_STEPS = 20
+_MOST_TURNS = 64  # of one event: what would still be to do then is done at the next
 
 
 class Run:
@@ -88,13 +89,20 @@ class Run:
         if self.ended:
             return []
         self._out, before = [], self.membership
-        if now - self.now > self.bounds.silence / 2:
-            self.awake_since = now  # nobody was heard meanwhile: what is overdue since then is nobody's fault yet
+        if now - self.now > self.bounds.silence / 2:  # this side was away, and heard nobody: what is overdue is nobody's fault yet
+            self._put_off(now - self.now)
+            self.awake_since = now
         self.now = now
         self._handlers[type(event)](event)
-        if self.membership is not before or isinstance(event, happened.Tick | happened.Heard):
-            self._look()
-        self._meet_deadlines()
+        look = isinstance(event, happened.Tick | happened.Heard)
+        for _ in range(_MOST_TURNS):
+            if self.ended:
+                break
+            if look or self.membership is not before:
+                before, look = self.membership, False
+                self._look()
+            elif not self._meet_deadline():
+                break
         return self._out
 
     @property
@@ -163,9 +171,9 @@ class Run:
 
     def lose(self, member: Member, reason: str, *, fence: bool = False, cool: bool = False) -> None:
         """A member is lost. fence: its process may live, and is to be ended. cool: not to be tried again at once."""
+        self._starting.pop(member, None)
         if member.incarnation < self.membership.trusted_from(member.node, member.local):
             return
-        self._starting.pop(member, None)
         if cool:
             self.membership = self.membership.suspected(member, self.now, reason)
         else:
@@ -175,6 +183,10 @@ class Run:
                       tried=self.trials.most)
         if fence:
             self.order(Fence(member, reason))
+
+    def still_starts(self, member: Member) -> None:
+        """It is there, as far as is known, but has not said so: nobody waits for it, and it has its time."""
+        self._starting[member] = self.now
 
     def trouble(self, member: Member | None = None, reason: str = "") -> None:
         """Something does not go on: whoever that is due to, everybody lets go first. member, reason: the first sign of it."""
@@ -327,7 +339,9 @@ class Run:
     def _look(self) -> None:
         """Have processes started and ended as who is there demands, and tell the phase who is lost to it."""
         for member, since in list(self._starting.items()):
-            if self.now - since >= self.bounds.start:
+            if not self.membership.may_come(member):
+                del self._starting[member]
+            elif self.now >= since + self.bounds.start:
                 self.lose(member, f"did not start within {self.bounds.start:g} s", fence=True, cool=True)
         decision = self.decision
         for member in decision.fence:
@@ -348,20 +362,28 @@ class Run:
         if not self.ended:
             self.phase.changed(self)
 
+    def _put_off(self, seconds: float) -> None:
+        for holder in (self.phase, self.saver):
+            if holder.deadline is not None:
+                holder.deadline += seconds
+        self._starting = {member: since + seconds for member, since in self._starting.items()}
+
     def _tell_idle(self, decision: Decision) -> None:
         """Why a node that is there is not used, and until when: once for each loss."""
         for name, until in self.membership.cooling(self.now):
             self.tell_once("idle", f"idle {name}", until, node=name, reason=decision.reasons.get(name, ""),
                            seconds=round(until - self.now, 1))
 
-    def _meet_deadlines(self) -> None:
-        for _ in range(8):  # a phase that follows may be overdue as well
-            if self.ended or self.phase.deadline is None or self.now < self.phase.deadline:
-                break
+    def _meet_deadline(self) -> bool:
+        """Whether one has passed."""
+        if self.phase.deadline is not None and self.now >= self.phase.deadline:
             self.phase.deadline = None
             self.phase.late(self)
-        if not self.ended and self.saver.deadline is not None and self.now >= self.saver.deadline:
+        elif self.saver.deadline is not None and self.now >= self.saver.deadline:
             self.saver.late(self)
+        else:
+            return False
+        return True
 
     # --- shared turns --------------------------------------------------------------------------------------------------------
 

@@ -198,7 +198,7 @@ class Committing(Recording):
         goal = run.goal
         run.committed, run.pending = self._step + 1, self._step
         run.committed_at, run.interruption = run.now, None
-        run.trials.passed()
+        run.trials.passed(run.seated)
         run.batches.discard(self._step)
         run.saver.committed()
         for name, every in ((PLACE, goal.place_every), (VALIDATE, goal.validate_every), (SAVE, goal.save_every)):

@@ -28,11 +28,12 @@ class Hopeless:
 _OWN = (FailKind.OWN, FailKind.NO_MEMORY)
 
 
-def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], struck: Mapping[str, str]) -> Suspect | Hopeless | None:
-    """Whoever raised an error of its own: a newcomer before others; another one once for each step, for an error that comes again on
-    the same step is the step's, not the member's.
+def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], struck: Mapping[str, str],
+             nodes: int) -> Suspect | Hopeless | None:
+    """Whoever raised an error of its own: a newcomer before others; else a node's once for each step, for an error that comes again on
+    the same step and another node (or on the only one) is the step's, not the member's.
 
-    struck: who (and what) has gone for that in this step already, by node.
+    struck: who (and what) has gone for that in this step already, by node. nodes: that can be used.
     """
     own = {member: fault.text for member, fault in faults.items() if fault.kind in _OWN}
     if not own:
@@ -41,8 +42,8 @@ def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], stru
     if on_trial:
         return Suspect(on_trial[-1], f"on trial: {own[on_trial[-1]]}")
     first = min(own)
-    nodes = {member.node for member in own}
-    if struck or len(nodes) > 1:
+    where = {member.node for member in own} | struck.keys()
+    if len(where) > 1 or struck and nodes <= 1:
         texts = list(struck.values()) + [f"{member}: {text}" for member, text in sorted(own.items())]
         return Hopeless("; ".join(dict.fromkeys(texts[:2])))
     return Suspect(first, own[first])
@@ -50,7 +51,7 @@ def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], stru
 
 def by_links(not_reached: Mapping[Member, Collection[Member]], newcomers: Collection[Member],
              safe: Callable[[Member], bool]) -> Suspect | None:
-    """Of a link that carries nothing, the end that is to go: a newcomer; else the one with more such links; else one whose going
+    """Of links that carry nothing, the end that is to go: the one with more of them; else a newcomer; else one whose going
     loses no state; else the later by name.
 
     not_reached: what every probed member said.
@@ -59,6 +60,6 @@ def by_links(not_reached: Mapping[Member, Collection[Member]], newcomers: Collec
     if not links:
         return None
     ends = Counter(member for link in links for member in link)
-    chosen = max(ends, key=lambda member: (member in newcomers, ends[member], safe(member), member))
+    chosen = max(ends, key=lambda member: (ends[member], member in newcomers, safe(member), member))
     others = sorted({member for link in links if chosen in link for member in link} - {chosen})
     return Suspect(chosen, f"no way between it and {', '.join(map(str, others))}")

@@ -93,6 +93,7 @@ def test_a_hung_member_is_named_and_replaced():
 
     def hung(command):
         if isinstance(command, commands.Call) and command.member == C and isinstance(command.request, commands.Recall):
+            company.now += 0.3
             return [events.Answered(command.call, C, events.Recalled((), busy=busy))]
         return None
     company.twist = hung
