@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from actors.lifeline_wire import Address
 from actors.messages import Recollection
 from actors.probe import Prober
 from actors.rank import Rank
+from actors.ranks import Reply
 from actors.storage import StorageError
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
@@ -35,13 +36,6 @@ logger = logging.getLogger(__name__)
 
 _BEGINNING = frozenset({"form", "rearrange"})  # calls of a generation in which the rank does not take part yet
 _FILES = frozenset({"saved"})
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a call brought."""
-
-    value: Any
 
 
 class CallServer:

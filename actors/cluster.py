@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -120,12 +120,20 @@ class NodeWatch:
 
     def __init__(self, config: RunConfig):
         self._config, self._lock, self._news = config, threading.Lock(), []
+        self._told: Callable[[News], None] | None = None
         self._known: dict[str, Node] = {}
         self._draining: dict[str, int] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
         if not config.topology.virtual_nodes:
             self._thread.start()
+
+    def listen(self, told: Callable[[News], None]) -> None:
+        """From now on news is told, on this watch's thread, and not kept for `news`; what was kept is told first."""
+        with self._lock:
+            self._told, kept, self._news = told, self._news, []
+        for news in kept:
+            told(news)
 
     def news(self) -> list[News]:
         """Since the last call."""
@@ -149,7 +157,11 @@ class NodeWatch:
                 continue
             found = self._compared({node.name: node for node in _offered(table, self._config.topology)}, draining)
             with self._lock:
-                self._news += found
+                told = self._told
+                if told is None:
+                    self._news += found
+            for news in found if told is not None else ():
+                told(news)
 
     def _compared(self, present: dict[str, Node], draining: Mapping[str, int]) -> list[News]:
         found = [News("joined", node) for name, node in present.items() if self._known.get(name) != node]

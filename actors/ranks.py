@@ -78,6 +78,13 @@ def as_event(news: News) -> NodeJoined | NodeLeft | NodeDraining | NodeStays:
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """On its way: what a call brought. Of one that failed it is a Fault."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Arrived:
     """What a call brought, as the rank returned it."""
 

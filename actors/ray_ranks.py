@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.cluster import NodeWatch
-from actors.ranks import LOST, NO_ANSWER, POLL_SECONDS, Check, News, RankFailed
+from actors.ranks import LOST, NO_ANSWER, POLL_SECONDS, Arrived, Check, News, RankFailed, as_event
 from orchestrator.membership import Member
+from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.events import CallId, Failed, FailKind, Fault
+
+logger = logging.getLogger(__name__)
 
 
 class RayRanks:
     """actors: StageActors of the first layout, in the order of its ranks. ask: have the driver create one for a member, which it
-    will `admit`. watch: of the nodes. Safe to be told of actors from any thread."""
+    will `admit`. watch: of the nodes. Safe to be told of actors from any thread.
+
+    Answers of `send` are posted from Ray's own thread, as they come: nothing here polls.
+    """
 
     def __init__(self, actors: Sequence[Any], ask: Callable[[Member], None], watch: NodeWatch):
         self._first, self._ask, self._watch = list(actors), ask, watch
@@ -25,6 +35,10 @@ class RayRanks:
         self._lock = threading.Lock()
         self._actors: dict[Member, Any] = {}
         self._to_attach: dict[Member, tuple] = {}
+        self._post: Callable[[object], None] = lambda event: None
+        self._open: dict[CallId, Future] = {}
+        self._ending: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._end, name="endings", daemon=True).start()
 
     @property
     def size(self) -> int:
@@ -47,13 +61,13 @@ class RayRanks:
         if waiting is not None:
             actor.attach.remote(member, *waiting)
 
-    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str) -> None:
+    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
         with self._lock:
             actor = self._actors.get(member)
             if actor is None:
-                self._to_attach[member] = (address, beat_seconds, run)
+                self._to_attach[member] = (address, beat_seconds, run, epoch)
         if actor is not None:
-            actor.attach.remote(member, address, beat_seconds, run)
+            actor.attach.remote(member, address, beat_seconds, run, epoch)
 
     def spawn(self, member: Member) -> bool:
         with self._lock:
@@ -66,11 +80,44 @@ class RayRanks:
     def dismiss(self, member: Member) -> None:
         with self._lock:
             actor = self._actors.pop(member, None)
+            self._to_attach.pop(member, None)
         if actor is not None:
-            ray.kill(actor)
+            self._ending.put(actor)
 
     def news(self) -> list[News]:
         return self._watch.news()
+
+    def listen(self, post: Callable[[object], None]) -> None:
+        """As RankCalls says."""
+        self._post = post
+        self._watch.listen(lambda news: post(as_event(news)))
+
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+        """As RankCalls says."""
+        with self._lock:
+            actor = self._actors.get(member)
+        try:
+            if actor is None:
+                raise RayActorError
+            future = getattr(actor, lane.value).remote(call, generation, method, arguments).future()
+        except RayError as error:
+            future = Future()
+            future.set_exception(error)
+        self._open[call] = future  # it keeps the answer from being dropped by Ray
+        future.add_done_callback(lambda done: self._answered(call, member, done))
+
+    def _answered(self, call: CallId, member: Member, future: Future) -> None:
+        self._open.pop(call, None)
+        self._post(_event_of(call, member, future))
+
+    def _end(self) -> None:
+        """On a thread for it: Ray may have to be waited for."""
+        while True:
+            actor = self._ending.get()
+            try:
+                ray.kill(actor)
+            except (RayError, ValueError, RuntimeError) as error:
+                logger.warning("cannot end an actor: %s", error)
 
     def start(self, method: str, arguments: Sequence[tuple]) -> RayPending:
         return RayPending([getattr(actor, method).remote(*values) for actor, values in zip(self._seats, arguments)])
@@ -78,6 +125,17 @@ class RayRanks:
     def abort(self) -> None:
         for actor in self._seats:
             actor.abort.remote()
+
+
+def _event_of(call: CallId, member: Member, future: Future) -> Arrived | Failed:
+    error = future.exception()
+    if error is None:
+        answer = future.result()
+        return Failed(call, member, answer.kind, answer.text) if isinstance(answer, Fault) else Arrived(call, member, answer.value)
+    if isinstance(error, RayActorError | NodeDiedError | ObjectLostError):
+        return Failed(call, member, FailKind.GONE, LOST)
+    text = str(error.cause if isinstance(error, RayTaskError) and error.cause is not None else error).strip().splitlines()
+    return Failed(call, member, FailKind.OWN, f"{type(error).__name__}: {text[-1] if text else ''}")
 
 
 class RayPending:

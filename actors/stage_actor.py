@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from actors import storage
+from actors.call_server import CallServer
 from actors.cluster import many_hosts
 from actors.messages import (
     Apply,
@@ -27,9 +28,11 @@ from actors.messages import (
 )
 from actors.metrics import Exporter, RankMetrics, listening, reachable
 from actors.rank import Rank
+from actors.ranks import Reply
 from actors.ray_token import wanted_token
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
+from orchestrator.protocol.events import CallId, Fault
 from orchestrator.schedule.actions import Program
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"compute": 1, "control": 2, "files": 1})
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"compute": 1, "control": 4, "files": 1})
 class StageActor:
     """One rank. Created by the driver, so that it outlives the coordinator."""
 
@@ -58,6 +61,7 @@ class StageActor:
         self._host = ray.util.get_node_ip_address()
         self._listen = listening(config.telemetry.host, self._host, many_hosts(config))[:1]
         self._rank = Rank(config, self._host)
+        self._server = CallServer(self._rank)
         self._metrics = RankMetrics()
         self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=wanted_token())
 
@@ -71,13 +75,32 @@ class StageActor:
 
     @ray.method(concurrency_group="control")
     @_in_one_line
-    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str) -> None:
+    def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
         target = f"{reachable(self._listen[0], self._host)}:{self._exporter.port}"
-        self._rank.attach(member, address, beat_seconds, run, target)
+        self._rank.attach(member, address, beat_seconds, run, target, epoch)
 
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
         self._rank.abort()
+
+    # --- calls of the control protocol, one method for each lane -------------------------------------------------
+
+    @ray.method(concurrency_group="compute")
+    def compute(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
+        answer = self._server.serve(call, generation, method, arguments)
+        if isinstance(answer, Reply) and isinstance(answer.value, StepReport):
+            self._metrics.observe(answer.value)
+        return answer
+
+    @ray.method(concurrency_group="control")
+    def control(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
+        return self._server.serve(call, generation, method, arguments)
+
+    @ray.method(concurrency_group="files")
+    def files(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
+        return self._server.serve(call, generation, method, arguments)
+
+    # --- others --------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="compute")
     @_in_one_line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from actors import lifeline_wire, lifelines
 from actors.lifeline import Lifeline
 from actors.lifelines import End, Lifelines
 from orchestrator.membership import Member
+from orchestrator.protocol.events import LetGo
 
 
 @pytest.fixture
@@ -168,3 +170,59 @@ def test_what_comes_together_with_the_welcome_is_not_lost():
             assert json.loads(lines.readline())["member"] == ["a", 0, 0]
             peer.sendall(b'{"welcome":2}\n{"abort":3}\n')
             assert json.loads(lines.readline())["aborted"] == 3 and told.is_set()
+
+
+# --- what is told of members -----------------------------------------------------------------------------------------
+
+
+def test_beats_tell_how_much_a_member_has_finished(server):
+    member = Member("a", 0)
+    with introduced(server, member) as peer:
+        expect(server, server.hello)
+        assert server.beats()[member].operation == 0
+        for text, most in ((b"7\n", 7), (b"12\n", 12), (b"9\n", 12), (b"\n", 12)):  # what came late is not less
+            before = server.heard()[member]
+            peer.sendall(text)
+            assert beats_on(server, member, before=before) and server.beats()[member].operation == most
+        assert server.beats()[member].at == server.heard()[member]
+        peer.sendall(b"1" * 30 + b"\n")
+        assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(member, End.MALFORMED)]
+
+
+def test_a_member_tells_what_it_has_finished_and_never_less(server):
+    member, counts, asked = Member("a", 0), iter((3, 8, 5)), threading.Event()
+
+    def finished() -> int:
+        count = next(counts, None)
+        if count is None:
+            asked.set()
+        return 0 if count is None else count
+
+    with Lifeline(server.address, member, lambda generation: None, BEAT, run=RUN, finished=finished):
+        expect(server, server.hello)
+        assert asked.wait(10) and server.beats()[member].operation == 8
+
+
+def test_whoever_wants_to_know_is_told_of_hellos_answers_and_ends():
+    told, member = queue.SimpleQueue(), Member("a", 0)
+    with Lifelines("127.0.0.1", run=RUN, told=lambda: told.put(None)) as server:
+        with introduced(server, member) as peer:
+            told.get(timeout=10)
+            assert [found for found, _ in server.hello()] == [member] and server.let_go() == []
+            peer.sendall(b'{"aborted":3,"seconds":0.25}\n')
+            told.get(timeout=10)
+            assert server.let_go() == [LetGo(member, 3, 0.25)] and server.let_go() == []
+        told.get(timeout=10)
+        assert [lost for lost, *_ in server.ended()] == [member]
+
+
+@pytest.mark.parametrize("theirs, known, obeyed", [(2, 1, True), (2, 2, True), (1, 2, False)])
+def test_an_older_coordinator_is_not_obeyed(theirs, known, obeyed):
+    aborted = []
+    with (Lifelines("127.0.0.1", run=RUN, epoch=theirs) as server,
+          Lifeline(server.address, Member("a", 0), aborted.append, BEAT, run=RUN, epoch=lambda: known)):
+        expect(server, server.hello)
+        server.abort([Member("a", 0)], 5)
+        found = server.aborted([Member("a", 0)], 5, 10.0 if obeyed else 5 * BEAT)
+        assert (found.keys() == {Member("a", 0)}) is obeyed and (aborted == [5]) is obeyed
+        assert server.heard()  # but it stays connected
