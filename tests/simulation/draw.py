@@ -33,5 +33,8 @@ def _faults(chance: random.Random, length: int) -> tuple[Fault, ...]:
             name = "kill"
         close = found and chance.random() < 0.4
         at = found[-1].at if close else 1 + int(chance.random() * length)
-        found.append(Fault(at, name, chance.randrange(12), round(chance.random() * _CLOSE_SECONDS, 3) if close else 0.0))
+        later = round(chance.random() * _CLOSE_SECONDS, 3) if close else 0.0
+        if chance.random() < 0.1:
+            later = round(5.0 + chance.random() * 55.0, 1)  # when the run has recovered, or waits for nodes
+        found.append(Fault(at, name, chance.randrange(12), later))
     return tuple(sorted(found, key=lambda fault: (fault.at, fault.later)))

@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from orchestrator.protocol.run import Run
@@ -51,11 +52,13 @@ def _where(error: Exception) -> str:
 
 
 def explore(scenarios: Iterable[Scenario], seconds: float, run: type[Run] = Run, rank: type[RankModel] = RankModel,
+            within: Callable[[], AbstractContextManager[None]] = nullcontext,
             enough: Callable[[Violation], bool] = lambda violation: False) -> Explored:
-    """As many as can be tried in these seconds of CPU. enough: whether to stop at a violation."""
+    """As many as can be tried in these seconds of CPU. within: what holds while each runs. enough: whether to stop at a violation."""
     explored, began = Explored(), time.process_time()
     for scenario in scenarios:
-        violation, world = tried(scenario, run, rank)
+        with within():
+            violation, world = tried(scenario, run, rank)
         explored.runs += 1
         explored.events += world.count if world is not None else 0
         explored.seconds = time.process_time() - began

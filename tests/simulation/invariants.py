@@ -147,6 +147,8 @@ class Invariants:
             if whole:
                 raise Violation("S5", f"{projected - step} committed steps are cut, though {list(map(str, base.members))} have all "
                                       f"state of generation {number}")
+        if world.redundancy_was_whole() and step < projected:
+            raise Violation("S5", f"{projected - step} committed steps are cut, though few nodes were lost at a time")
         newer = [found for found in world.storage.whole() if step < found.step <= projected and not found.unlisted]
         if newer and world.now >= world.storage.unread_until and not world.reads_failed:
             raise Violation("S5", f"{projected} committed steps are cut to {step}, though checkpoint {newer[0].directory} can be read")

@@ -27,6 +27,8 @@ from tests.simulation.settings import BOUNDS, SILENCE, Fault, Scenario
 from tests.simulation.storage_model import Clerk, Storage
 
 MOST_EVENTS = 400_000
+RESTORED_SECONDS = 25.0
+"""Within which everything has its copies again after a loss that was told at once."""
 _COMPUTE_SECONDS = 0.2
 
 
@@ -56,6 +58,7 @@ class World:
         self.planner = KeyPlanner(scenario.keys, scenario.copies, scenario.least)
         self.histories, self.links, self.storage, self.invariants = Histories(), Links(), Storage(self), Invariants(self)
         self.hosts = {f"n{index}": Host(f"n{index}", ranks) for index, ranks in enumerate(scenario.nodes)}
+        self._first_hosts = frozenset(self.hosts)
         self.ranks: dict[Member, RankModel] = {}
         self.places: dict[tuple[str, int], list[RankModel]] = {}
         self.known: dict[tuple[str, int], int] = {}
@@ -78,6 +81,7 @@ class World:
         self.batches_fail_until = 0.0
         self.own_faults: set[str] = set()  # nodes where one was
         self.all_harmed = False
+        self._only_losses, self._losses = True, []
         if not scenario.cold:
             for host in self.hosts.values():
                 for local in range(host.ranks):
@@ -119,6 +123,7 @@ class World:
     def _befall(self, fault: Fault) -> None:
         def now() -> None:
             self.note(f"FAULT {fault.kind} {fault.target}")
+            self._only_losses &= fault.kind in ("kill", "end node", "coordinator")
             KINDS[fault.kind](self, fault.target)
             self.calm_at = max(self.calm_at, self.now)
 
@@ -157,6 +162,16 @@ class World:
     def is_harmed(self, member: Member) -> bool:
         return self.all_harmed or member in self.harmed or self.suspect_nodes.get(member.node, -1.0) >= self.now
 
+    def redundancy_was_whole(self) -> bool:
+        """Whether all state had to be there all the time: processes ended, and nothing else was wrong; so few nodes at a time as there
+        are copies; and some node has lost none."""
+        if not self._only_losses or self.scenario.copies == 0:
+            return False
+        for at, _ in self._losses:
+            if len({node for when, node in self._losses if at <= when < at + RESTORED_SECONDS}) > self.scenario.copies:
+                return False
+        return any(host.lost_at < 0 for host in self.hosts.values() if host.name in self._first_hosts)
+
     def suspect(self, node: str, until: float) -> None:
         """Whoever runs there may be suspected with reason until then."""
         self.suspect_nodes[node] = max(self.suspect_nodes.get(node, 0.0), until)
@@ -179,6 +194,7 @@ class World:
         self.places[member.node, member.local].remove(rank)
         self.harmed.add(member)
         self.hosts[member.node].lost_at = self.now
+        self._losses.append((self.now, member.node))
         if quiet:
             return
         if group is not None and not group.broken:
