@@ -245,7 +245,7 @@ class Invariants:
         if order.ending is Ending.DONE:
             if steps != world.goal.steps or order.step != steps:
                 raise Violation("L2", f"done after {steps} of {world.goal.steps} steps")
-        elif order.ending not in world.excused and not (order.ending is Ending.SUPERSEDED and world.superseded):
+        elif not self._excused(order.ending):
             raise Violation("L2", f"the run ends ({order.ending}: {order.text})")
         if order.step != steps and order.ending is not Ending.SUPERSEDED:
             raise Violation("L2", f"ended as of {order.step} steps where {steps} are committed")
@@ -255,6 +255,12 @@ class Invariants:
         if order.ending in (Ending.DONE, Ending.STOPPED) and not order.saved and not world.storage_harmed:
             raise Violation("L2", f"ended ({order.ending}) without a checkpoint")
         self.committed_state(coordinator)
+
+    def _excused(self, ending: Ending) -> bool:
+        world = self.world
+        if ending is Ending.SUPERSEDED:
+            return bool(world.superseded)
+        return ending in world.excused or ending is Ending.NO_NODES and not world.somebody_came
 
     def committed_state(self, coordinator: Coordinator) -> None:
         """Checkpoints of committed steps are the state of these steps."""

@@ -80,7 +80,7 @@ class World:
         self.failing_step: int | None = None
         self.batches_fail_until = 0.0
         self.own_faults: set[str] = set()  # nodes where one was
-        self.all_harmed = False
+        self.all_harmed = self.somebody_came = False
         self._only_losses, self._losses = True, []
         if not scenario.cold:
             for host in self.hosts.values():
@@ -513,8 +513,7 @@ class Coordinator:
                 beats[member] = Beat(now - 0.2 * chance(), rank.operation)
             else:
                 beats[member] = Beat(rank.stopped_at if rank.stopped_at is not None else now - 0.2, rank.operation)
-        if beats:
-            self.handle(happened.Heard(beats))
+        self.handle(happened.Heard(beats))
 
     # --- connections --------------------------------------------------------------------------------------------------------
 
@@ -539,6 +538,7 @@ class Coordinator:
 
     def _hello(self, rank: RankModel) -> None:
         if self.alive and rank.alive:
+            self.world.somebody_came = True
             self.connected[rank.member] = rank
             self.receive(happened.Hello(rank.member))
 
