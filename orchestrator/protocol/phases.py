@@ -153,9 +153,6 @@ class Opening(Phase):
         if self._waiting or not self._written:
             return
         from orchestrator.protocol.recovering import Recalling
-        if not run.left_behind and not run.membership.ready_members() and run.seated:
-            reasons = {run.membership.why_lost(member) for member in run.seated}
-            return run.end(Ending.NO_NODES, f"no rank process started: {'; '.join(sorted(reasons))}")
         if run.left_behind:
             run.tell("coordinator_restarted", step=run.committed, members=len(run.membership.ready_members()))
         return run.enter(Recalling())

@@ -174,7 +174,7 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
     lost = _newly_lost(run)
     if not lost and not explained:
         found = suspicion.by_fault(faults, run.newcomers(), run.trials.struck.get(run.committed, {}),
-                                    len(run.decision.nodes))
+                                    [node.name for node in run.decision.nodes])
         if isinstance(found, suspicion.Hopeless):
             run.wind_up(Ending.OWN_FAULT, found.text)
         elif found is not None:

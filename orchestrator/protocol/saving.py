@@ -88,8 +88,8 @@ class Saver:
             self._drop(run)
 
     def committed(self) -> None:
-        """Another step: what failed before is no sign for the end."""
-        self._failed_at = 0.0
+        """A line has been written: storage is there."""
+        self._failing_since = None
 
     def pause(self, run: Run) -> float:
         """Seconds until it is worth trying again."""

@@ -29,7 +29,7 @@ _OWN = (FailKind.OWN, FailKind.NO_MEMORY)
 
 
 def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], struck: Mapping[str, str],
-             nodes: int) -> Suspect | Hopeless | None:
+             nodes: Collection[str]) -> Suspect | Hopeless | None:
     """Whoever raised an error of its own: a newcomer before others; else a node's once for each step, for an error that comes again on
     the same step and another node (or on the only one) is the step's, not the member's.
 
@@ -43,7 +43,7 @@ def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], stru
         return Suspect(on_trial[-1], f"on trial: {own[on_trial[-1]]}")
     first = min(own)
     where = {member.node for member in own} | struck.keys()
-    if len(where) > 1 or struck and nodes <= 1:
+    if len(where) > 1 or struck and where.issuperset(nodes):
         texts = list(struck.values()) + [f"{member}: {text}" for member, text in sorted(own.items())]
         return Hopeless("; ".join(dict.fromkeys(texts[:2])))
     return Suspect(first, own[first])
