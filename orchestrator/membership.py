@@ -298,6 +298,9 @@ class Membership:
         """Whether it is in the cluster."""
         return node in self.hosts and self.hosts[node].present
 
+    def present_nodes(self) -> tuple[str, ...]:
+        return tuple(name for name, host in self.hosts.items() if host.present)
+
     def drains(self, node: str) -> bool:
         return node in self.hosts and self.hosts[node].draining
 

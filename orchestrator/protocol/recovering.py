@@ -5,7 +5,7 @@ Evidence, not memory: what a coordinator believed before counts for nothing here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
@@ -148,7 +148,7 @@ class Probing(Phase):
         run.interruption.probed = True
         said = {member: answer.not_reached for member, answer in self.answers.items() if run.trusts(member)}
         cut = {member: [peer for peer in peers if run.trusts(peer)] for member, peers in said.items()}
-        found = suspicion.by_links(cut, run.newcomers(), run.safe_without)
+        found = suspicion.by_links(cut, _on_trial(run), run.safe_without)
         if found is not None:
             run.lose(found.member, found.reason, fence=True, cool=True)
         understand(run, {member: answer for member, answer in self._recalled.items() if run.trusts(member)})
@@ -173,12 +173,12 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
     explained = _unreadable(run, faults)
     lost = _newly_lost(run)
     if not lost and not explained:
-        found = suspicion.by_fault(faults, run.newcomers(), run.trials.struck.get(run.committed, {}),
-                                    [node.name for node in run.decision.nodes])
+        found = suspicion.by_fault(faults, _on_trial(run), run.trials.struck.get(run.committed, {}),
+                                    run.membership.present_nodes())
         if isinstance(found, suspicion.Hopeless):
             run.wind_up(Ending.OWN_FAULT, found.text)
         elif found is not None:
-            if found.member not in run.newcomers():
+            if found.member not in _on_trial(run):
                 run.trials.struck.setdefault(run.committed, {})[found.member.node] = f"{found.member}: {found.reason}"
             run.lose(found.member, found.reason, fence=True, cool=True)
         elif not run.interruption.probed and len(_company(run)) > 1:
@@ -187,7 +187,7 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
         else:
             run.trials.unnamed += 1
             if run.trials.unnamed > 1:
-                for member in sorted(run.newcomers()):
+                for member in sorted(_on_trial(run)):
                     run.lose(member, "a generation with it does not stand", fence=True, cool=True)
         lost = _newly_lost(run)
     _tell(run, lost)
@@ -214,6 +214,11 @@ def _unreadable(run: Run, faults: Mapping[Member, Fault]) -> bool:
                        for other in run.checkpoints]
     run.tell("checkpoint_unreadable", step=seen.step, path=seen.directory, reason=texts[0])
     return True
+
+
+def _on_trial(run: Run) -> Collection[Member]:
+    """Nobody, where nobody else is there: then it is not the newcomers' doing."""
+    return () if run.newcomers().issuperset(_company(run)) else run.newcomers()
 
 
 def _company(run: Run) -> list[Member]:
@@ -270,22 +275,22 @@ def _go_on(run: Run, recalled: Mapping[Member, Recalled]) -> None:
             return run.end(Ending.NO_STATE, text)
 
 
-class AwaitingManifest(Phase):
-    """A checkpoint may be newer than those that are known: that is settled first."""
+class AwaitingCheckpoint(Phase):
+    """The one that is being written may be newer than those that are there: that is settled first."""
 
-    name = "awaiting manifest"
+    name = "awaiting checkpoint"
 
     def involved(self, run: Run) -> Iterable[Member]:
         return ()
 
     def changed(self, run: Run) -> None:
-        if not run.saver.in_doubt:
+        if not run.saver.busy:
             again(run)
 
 
 def _load(run: Run, seen: Seen | None, lost: str) -> None:
-    if run.saver.in_doubt:
-        return run.enter(AwaitingManifest())
+    if run.saver.busy:
+        return run.enter(AwaitingCheckpoint())
     if run.decision.wait or not run.decision.nodes:
         return run.wait_for_nodes(formed=False)
     if run.committed and (run.loaded or run.left_behind) and run.told_lost_at != run.committed:

@@ -9,7 +9,7 @@ plan, move. A coordinator that takes over begins in the middle of that.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -363,6 +363,7 @@ class Run:
             self.phase.changed(self)
 
     def _put_off(self, seconds: float) -> None:
+        self.release_at += seconds
         for holder in (self.phase, self.saver):
             if holder.deadline is not None:
                 holder.deadline += seconds
@@ -408,5 +409,6 @@ class Run:
     def wait_for_nodes(self, formed: bool) -> None:
         self.enter(WaitingForNodes(formed))
 
-    def newcomers(self) -> Collection[Member]:
+    def newcomers(self) -> set[Member]:
+        """Those on trial."""
         return self.trials.on_trial

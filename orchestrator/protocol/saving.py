@@ -34,11 +34,6 @@ class Saver:
     def busy(self) -> bool:
         return self._seen is not None
 
-    @property
-    def in_doubt(self) -> bool:
-        """Whether a manifest is being written: nobody knows yet whether it is there."""
-        return self._order is not None
-
     def waits_for(self, call: CallId) -> bool:
         return call in self._calls
 
@@ -70,7 +65,7 @@ class Saver:
         if order == self._order:
             seen, self._seen, self.deadline, self._order = self._seen, None, None, None
             self.trouble, self._failing_since = "", None
-            run.checkpoints.append(seen)
+            run.checkpoints = [*(other for other in run.checkpoints if other.directory != seen.directory), seen]
             run.tell("checkpoint", step=seen.step, path=seen.directory, seconds=round(run.now - self._since, 3))
             self._prune(run)
             run.phase.changed(run)
@@ -84,7 +79,7 @@ class Saver:
 
     def abandon(self, run: Run) -> None:
         """What is being written is of no use: the state is an earlier one now."""
-        if self._seen is not None and self._order is None:
+        if self._seen is not None:
             self._drop(run)
 
     def committed(self) -> None:

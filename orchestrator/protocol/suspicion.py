@@ -54,9 +54,11 @@ def by_links(not_reached: Mapping[Member, Collection[Member]], newcomers: Collec
     """Of links that carry nothing, the end that is to go: the one with more of them; else a newcomer; else one whose going
     loses no state; else the later by name.
 
-    not_reached: what every probed member said.
+    not_reached: what every probed member said. Both ends of a link must say so, if both say anything: one that was asleep for a moment
+    could not be reached, but reaches everybody afterwards.
     """
-    links = {tuple(sorted((member, peer))) for member, peers in not_reached.items() for peer in peers}
+    links = {tuple(sorted((member, peer))) for member, peers in not_reached.items() for peer in peers
+             if member in not_reached.get(peer, (member,))}
     if not links:
         return None
     ends = Counter(member for link in links for member in link)
