@@ -149,9 +149,12 @@ class Invariants:
                                       f"state of generation {number}")
         if world.redundancy_was_whole() and step < projected:
             raise Violation("S5", f"{projected - step} committed steps are cut, though few nodes were lost at a time")
-        newer = [found for found in world.storage.whole() if step < found.step <= projected and not found.unlisted]
-        if newer and world.now >= world.storage.unread_until and not world.reads_failed:
-            raise Violation("S5", f"{projected} committed steps are cut to {step}, though checkpoint {newer[0].directory} can be read")
+        if world.now < world.storage.unread_until or world.reads_failed:
+            return
+        for found in world.storage.whole():
+            known = found.epoch == coordinator.epoch or found.directory in coordinator.listed
+            if step < found.step <= projected and known and not found.unlisted:
+                raise Violation("S5", f"{projected} committed steps are cut to {step}, though {found.directory} can be read")
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 

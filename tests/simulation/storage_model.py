@@ -21,12 +21,13 @@ Order = Append | WriteManifest | Discard
 
 
 class Checkpoint:
-    """manifest: the content that it lists, once it counts. damaged: of its pieces, or its manifest."""
+    """manifest: the content that it lists, once it counts. epoch: of the coordinator that wrote it. damaged: of its pieces; unreadable:
+    the manifest itself. unlisted: a look into the folder does not show it."""
 
-    __slots__ = ("damaged", "directory", "manifest", "pieces", "step", "unlisted", "unreadable")
+    __slots__ = ("damaged", "directory", "epoch", "manifest", "pieces", "step", "unlisted", "unreadable")
 
     def __init__(self, directory: str):
-        self.directory, self.step = directory, 0
+        self.directory, self.step, self.epoch = directory, 0, 0
         self.pieces: dict[int, int] = {}
         self.manifest: dict[int, int] | None = None
         self.damaged = self.unreadable = self.unlisted = False
@@ -152,6 +153,7 @@ class Clerk:
         elif kind is WriteManifest:
             found = storage.checkpoints.setdefault(order.directory, Checkpoint(order.directory))
             found.manifest, found.step, found.damaged, found.unreadable = dict(found.pieces), order.step, False, False
+            found.epoch = self.coordinator.epoch
         else:
             storage.checkpoints.pop(order.directory, None)
 

@@ -26,7 +26,8 @@ from tests.simulation.rank_model import RankModel, Refused
 from tests.simulation.settings import BOUNDS, SILENCE, Fault, Scenario
 from tests.simulation.storage_model import Clerk, Storage
 
-MOST_EVENTS = 400_000
+MOST_EVENTS = 20_000
+"""Of a run, besides what its ranks and steps account for."""
 RESTORED_SECONDS = 25.0
 """Within which everything has its copies again after a loss that was told at once."""
 _COMPUTE_SECONDS = 0.2
@@ -48,9 +49,10 @@ class World:
     calm_at: when the last fault is over. harmed: members that some fault could make anybody suspect. excused: endings that the faults
     account for."""
 
-    def __init__(self, scenario: Scenario, run: type[Run] = Run, rank: type[RankModel] = RankModel, most_events: int = MOST_EVENTS):
+    def __init__(self, scenario: Scenario, run: type[Run] = Run, rank: type[RankModel] = RankModel):
         self.scenario, self.goal, self.random = scenario, scenario.goal(), random.Random(scenario.seed)
-        self.run_class, self.rank_class, self.most_events = run, rank, most_events
+        self.run_class, self.rank_class = run, rank
+        self.most_events = MOST_EVENTS + 100 * sum(scenario.nodes) * scenario.steps
         self.now, self.count, self._number = 0.0, 0, 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._delays, self._chance = delays(scenario.spread), self.random.random
@@ -407,6 +409,7 @@ class Coordinator:
         self.connected: dict[Member, RankModel] = {}
         self.calls: dict[Member, dict[CallId, Call]] = {}
         self.fenced: set[Member] = set()
+        self.listed: frozenset[str] = frozenset()
         self.clerk = Clerk(world, self)
         self._timer: float | None = None
         self._idle_ticks = 0
@@ -418,8 +421,9 @@ class Coordinator:
         }
 
     def begin(self, members: tuple[Member, ...], left_behind: bool) -> None:
-        world = self.world
-        self.handle(happened.Started(self.epoch, members, world.storage.head(), world.storage.listing(), world.goal, left_behind))
+        world, listing = self.world, self.world.storage.listing()
+        self.listed = frozenset(seen.directory for seen in listing)
+        self.handle(happened.Started(self.epoch, members, world.storage.head(), listing, world.goal, left_behind))
         for host in world.hosts.values():
             if host.present:
                 self.handle(happened.NodeJoined(Node(host.name, host.ranks)))

@@ -1,0 +1,95 @@
+"""The state machine of the protocol in a world that tries to break it: some seconds of random seeds, the scenarios that went wrong once,
+a large run; and that the explorer finds what it is there for."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from orchestrator.protocol.events import Ending
+from tests.simulation.defects import DEFECTS, find
+from tests.simulation.explore import explore, large, pairs, seeds, tried
+from tests.simulation.invariants import Violation
+from tests.simulation.scenarios import SCENARIOS
+from tests.simulation.settings import Fault, Scenario
+from tests.simulation.shrink import line, shrunk
+from tests.simulation.world import World
+
+SECONDS_OF_A_DEFECT = 12.0
+
+
+def _all(explored) -> list[str]:
+    return [f"{line(scenario)}  # {violation}" for cases in explored.found.values() for scenario, violation in cases]
+
+
+def test_random_seeds_break_no_invariant():
+    explored = explore(seeds(0), 8.0)
+    assert not _all(explored)
+    assert explored.runs > 300
+
+
+def test_two_faults_at_two_places_break_no_invariant():
+    explored = explore(pairs(2), 3.0)
+    assert not _all(explored)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_two_faults_at_every_two_places_break_no_invariant(ranks):
+    assert not _all(explore(pairs(ranks), 1200.0))
+
+
+@pytest.mark.long
+def test_many_random_seeds_break_no_invariant():
+    assert not _all(explore(seeds(1_000_000), 600.0))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name):
+    case = SCENARIOS[name]
+    world = World(case.scenario)
+    assert world.run().ending is case.ending
+    told = iter([kind for kind, _ in world.told])
+    assert all(kind in told for kind in case.told), [kind for kind, _ in world.told]
+
+
+def test_a_run_is_the_same_each_time():
+    scenario = Scenario(seed=7, place_every=2, faults=(Fault(60, "kill", 1), Fault(120, "coordinator")))
+    first, second = World(scenario), World(scenario)
+    for world in (first, second):
+        world.trace = []
+        world.run()
+    assert first.trace == second.trace
+    assert first.count == second.count
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_correction_that_is_undone_is_found(name):
+    explored = find(name, SECONDS_OF_A_DEFECT)
+    assert explored.found, f"{explored.runs} runs"
+
+
+def test_a_violation_is_shrunk_to_what_it_needs():
+    defect = DEFECTS["a damaged checkpoint ends the run"]
+    scenario = Scenario(seed=3, nodes=(1, 1, 1, 1), steps=8, save_every=2, copies=0, validate_every=2, spread=0.5,
+                        faults=(Fault(40, "slow", 1), Fault(250, "damage", 1), Fault(260, "kill", 1)))
+
+    def broken(candidate: Scenario) -> Violation | None:
+        with defect.there():
+            return tried(candidate)[0]
+
+    assert broken(scenario) is not None
+    small = shrunk(scenario, broken)
+    assert [fault.kind for fault in small.faults] == ["damage", "kill"]
+    assert len(small.nodes) <= 3
+    assert eval(line(small), {"Scenario": Scenario, "Fault": Fault}) == small
+
+
+def test_two_thousand_ranks_lose_a_node():
+    began = time.process_time()
+    world = World(large(2048))
+    end = world.run()
+    assert (end.ending, end.step) == (Ending.DONE, 6)
+    assert "lost" in [kind for kind, _ in world.told]
+    assert time.process_time() - began < 60.0
