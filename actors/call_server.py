@@ -29,7 +29,6 @@ from actors.rank import Rank
 from actors.ranks import Reply
 from actors.storage import StorageError
 from orchestrator.membership import Member
-from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Fault, FailKind
 
 logger = logging.getLogger(__name__)
@@ -47,11 +46,6 @@ class CallServer:
         self._changed = threading.Condition()  # guards the following; held for moments only
         self._busy: CallId | None = None
         self._fault: Fault | None = None
-
-    def lane(self, method: str) -> Lane:
-        if method in ("recall", "probe"):
-            return Lane.CONTROL
-        return Lane.FILES if method in _FILES else Lane.COMPUTE
 
     def serve(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
         """Carry out a call. generation: that it belongs to; 0: to none. Never raises."""

@@ -139,7 +139,8 @@ class Formation:
         standings: list[Standing] = self.call("finish", [(apply, base.generation)] * len(seated), FORM_TIMEOUT_SECONDS)
         astray = {member for member, standing in zip(seated, standings)
                   if (standing.generation, standing.applied) != (base.generation, applied)}
-        self.base = replace(base, members=tuple(_nobody(rank) if member in astray else member for rank, member in enumerate(base.members)))
+        members = (_nobody(rank) if member in astray else member for rank, member in enumerate(base.members))
+        self.base = replace(base, members=tuple(members))
         return [standing for member, standing in zip(seated, standings) if member not in astray]
 
     def take_seats(self, relaid: Relaid, nodes: tuple[Node, ...] | None = None, placement: Placement | None = None) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+
+from orchestrator.layout import Layout
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT_BYTES = 1 << 30
@@ -19,6 +23,17 @@ def settle() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def stay_on_a_core(cores: Sequence[int], layout: Layout, rank: int) -> None:
+    """Keep the compute thread, and the threads that it starts, where their caches are. Where ranks outnumber cores, moving between
+    cores costs about 5 % of a step.
+
+    Ranks are counted node by node, so they spread over the cores whether all nodes are one host or each is its own.
+    """
+    by_node = sorted(layout.places, key=lambda place: (place.node, place.local))
+    turn = next(index for index, place in enumerate(by_node) if place.rank == rank)
+    os.sched_setaffinity(0, {cores[turn % len(cores)]})
 
 
 @cache

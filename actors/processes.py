@@ -22,7 +22,8 @@ from typing import Any, Self
 from actors import process_host
 from actors.lifeline_wire import bell_and_rope, ring, silence
 from actors.pipes import Inbox, Outbox
-from actors.ranks import LOST, NO_ANSWER, POLL_SECONDS, Arrived, Check, News, RankFailed, as_event
+from actors.ranks import LOST, Arrived, News, RankFailed, as_event
+from actors.seated_answers import SeatedAnswers
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
@@ -202,7 +203,7 @@ class ProcessRanks:
 
     # --- calls of those who wait ---------------------------------------------------------------------------------
 
-    def start(self, method: str, arguments: Sequence[tuple]) -> _Answers:
+    def start(self, method: str, arguments: Sequence[tuple]) -> SeatedAnswers:
         """Raises RankFailed: a process has ended."""
         lane = Lane.FILES if method in _BESIDE else Lane.COMPUTE
         seats = self._seats[: len(arguments)]
@@ -216,7 +217,7 @@ class ProcessRanks:
             outboxes = [self._processes[number].calls for number in seats]
         for outbox, values in zip(outboxes, arguments):
             outbox.send((call, lane, 0, method, values))
-        return _Answers(self, call, seats)
+        return SeatedAnswers(self, call, seats)
 
     def answers(self, call: int, numbers: Sequence[int], seconds: float) -> list[tuple[bool, Any] | None]:
         """Of these processes, once one has failed or all are there, after so many seconds at the latest; None: not there yet."""
@@ -325,7 +326,10 @@ class ProcessRanks:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception:  # the next one must be done all the same
+                logger.exception("a process could not be made or ended")
 
     # --- the receiving thread ------------------------------------------------------------------------------------
 
@@ -388,38 +392,6 @@ class ProcessRanks:
     def _lost(self, number: int) -> tuple[bool, str] | None:
         process = self._processes.get(number)
         return (False, LOST) if process is None or process.gone else None
-
-
-class _Answers:
-    """Answers of these processes to one call, as they arrive."""
-
-    def __init__(self, ranks: ProcessRanks, call: int, numbers: Sequence[int]):
-        self._ranks, self._call, self._numbers = ranks, call, list(numbers)
-
-    def done(self) -> bool:
-        """Raises RankFailed: a process has ended."""
-        found = self._ranks.answers(self._call, self._numbers, 0)
-        if (False, LOST) in found:
-            raise RankFailed(found.index((False, LOST)), LOST)
-        return None not in found
-
-    def results(self, timeout_seconds: float, check: Check | None = None) -> list[Any]:
-        deadline = time.monotonic() + timeout_seconds
-        try:
-            while True:
-                left = deadline - time.monotonic()
-                found = self._ranks.answers(self._call, self._numbers, left if check is None else min(left, POLL_SECONDS))
-                for rank, answer in enumerate(found):
-                    if answer is not None and not answer[0]:
-                        raise RankFailed(rank, answer[1])
-                if None not in found:
-                    return [answer[1] for answer in found]
-                if check is not None and (failed := check()) is not None:
-                    raise failed
-                if left <= 0:
-                    raise RankFailed(found.index(None), f"{NO_ANSWER} {timeout_seconds:g} s")
-        finally:
-            self._ranks.forget(self._call)
 
 
 def _event_of(call: CallId, member: Member, answer: Any) -> Arrived | Failed:

@@ -7,6 +7,7 @@ persistent changes) and, once the coordinator has committed it, the `Apply` that
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.held import Held, State
 from actors.hugging_face import ModelFolder
-from actors.host import device_name, settle, warm_up
+from actors.host import device_name, settle, stay_on_a_core, warm_up
 from actors.lane import ExchangeLane, lane_for
 from actors.lifeline import Lifeline
 from actors.meeting import MeetingPlace
@@ -32,7 +33,6 @@ from actors.messages import (
     Assignment,
     Formed,
     Former,
-    LossDivisors,
     LossSums,
     Rearranged,
     Rearrangement,
@@ -42,13 +42,12 @@ from actors.messages import (
     StepReport,
     StepRequest,
 )
-from actors.model.chunk import LossScales
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
 from actors.optimizer import Optimizer, shards_of
 from actors.probe import ProbeListener
 from actors.stages import Stages, groups_of
 from actors.state import Carried, carry_over
-from actors.step_data import digests, links, loss_sums, microbatches
+from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator import ownership, transfer
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
@@ -67,8 +66,7 @@ class Rank:
         self.configure(config)
         self.authority, self._meeting_place, self._held, self._progress = Authority(), MeetingPlace(), Held(), Progress()
         self._lane: ExchangeLane | None = None
-        self._lifeline: Lifeline | None = None
-        self._probe: ProbeListener | None = None
+        self._attaching, self._reached = threading.Lock(), None  # the lifeline, and who answers probes
         self.optimizer: Optimizer | None = None
         if self._device.type == "cpu":
             settle()
@@ -94,15 +92,15 @@ class Rank:
                epoch: int = 0) -> None:
         """Keep a lifeline to the coordinator at `address`, as this member of `run`; safe from any thread. target: host:port of this
         rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
-        self.authority.attached(run, epoch)
-        warm_up()
-        self._probe = self._probe or ProbeListener(self._host)
-        probe = list(self._probe.address)
-        if self._lifeline is not None:
-            self._lifeline.close()
-        self._lifeline = Lifeline(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
-                                  finished=lambda: self._progress.count,
-                                  about=lambda: {"target": target, "device": device_name(), "probe": probe})
+        with self._attaching:
+            self.authority.attached(run, epoch)
+            warm_up()
+            before, listener = self._reached or (None, ProbeListener(self._host))
+            if before is not None:
+                before.close()
+            about = {"target": target, "device": device_name(), "probe": list(listener.address)}
+            self._reached = Lifeline(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
+                                     finished=lambda: self._progress.count, about=lambda: about), listener
 
     def form(self, assignment: Assignment) -> Formed:
         """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is
@@ -131,7 +129,8 @@ class Rank:
         if assignment.rank >= layout.size:
             carried, _ = self._carry_over(former, state, generation.group(everybody), None)
             return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
-        self._stay_on_a_core(layout, assignment.rank)
+        if self._device.type == "cpu":
+            stay_on_a_core(self._cores, layout, assignment.rank)
         self._place = layout.places[assignment.rank]
         self._queue, self._traffic, self._wires = WeightGradients(), Traffic(), Wires()
         self._blocks.clear()
@@ -184,19 +183,14 @@ class Rank:
         holds, if it has not done so yet: without the others, whose communication has been aborted. Working weights are then to be
         published. Where this rank has no state of that generation, it has none at all from now on, and says so.
         """
-        state = self._held.base(base)
-        if apply is not None and state is not None and self._held.reduced == apply.step == state.applied:
+        held, state = self._held, self._held.base(base)
+        if apply is not None and state is not None and held.reduced == apply.step == state.applied:
             self._update(apply)
-        return self.standing()
+        return Standing(held.generation, state.applied if state is not None else None, held.reduced, held.published)
 
     def recall(self) -> Recollection:
         """What this rank holds; from any thread."""
         return self._held.recollect()
-
-    def standing(self) -> Standing:
-        """Where this rank stands; between calls only."""
-        held = self._held
-        return Standing(held.generation, held.current.applied if held.generation is not None else None, held.reduced, held.published)
 
     def learn(self, program: Program, training: bool) -> None:
         """Keep a program of this rank's position for steps with its number of microbatches."""
@@ -242,7 +236,8 @@ class Rank:
     def step(self, request: StepRequest) -> StepReport:
         """Apply the step committed before, then compute and reduce this one. Raises ActionFailed, Aborted."""
         started = time.perf_counter()
-        self._learn_with(request, True)
+        if request.program is not None:
+            self.learn(request.program, training=True)
         state = self._settled()
         if request.apply is not None:
             self.apply(request.apply)
@@ -254,7 +249,7 @@ class Rank:
         sent_before = self._traffic.sent
         tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=True)
         for chunk in self._chunks.values():
-            chunk.scales = self._scales(request.divisors)
+            chunk.scales = scales(self._config, request.divisors)
             for load in chunk.load.values():
                 load.zero_()
         work, began = StepWork(tapes, self._links(request), self._reduce), time.time()
@@ -281,7 +276,8 @@ class Rank:
         """
         held, state = self._held, self._held.current
         if not apply.step == state.applied == held.reduced:
-            raise OutOfStep(f"update of step {apply.step} on a state after {state.applied} updates, with gradients of {held.reduced}")
+            raise OutOfStep(f"update of step {apply.step} on a state after {state.applied} updates, with the gradients of "
+                            f"{held.reduced}")
         held.has_published(False)
         held.has_applied(None)
         self.optimizer.update(apply.learning_rate)
@@ -298,7 +294,8 @@ class Rank:
 
     def evaluate(self, request: StepRequest) -> LossSums:
         """Loss sums over a batch, forward only; changes nothing."""
-        self._learn_with(request, False)
+        if request.program is not None:
+            self.learn(request.program, training=False)
         self._blocks.clear()
         tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=False)
         work = StepWork(tapes, self._links(request), lambda: None)
@@ -322,17 +319,6 @@ class Rank:
         return self._writer.finish()
 
     # --- what a rank is made of ----------------------------------------------------------------------------------
-
-    def _stay_on_a_core(self, layout: Layout, rank: int) -> None:
-        """On CPUs: keep the compute thread, and the threads that it starts, where their caches are. Where ranks outnumber
-        cores, moving between cores costs about 5 % of a step.
-
-        Ranks are counted node by node, so they spread over the cores whether all nodes are one host or each is its own.
-        """
-        if self._device.type == "cpu":
-            by_node = sorted(layout.places, key=lambda place: (place.node, place.local))
-            turn = next(index for index, place in enumerate(by_node) if place.rank == rank)
-            os.sched_setaffinity(0, {self._cores[turn % len(self._cores)]})
 
     def _buckets_of(self, placement: Placement) -> tuple[ownership.Bucket, ...]:
         return ownership.buckets_of(self._config, self._layout, placement)
@@ -358,13 +344,11 @@ class Rank:
         """What this rank brings into a generation. Raises OutOfStep: not what it is expected to."""
         former = assignment.former
         state = self._held.base(former.generation if former else None)
-        if former is not None and former.came_from[assignment.rank] is not None and (state is None or state.applied != former.applied):
-            raise OutOfStep(f"a state after {former.applied} updates in generation {former.generation} is not here, but {state and state.applied}")
+        brings = former is not None and former.came_from[assignment.rank] is not None
+        if brings and (state is None or state.applied != former.applied):
+            raise OutOfStep(f"a state after {former.applied} updates in generation {former.generation} is not here, "
+                            f"but {state and state.applied}")
         return state
-
-    def _learn_with(self, request: StepRequest, training: bool) -> None:
-        if request.program is not None:
-            self.learn(request.program, training)
 
     def _loading(self) -> State:
         """The state, which counts as none until it is whole."""
@@ -398,11 +382,6 @@ class Rank:
     def _links(self, request: StepRequest) -> Links:
         line = self._generation.group(self._layout.line(self._place.row, self._place.width))
         return links(request, line, self._config, self._dtype, self._device)
-
-    def _scales(self, divisors: LossDivisors) -> LossScales:
-        training = self._config.training
-        return LossScales(next_token=1 / divisors.next_token, mtp=training.mtp_loss_weight / divisors.mtp,
-                          balance=training.balance_loss_weight / divisors.sequences)
 
     def _reduce(self) -> None:
         self._load = {layer: load.clone() for chunk in self._chunks.values() for layer, load in sorted(chunk.load.items())}

@@ -9,8 +9,8 @@ import torch
 
 from actors.comm.groups import Group
 from actors.comm.links import Links
-from actors.messages import LossSums, StepRequest
-from actors.model.chunk import Chunk, Microbatch
+from actors.messages import LossDivisors, LossSums, StepRequest
+from actors.model.chunk import Chunk, LossScales, Microbatch
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ledger import combine, sequence_digest
@@ -50,6 +50,13 @@ def links(request: StepRequest, line: Group, config: RunConfig, dtype: torch.dty
         return (count, length, width) if count else None
 
     return Links(line, dtype, device, shape_of)
+
+
+def scales(config: RunConfig, divisors: LossDivisors) -> LossScales:
+    """What the losses of a microbatch count in those of the step."""
+    training = config.training
+    return LossScales(next_token=1 / divisors.next_token, mtp=training.mtp_loss_weight / divisors.mtp,
+                      balance=training.balance_loss_weight / divisors.sequences)
 
 
 def loss_sums(tapes: Mapping[Key, Microbatch]) -> LossSums:
