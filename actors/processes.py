@@ -360,13 +360,10 @@ class ProcessRanks:
             return  # in this very round
         try:
             messages = inbox.receive()
-        except EOFError:
-            self._is_gone(process)
-            return
-        except Exception:
-            logger.exception("an answer that cannot be read")
-            self._is_gone(process)
-            return
+        except Exception as error:
+            if not isinstance(error, EOFError):
+                logger.exception("an answer that cannot be read")
+            return self._is_gone(process)
         with self._changed:
             for key, answer in messages:
                 process.answered += 1

@@ -50,7 +50,6 @@ from actors.state import Carried, carry_over
 from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator import ownership, transfer
 from orchestrator.config import RunConfig
-from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.placement import Placement
 from orchestrator.schedule.actions import Program
