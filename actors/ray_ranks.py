@@ -134,8 +134,9 @@ def _event_of(call: CallId, member: Member, future: Future) -> Arrived | Failed:
         return Failed(call, member, answer.kind, answer.text) if isinstance(answer, Fault) else Arrived(call, member, answer.value)
     if isinstance(error, RayActorError | NodeDiedError | ObjectLostError):
         return Failed(call, member, FailKind.GONE, LOST)
-    text = str(error.cause if isinstance(error, RayTaskError) and error.cause is not None else error).strip().splitlines()
-    return Failed(call, member, FailKind.OWN, f"{type(error).__name__}: {text[-1] if text else ''}")
+    cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+    text = str(cause).strip().splitlines()
+    return Failed(call, member, FailKind.OWN, f"{type(cause).__name__}: {text[0] if text else ''}")
 
 
 class RayPending:
