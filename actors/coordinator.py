@@ -17,13 +17,12 @@ from actors.dealing import Batch
 from actors.feed import Feed, read_validation
 from actors.messages import Failure, Outcome, Start
 from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
-from actors.ranks import RankFailed
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
 from actors.run_folder import RunFolder
 from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
-from orchestrator.config import RunConfig
+from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 
@@ -77,12 +76,12 @@ class Coordinator:
         """The whole run. What Trainer.run foresees comes back as a Failure, anything else raises."""
         try:
             return self._run()
-        except (TrainingFailed, RankFailed, StorageError, CheckpointError, DatasetError) as error:
+        except (TrainingFailed, StorageError, CheckpointError, DatasetError, ConfigError) as error:
             logger.exception("the run failed")
             return Failure(str(error))
 
     def _run(self) -> Outcome:
-        folder = self._folder = RunFolder(self._config.run.directory, self._config.run.name)
+        folder = RunFolder(self._config.run.directory, self._config.run.name)
         dataset = Dataset.open(self._data)
         sources = Sources(lambda step: Feed(dataset, self._config, step, self._config.training.steps),
                           lambda: _validation(dataset, self._config))
@@ -118,11 +117,11 @@ class Coordinator:
             return self._count, [(kind, values) for number, kind, values in self._updates if number > since]
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "event" and _stands(values):
-            self._board.recall(self._folder.metric_lines(), self._folder.event_lines())
-            self._metrics.recall(self._folder.event_lines())
-        else:
-            self._board.observe(kind, values)
+        if kind == "history":
+            self._board.recall(values["steps"], values["events"])
+            self._metrics.recall(values["events"])
+            return
+        self._board.observe(kind, values)
         self._metrics.observe(kind, values)
         if self._event_files:
             self._event_files.observe(kind, values)
@@ -145,11 +144,6 @@ class Coordinator:
             found.append({"targets": [target], "labels": run | {
                 "role": "rank", "rank": str(place.rank), "node": place.node, "position": str(place.position)}})
         return found
-
-
-def _stands(event: dict[str, Any]) -> bool:
-    """Whether the journals now have what was done before, and no more: state came from storage, or another coordinator took over."""
-    return event["event"] == "coordinator_restarted" or event["event"] == "generation" and "seconds" not in event
 
 
 def _event_files(config: RunConfig) -> Any:

@@ -64,7 +64,7 @@ class RunActors:
         from jobs.session import create_rank
 
         self._ray, self._config, self._layout, self._data = ray, config, layout, data
-        self._evaluate, members = evaluate, _members(layout, replay)
+        self._replay, self._evaluate, members = replay, evaluate, _members(layout, replay)
         self._ranks = {member: create_rank(config, member.node, replay is not None) for member in members}
         self._start(Start(members if replay else None, replay=replay, evaluate=evaluate))
 
@@ -137,7 +137,7 @@ class RunActors:
         if self._evaluate is not None:
             raise cli.JobFailed("the coordinator was lost")
         progress.say("the coordinator was lost: another one takes over")
-        self._start(Start(tuple(self._ranks), left_behind=True))
+        self._start(Start(tuple(self._ranks), left_behind=True, replay=self._replay))
         self.address = self._get(self._coordinator.open.remote())
         progress.say(f"metrics      http://{self.address}/metrics, targets http://{self.address}/targets")
         return self._coordinator.run.remote()

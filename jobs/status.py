@@ -23,6 +23,7 @@ from actors import storage
 from actors.dataset import Dataset, DatasetError
 from jobs import audit, cli, live, session
 from orchestrator.config import RunConfig, load, parse
+from orchestrator.ledger import committed_by
 
 AUDIT = "audit"
 _CLEAR, _WATCH_SECONDS = "\x1b[H\x1b[2J", 1.0
@@ -78,7 +79,7 @@ def configuration(options: Namespace) -> RunConfig:
     folder = options.folder.rstrip("/")
     if options.config:
         config = load(options.config, options.overrides)
-    elif storage.exists(storage.join(folder, audit.LEDGER)):
+    elif storage.exists(storage.join(folder, "config.yaml")):
         config = parse(yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml"))), options.overrides)
     else:  # a run that has not got so far
         config = parse({}, options.overrides)
@@ -135,12 +136,11 @@ def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
     seen."""
     events = [audit.json_object(text) for text in _journal(folder, "events.jsonl")]
     metrics = [audit.json_object(text) for text in _journal(folder, audit.METRICS)[-1:]]
-    committed = [audit.json_object(text) for text in _journal(folder, audit.LEDGER)[-1:]]
     newest = {event["event"]: event for event in events if "event" in event}
     saved = _saved_steps(folder)
     answered = live.ask(folder)
     return {
-        "run": folder, "running": _running(folder, answered), "steps_committed": committed[0]["step"] + 1 if committed else 0,
+        "run": folder, "running": _running(folder, answered), "steps_committed": committed_by(_journal(folder, audit.LEDGER)),
         "steps": answered["steps"] if answered else config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
         "generation": newest.get("generation"), "validation": newest.get("validation"),
         "last_event": events[-1] if events else None, "live": answered,

@@ -127,6 +127,17 @@ def read(lines: Iterable[str]) -> Ledger:
     return Ledger(tuple(steps), epoch, generation, newest)
 
 
+def committed_by(tail: Iterable[str]) -> int:
+    """Committed steps, by the newest lines of a ledger: what is before them is not looked at, nor is anything refused."""
+    committed = 0
+    for entry in entries(tail):
+        if entry.kind == STEP and type(entry.values.get("step")) is int:
+            committed = entry.values["step"] + 1
+        elif entry.kind == CUT and type(entry.values.get("step")) is int:
+            committed = entry.values["step"]
+    return committed
+
+
 def line_hash(text: str) -> str:
     """By which the next line names this one."""
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).hexdigest()

@@ -24,9 +24,10 @@ from pydantic import Field
 
 from actors.dataset import Dataset
 from actors.processes import ProcessRanks
+from actors.run_folder import RunFolder
 from jobs import audit, corpus, session
 from jobs.benches.churn_rank import held_rank
-from jobs.benches.churn_run import Churn, Rows, Told, changes, train, written
+from jobs.benches.churn_run import Churn, Rows, Told, changes, train
 from orchestrator.config import Real, RunConfig, Section, parse
 from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
@@ -64,7 +65,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
     try:
         told, done = _disturbed(config, settings, rows, f"{folder}/churn")
         path = f"{folder}/churn/{config.run.name}"
-        ledger, audited = written(path, "ledger.jsonl"), audit.audit(path, config, dataset)
+        ledger, audited = RunFolder(f"{folder}/churn", config.run.name).ledger_lines(), audit.audit(path, config, dataset)
         load.append(os.getloadavg())
         passed = sorted({step["nodes"] for step in told.steps} | {settings.nodes}, reverse=True)
         alone = {nodes: _alone(config, settings, rows, nodes, f"{folder}/alone-{nodes}") for nodes in passed}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -10,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -191,8 +189,3 @@ def _signal(pids: Sequence[int], number: signal.Signals) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             pass  # it was dismissed before
-
-
-def written(folder: str, name: str) -> list[dict[str, Any]]:
-    """A journal of a run."""
-    return [json.loads(line) for line in Path(folder, name).read_text().splitlines()]

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from jobs.benches.raylets import RayletCluster
 from jobs.benches.recovery_times import Incident, incident
 from orchestrator.config import RunConfig, dump
+from orchestrator.ledger import read
 
 KILLED, CUT, FROZEN, RANK = "killed", "cut", "frozen", "rank"
 KINDS = (KILLED, CUT, FROZEN, RANK)
@@ -64,7 +65,9 @@ class TrainRun:
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
-        return _lines(self.path / "ledger.jsonl")
+        """Of committed steps."""
+        path = self.path / "ledger.jsonl"
+        return list(map(dict, read(path.read_text().split("\n")[:-1]).steps)) if path.exists() else []
 
     def rank_pids(self, node: int) -> list[int]:
         """Processes on a node that host a rank."""

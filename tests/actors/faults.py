@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,9 @@ from actors.processes import ProcessRanks
 from actors.run_folder import RunFolder
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
+from orchestrator.membership import Member
+from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.events import CallId
 from orchestrator.schedule.actions import Kind
 from orchestrator.topology import Node
 
@@ -32,19 +33,21 @@ SMALLEST = 1e-12
 
 
 class Company(ProcessRanks):
-    """Four rank processes that may be harmed, and are made whole for the next run. `steps`: calls of `step`, by its number.
+    """Four rank processes that may be harmed, and are made whole for the next run. `steps`: how often each was begun.
 
     They are forked from a server that has imported torch, so a new one is there in a fraction of a second.
     """
 
     def __init__(self, config: RunConfig, size: int):
         self.steps: Counter[int] = Counter()
+        self._counted: set[tuple[int, int]] = set()
         super().__init__(config, size, runtime.host, start_method="forkserver")
 
-    def start(self, method: str, arguments: Sequence[tuple]) -> Any:
-        if method == "step":
-            self.steps[arguments[0][0].step] += 1
-        return super().start(method, arguments)
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+        if method == "step" and (key := (arguments[0].step, generation)) not in self._counted:
+            self._counted.add(key)
+            self.steps[key[0]] += 1
+        super().send(call, member, generation, method, arguments, lane)
 
     def strike(self, rank: int, number: int) -> None:
         """A signal to whoever sits there, whatever has become of the others."""
@@ -60,6 +63,7 @@ class Company(ProcessRanks):
         self._seats, self._of_member = sorted(self._processes), {}
         self.news()
         self.steps.clear()
+        self._counted.clear()
 
 
 def frozen(pid: int) -> bool:
@@ -171,10 +175,10 @@ class Folder(RunFolder):
         super().__init__(directory, "run")
         self.at: dict[tuple[str, int], Callable[[], None]] = {}
 
-    def commit(self, line: str) -> None:
-        step = json.loads(line)["step"]
+    def append(self, values: Mapping[str, Any]) -> None:
+        step = None if "kind" in values else values["step"]
         self.at.pop(("uncommitted", step), lambda: None)()
-        super().commit(line)
+        super().append(values)
         self.at.pop(("committed", step), lambda: None)()
 
 
@@ -183,10 +187,10 @@ class Folder(RunFolder):
 
 def whole(run: Run, ranks: int) -> None:
     """Wait, between two steps, until so many ranks may be used, or somebody is lost."""
-    crew, deadline = run.trainer._formation.crew, time.monotonic() + TIMEOUT_SECONDS
-    while not (decision := crew.look()).lost and sum(node.ranks for node in decision.nodes) < ranks:
-        assert time.monotonic() < deadline, decision
-        crew.wait(0.02)
+    def usable(machine: Any) -> bool:
+        decision = machine.decision
+        return bool(decision.lost) or sum(node.ranks for node in decision.nodes) >= ranks
+    run.trainer.wait_until(usable, TIMEOUT_SECONDS)
 
 
 STEPS = "training.steps=9"
@@ -258,7 +262,7 @@ class Stage:
     def check(self, run: Run, name: str, *overrides: str, redone: int = 1) -> None:
         """Losses and state are those of the undisturbed run, the ledger has each step once, few steps were run twice."""
         assert run.error is None, run.events
-        steps, layout = dict(self.company.steps), run.trainer._formation.layout
+        steps, layout = dict(self.company.steps), run.trainer.layout
         after = state(self.company, layout)
         wanted = self.reference(name, *overrides)
         for step, losses in zip(run.steps, run.losses):
@@ -267,7 +271,7 @@ class Stage:
         for key, values in after.items():
             torch.testing.assert_close(values, wanted.state[key], rtol=RELATIVE, atol=SMALLEST,
                                        msg=lambda text, key=key: f"{key}: {text}")
-        lines = [json.loads(line) for line in Path(run.trainer._folder.path, "ledger.jsonl").read_text().splitlines()]
+        lines = run.folder.ledger_lines()
         assert [line["step"] for line in lines] == list(range(len(wanted.losses)))
         assert {line["step"]: line["loss"] for line in lines} == {step["step"]: step["loss"] for step in run.steps}
         assert sorted(steps) == list(range(len(wanted.losses))) and sum(steps.values()) <= len(steps) + redone, steps

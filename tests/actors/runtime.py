@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.dealing import Batch
-from actors.messages import Assignment, Outcome
+from actors.held import Held
+from actors.messages import Assignment, Outcome, Start
 from actors.processes import ProcessRanks
 from actors.rank import Rank
 from actors.run_folder import RunFolder
@@ -28,7 +29,7 @@ from orchestrator.membership import Member
 from orchestrator.placement import Placement, default_placement
 from orchestrator.topology import virtual_nodes
 
-TIMEOUT_SECONDS = 60.0
+TIMEOUT_SECONDS = 120.0
 VOCABULARY, LENGTH = 61, 8
 TINY = {
     "model": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "first_k_dense_replace": 1,
@@ -111,13 +112,21 @@ def batch_of(config: RunConfig, step: int) -> Batch:
 
 
 class Batches:
-    """`before[step]()` runs right before that step's batch is handed out."""
+    """`before[step]()` runs between two steps: when the one before is committed and all that is due after it is done, and before any
+    rank is called for this one. On the thread that reads batches; what it raises ends the run. reached(step): waits for that moment.
+    """
 
-    def __init__(self, config: RunConfig, step: int, before: Mapping[int, Callable[[], Any]]):
-        self._config, self._step, self._before = config, step, before
+    def __init__(self, config: RunConfig, step: int, before: Mapping[int, Callable[[], Any]], reached: Callable[[int], None],
+                 failed: Callable[[Exception], None]):
+        self._config, self._step, self._before, self._reached, self._failed = config, step, before, reached, failed
 
     def next(self) -> Batch:
-        self._before.get(self._step, lambda: None)()
+        if (hook := self._before.get(self._step)) is not None:
+            try:
+                self._reached(self._step)
+                hook()
+            except Exception as error:
+                self._failed(error)
         self._step += 1
         return batch_of(self._config, self._step - 1)
 
@@ -134,6 +143,7 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     trainer: Trainer | None = None
+    folder: RunFolder | None = None
 
     @property
     def losses(self) -> list[tuple[float, ...]]:
@@ -145,29 +155,57 @@ class Run:
 
 def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layout, *, stop_after: int | None = None,
           before: Mapping[int, Callable[[], Any]] | None = None, run: Run | None = None,
-          watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None) -> Run:
-    """Run a Trainer to its end in `folder`; what it raises is in the result. `run`: an empty one, where this is told."""
-    found = Run() if run is None else run
+          watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None, start: Start = Start()) -> Run:
+    """Run a Trainer to its end in `folder`; what it raises is in the result. `run`: an empty one, where this is told. `start`: ranks
+    that another one has left behind are as that left them."""
+    found, failed = Run() if run is None else run, []
 
     def note(kind: str, values: dict[str, Any]) -> None:
         if kind == "event":
             found.events.append(values)
+            if values["event"] in ("generation", "placement"):
+                ranks.seat(trainer.seated)  # whom tests mean by a rank's number
         elif kind == "step":
             found.steps.append(values)
             if values["step"] + 1 == stop_after:
                 trainer.stop()
         watch(kind, values)
 
+    def reached(step: int) -> None:
+        trainer.wait_until(lambda run: run.phase.name == "fetching batch" and run.committed == step, TIMEOUT_SECONDS)
+
+    def hook_failed(error: Exception) -> None:
+        if found.outcome is None and found.error is None:
+            failed.append(error)
+            trainer.stop()
+
     held_out = batch_of(config, -1) if config.training.validation_sequences else None
-    sources = Sources(lambda step: Batches(config, step, before or {}), lambda: held_out)
+    sources = Sources(lambda step: Batches(config, step, before or {}, reached, hook_failed), lambda: held_out)
     folder = folder if isinstance(folder, RunFolder) else RunFolder(str(folder), "run")
-    trainer = Trainer(config, layout, ranks, folder, sources, watch=note, store=meeting_place())
-    found.trainer = trainer
+    if not start.left_behind:
+        forget(ranks)
+    trainer = Trainer(config, layout, ranks, folder, sources, watch=note, store=meeting_place(), start=start)
+    found.trainer, found.folder = trainer, folder
     try:
         found.outcome = trainer.run()
     except Exception as error:
         found.error = error
+    if failed:
+        found.error = failed[0]
     return found
+
+
+def forget(ranks: ProcessRanks) -> None:
+    """As processes are that have just been made: what they have of the run before is none of the next one's business."""
+    count = len(ranks._processes)
+    ranks.enlist([Member("", number) for number in range(count)])
+    on_all(ranks, _forget, count)
+
+
+def _forget(host: Host) -> None:
+    host.close()
+    host._held = Held()
+    host.authority.begin_anew()
 
 
 def owned_state(host: Host) -> list[tuple[str, str, int, int, torch.Tensor, bool]]:

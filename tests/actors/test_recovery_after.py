@@ -8,14 +8,18 @@ import os
 import signal
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from faults import FREEZE, FROZEN, KILL, STEPS, Fault, node
+from faults import FREEZE, FROZEN, KILL, STEPS, Fault
 from runtime import Run, on_all
 
 from actors import checkpoint
-from orchestrator.relayout import relaid
+from actors.protocol.planning import RealPlanner
+from orchestrator.config import RunConfig
+from orchestrator.protocol.events import Failed, FailKind
 
 # --- a frozen rank that thaws ----------------------------------------------------------------------------------------
 
@@ -41,8 +45,7 @@ def test_who_thaws_after_it_was_given_up_does_no_harm(stage, place):
         answered = process.answered
         os.kill(process.handle.pid, signal.SIGCONT)
         until(lambda: process.answered > answered or process.gone, "its late answer")
-        crew = run.trainer._formation.crew
-        until(lambda: crew.look() and not process_of(process), "it is ended: its beats do not make it one of us")
+        until(lambda: not process_of(process), "it is ended: its beats do not make it one of us")
 
     run = stage.run("EP4", *more, before={3: once(freeze), 6: thaw}, run=run)
     stage.check(run, "EP4", *more)
@@ -74,12 +77,12 @@ def test_a_file_written_after_its_rank_was_given_up_spoils_no_checkpoint(stage):
 
     def thaw() -> None:
         os.kill(frozen_one[0].handle.pid, signal.SIGCONT)
-        checkpoints = run.trainer._folder.checkpoints
+        checkpoints = run.folder.checkpoints
         until(lambda: any("generation-1-rank-00002" in name for *_, names in os.walk(checkpoints) for name in names), "its file")
 
     run = stage.run("EP4", *more, before={2: once(freeze), 5: thaw}, run=run)
     stage.check(run, "EP4", *more)
-    found = checkpoint.complete(run.trainer._folder.checkpoints)
+    found = checkpoint.complete(run.folder.checkpoints)
     assert checkpoint.read_manifest(found[-1]).step == 9
     weights = checkpoint.read_parameters(found[-1])
     masters = {name: values for (name, kind), values in stage.reference("EP4", *more).state.items() if kind == checkpoint.MASTER}
@@ -92,7 +95,7 @@ def test_the_last_checkpoint_is_written_by_those_who_are_left(stage, name, numbe
     more = (STEPS, *(FROZEN if number == FREEZE else ()), "elastic.cool_down_seconds=60")
     run = stage.with_faults(name, [Fault(8, "write", 1, signal=number)], *more)
     stage.check(run, name, *more, redone=0)
-    found = checkpoint.complete(run.trainer._folder.checkpoints)
+    found = checkpoint.complete(run.folder.checkpoints)
     assert [checkpoint.read_manifest(one).step for one in found] == [9] and len(run.told("lost")) == 1
 
 
@@ -118,31 +121,47 @@ def figures(host) -> tuple[int, int, int]:
     return int(status["Threads"]), len(os.listdir("/proc/self/fd")), int(status["VmRSS"].split()[0])
 
 
-def test_a_hundred_generations_leave_nothing_behind(stage):
+class Turns:
+    """A planner that goes through three layouts in turn, on the same two nodes."""
+
+    def __init__(self, planner: Any, configs: Sequence[RunConfig]):
+        self._planners, self._planner, self._turn = [RealPlanner(config, planner._tables) for config in configs], planner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._planner, name)
+
+    def plan(self, *arguments: Any) -> Any:
+        self._turn += 1
+        return self._planners[self._turn % len(self._planners)].plan(*arguments)
+
+
+def test_a_hundred_generations_leave_nothing_behind(stage, monkeypatch):
     """Three layouts in turn in the same processes, each after an abort, with a step in each; measured on the same of them."""
     first, last, names, run, seen = 21, 102, ("PP2xEP2", "two hops", "PP2xDP2"), Run(), {}
     more = (f"training.steps={last + 1}", "training.batch_sequences=4",
             "optimizer.learning_rate=1e-4", "optimizer.final_learning_rate=1e-4")  # larger ones multiply rounding errors
     configs = [stage.configured(name, *more)[0] for name in names]
+    failed, send = set(), stage.company.send
 
-    def at_boundary(applied, apply) -> bool:
-        formation, recovery = run.trainer._formation, run.trainer._recovery
-        nodes = (node(0, 2), node(1, 2))
-        assert not formation.crew.abort(formation.generation).missing
-        recovery._change(relaid(configs[applied % 3], nodes, formation.base.layout), nodes, applied, apply, time.monotonic())
-        return True
+    def refuse_once(call, member, generation, method, arguments, lane) -> None:
+        if method == "step" and (step := arguments[0].step) > 0 and step not in failed:
+            failed.add(step)
+            run.trainer._conductor.post(Failed(call, member, FailKind.ABORTED, "the test says so"))
+        else:
+            send(call, member, generation, method, arguments, lane)
 
     def measure(step: int):
         return lambda: seen.update({step: [*on_all(stage.company, figures, 4), figures(None)]})
 
     def begin() -> None:
-        run.trainer._recovery.at_boundary = at_boundary
+        run.trainer._run.planner = Turns(run.trainer._run.planner, configs)
+        monkeypatch.setattr(stage.company, "send", refuse_once)
 
     run = stage.run("PP2xEP2", *more, before={0: begin, first: measure(first), last: measure(last)}, run=run)
     assert run.error is None and run.told("generation")[-1]["generation"] > last
+    assert len(run.told("aborted")) == last and not run.told("lost")
     assert [step["loss"] for step in run.steps] == pytest.approx(
         stage.reference("PP2xEP2", *more).losses[:, 0].tolist(), rel=1e-9)
     for before, after in zip(seen[first], seen[last]):
         print(before, after)
         assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2 and after[2] <= before[2] + 8_000
-

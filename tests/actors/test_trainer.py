@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 
 import pytest
 import torch
-from runtime import TIMEOUT_SECONDS, batch_of, configured, digest_by_hand, furthest, on_all, same, state, train
+from runtime import Run, batch_of, configured, digest_by_hand, furthest, on_all, same, state, train
 
 from actors import checkpoint
 from actors.journal import Journal
-from actors.ranks import RankFailed
-from actors.run_folder import RunFolder
 from actors.storage import StorageError
 from actors.trainer import TrainingFailed
+from actors.run_folder import RunFolder
+from orchestrator.ledger import read
+from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.events import Ending
 from orchestrator.schedule.actions import Kind
 
 
@@ -39,7 +42,7 @@ def stopped(ranks, tmp_path_factory):
 
 
 def ledger(folder):
-    return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text().splitlines()]
+    return RunFolder(str(folder), "run").ledger_lines()
 
 
 def test_it_learns(reference):
@@ -106,18 +109,18 @@ def test_validation_changes_nothing(ranks, reference, tmp_path):
 
 
 class Counting:
-    """Ranks that remember which programs they were taught."""
+    """Ranks that remember which programs each was taught, by member."""
 
     def __init__(self, ranks):
-        self.ranks, self.taught = ranks, []
+        self.ranks, self.taught = ranks, {}
 
     def __getattr__(self, name):
         return getattr(self.ranks, name)
 
-    def start(self, method, arguments):
-        if method == "learn":
-            self.taught.append(arguments[0][0].microbatches)
-        return self.ranks.start(method, arguments)
+    def send(self, call, member, generation, method, arguments, lane):
+        if method == "step" and arguments[0].program is not None:
+            self.taught.setdefault(member, []).append(arguments[0].microbatches)
+        self.ranks.send(call, member, generation, method, arguments, lane)
 
 
 def test_a_ramp_teaches_each_program_once(ranks, tmp_path):
@@ -126,7 +129,8 @@ def test_a_ramp_teaches_each_program_once(ranks, tmp_path):
     config, layout = configured("PP2xEP2", *ramp)
     run = train(counting, tmp_path / "ramp", config, layout)
     assert [step["sequences"] for step in run.steps] == [3, 8, 13, 18, 24, 24]
-    assert counting.taught == [4, 8, 10, 12]  # two streams, two directions, one sequence each; at least twice the pipeline
+    taught = [4, 8, 10, 12]  # two streams, two directions, one sequence each; at least twice the pipeline
+    assert list(counting.taught.values()) == [taught] * 4
     alone = train(ranks, tmp_path / "alone", *configured("one rank", *ramp))  # 3 sequences leave microbatches empty above
     assert torch.tensor(run.losses) == pytest.approx(torch.tensor(alone.losses), rel=1e-10)
     assert [line["first"] for line in ledger(tmp_path / "ramp")] == [0, 3, 11, 24, 42, 66]
@@ -189,16 +193,16 @@ def break_backward(host):
     host._executor._handlers[Kind.BACKWARD] = broken
 
 
-def test_a_failing_action_is_told_and_the_processes_live_on(ranks, reference, tmp_path):
-    config, layout = configured()
-    breaking = {1: lambda: ranks.start("do", [(break_backward,)]).results(TIMEOUT_SECONDS)}
+def test_an_error_that_all_ranks_have_ends_the_run_and_is_told(stage):
+    """Nobody waits for what will not come, and it is not tried for ever."""
+    run = Run()
+    breaking = {1: lambda: on_all(stage.company, break_backward, 4)}
     started = time.monotonic()
-    run = train(ranks, tmp_path / "broken", config, layout, before=breaking)
-    assert time.monotonic() - started < 20  # nobody waits for what will not come, and it is not tried again
-    assert isinstance(run.error, RankFailed) and run.error.rank == 0
-    assert all(part in str(run.error) for part in ("generation 1", "position 0", "action B", "no such thing"))
-    again = train(ranks, tmp_path / "again", config, layout)
-    assert again.losses == reference[0].losses
+    stage.run("PP2xEP2", "elastic.cool_down_seconds=0.2", before=breaking, run=run)
+    assert time.monotonic() - started < 30
+    assert isinstance(run.error, TrainingFailed) and run.error.ending is Ending.OWN_FAULT and "\n" not in str(run.error)
+    assert all(part in str(run.error) for part in ("generation ", "position ", "action B", "no such thing"))
+    assert run.folder.ledger().committed == 1
 
 
 # --- a disk that is full ---------------------------------------------------------------------------------------------
@@ -216,50 +220,71 @@ def test_a_failed_checkpoint_does_not_end_the_run(ranks, reference, small_disk):
 
 def test_the_last_checkpoint_must_be_written(ranks, small_disk):
     small_disk.fill(leaving=100_000)
-    run = train(ranks, small_disk.folder, *configured("PP2xEP2", "training.steps=2"))
-    assert isinstance(run.error, checkpoint.CheckpointError) and "\n" not in str(run.error)
+    run = train(ranks, small_disk.folder, *configured("PP2xEP2", "training.steps=2", "elastic.storage_seconds=1"))
+    assert isinstance(run.error, TrainingFailed) and run.error.ending is Ending.STORAGE and "\n" not in str(run.error)
     assert "no checkpoint of step 2" in str(run.error) and "no space left" in str(run.error)
 
 
 def test_a_step_counts_only_once_its_line_is_written(ranks, tmp_path, small_disk):
     folder = RunFolder(str(tmp_path / "runs"), "run")
     path = small_disk.folder / "ledger.jsonl"
-    folder._ledger = Journal(str(path), durable=True)
+    folder._ledger = Journal(str(path), durable=True, alone=True)
     small_disk.fill(leaving=4096)  # one page: some lines fit
-    run = train(ranks, folder, *configured("PP2xEP2", "training.steps=60"))
-    assert isinstance(run.error, StorageError) and "\n" not in str(run.error) and "ledger.jsonl" in str(run.error)
-    lines = path.read_text().splitlines()
-    assert 1 <= len(lines) < 60 and [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
-    assert len(run.steps) == len(lines)
+    run = train(ranks, folder, *configured("PP2xEP2", "training.steps=60", "elastic.storage_seconds=0.5"))
+    assert isinstance(run.error, TrainingFailed) and run.error.ending is Ending.STORAGE
+    assert "\n" not in str(run.error) and "ledger.jsonl" in str(run.error)
+    steps = [line["step"] for line in read(path.read_text().splitlines()).steps]
+    assert 1 <= len(steps) < 60 and steps == list(range(len(steps)))
+    assert len(run.steps) == len(steps)
+    assert checkpoint.read_manifest(checkpoint.complete(folder.checkpoints)[-1]).step == len(steps)  # what is committed is kept
+
+
+def test_a_ledger_that_can_be_written_again_goes_on(ranks, reference, tmp_path):
+    """No step is lost meanwhile, and no line is there twice."""
+    failures = [StorageError("ledger", "no space left on device")] * 3
+
+    class Failing(Journal):
+        def append(self, line):
+            if failures and json.loads(line).get("step") == 3:
+                raise failures.pop()
+            super().append(line)
+
+    folder = RunFolder(str(tmp_path), "run")
+    folder._ledger = Failing(str(tmp_path / "run" / "ledger.jsonl"), durable=True, alone=True)
+    run = train(ranks, folder, *configured())
+    assert run.error is None and not failures and run.losses == reference[0].losses
+    assert [event["reason"] for event in run.told("storage_away")] == ["ledger: no space left on device"]
+    assert [line["step"] for line in ledger(tmp_path)] == list(range(6))
 
 
 # --- checkpoints beside the training ---------------------------------------------------------------------------------
 
 
-class Slow:
-    """The answer to `saved` that comes when the test says so."""
+class SlowDisk(Counting):
+    """Pieces of checkpoints are there when the test says so."""
 
-    def __init__(self, pending, ready):
-        self._pending, self._ready = pending, ready
+    def __init__(self, ranks):
+        super().__init__(ranks)
+        self._waiting, self._lock = [], threading.Lock()
 
-    def done(self):
-        return bool(self._ready) and self._pending.done()
+    def send(self, call, member, generation, method, arguments, lane):
+        with self._lock:
+            if lane is Lane.FILES and self._waiting is not None:
+                self._waiting.append((call, member, generation, method, arguments, lane))
+                return
+        self.ranks.send(call, member, generation, method, arguments, lane)
 
-    def results(self, timeout_seconds, check=None):
-        assert self._ready, "training waited for a checkpoint that was still being written"
-        return self._pending.results(timeout_seconds)
+    def ready(self):
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+        for arguments in waiting:
+            self.ranks.send(*arguments)
 
 
 def test_training_does_not_wait_for_a_slow_disk(ranks, reference, tmp_path):
-    ready = []
-
-    class SlowDisk(Counting):
-        def start(self, method, arguments):
-            pending = super().start(method, arguments)
-            return Slow(pending, ready) if method == "saved" else pending
-
+    slow = SlowDisk(ranks)
     config, layout = configured("PP2xEP2", "checkpoint.every=1", "checkpoint.keep=9")
-    run = train(SlowDisk(ranks), tmp_path, config, layout, before={4: lambda: ready.append(True)})
+    run = train(slow, tmp_path, config, layout, before={4: slow.ready})
     assert run.error is None and run.losses == reference[0].losses
     steps = [event["step"] for event in run.told("checkpoint")]
     assert steps[0] == 1 and steps[-1] == 6 and not {2, 3, 4} & set(steps)

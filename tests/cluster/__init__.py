@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.ledger import read
+
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
@@ -31,6 +33,11 @@ def eventually(condition: Callable[[], object], seconds: float, what: str) -> ob
             raise AssertionError(f"not within {seconds:g} s: {what}")
         pause.wait(0.02)
     return found
+
+
+def committed(ledger: Path) -> list[dict]:
+    """Lines of the steps of a ledger that may be growing."""
+    return list(map(dict, read(ledger.read_text().split("\n")[:-1]).steps)) if ledger.exists() else []
 
 
 def free_port() -> int:

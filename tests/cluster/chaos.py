@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from jobs.benches.raylets import RayletCluster
-from tests.cluster import eventually
+from tests.cluster import committed, eventually
 
 NODES = 4
 SECONDS = 90.0
@@ -86,7 +86,7 @@ class Chaos:
     @property
     def steps(self) -> int:
         """Committed."""
-        return len(lines(self.path / "ledger.jsonl"))
+        return len(committed(self.path / "ledger.jsonl"))
 
     @property
     def events(self) -> list[dict]:

@@ -10,7 +10,7 @@ import pytest
 
 from actors import checkpoint
 from actors.cluster import rank_kind
-from tests.cluster import eventually
+from tests.cluster import committed, eventually
 
 
 @pytest.mark.parametrize("offered, wanted, kind", [
@@ -58,15 +58,15 @@ def test_rows_on_two_raylets_and_a_lost_rank_is_replaced(cluster, settings, two_
         return {pid for pid, command in cluster.processes() if command.startswith(b"ray::StageActor")}
 
     try:
-        until(lambda: len(lines(ledger)) >= 3, "three steps")
-        layout = lines(ledger)[0]["layout"]
+        until(lambda: len(committed(ledger)) >= 3, "three steps")
+        layout = committed(ledger)[0]["layout"]
         offering = {node["NodeID"] for node in ray_local.nodes() if node["Alive"] and node["Labels"].get("pool") == "train"}
         assert set(layout["nodes"]) == offering and len(offering) == 2
         killed, spared = ranks()
         os.kill(killed, signal.SIGKILL)
         until(lambda: len(generations()) >= 3, "a generation without it, and one with another in its place")
-        committed = len(lines(ledger))
-        until(lambda: len(lines(ledger)) >= committed + 3, "three more steps")
+        before = len(committed(ledger))
+        until(lambda: len(committed(ledger)) >= before + 3, "three more steps")
         assert spared in ranks() and killed not in ranks() and len(ranks()) == 2
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -79,7 +79,7 @@ def test_rows_on_two_raylets_and_a_lost_rank_is_replaced(cluster, settings, two_
     assert [event["nodes"] for event in (first, without, again)] == [2, 1, 2] and first["layout"] == again["layout"]
     lost, = [event for event in lines(folder / "events.jsonl") if event["event"] == "lost"]
     assert len(lost["members"]) == 1 and lost["members"][0].rpartition("/")[0] in offering
-    steps = [line["step"] for line in lines(ledger)]
+    steps = [line["step"] for line in committed(ledger)]
     assert steps == list(range(len(steps))) and [line["step"] for line in lines(folder / "metrics.jsonl")] == steps
     newest = checkpoint.complete(f"{folder}/checkpoints")[-1]
     assert checkpoint.read_manifest(newest).step == len(steps)

@@ -13,6 +13,7 @@ import pytest
 
 from actors import checkpoint
 from tests.cluster import BIN, REPOSITORY, eventually
+from tests.cluster import committed as steps_of
 from tests.cluster.browser import Browser
 from tests.cluster.monitoring import prometheus
 from tests.dashboards.build import build
@@ -64,7 +65,7 @@ def test_submitted_watched_hit_and_stopped(cluster, settings, raylets, tmp_path)
     assert started.returncode == 0, started.stderr
 
     def committed() -> int:
-        return len(lines(folder / "ledger.jsonl"))
+        return len(steps_of(folder / "ledger.jsonl"))
 
     with prometheus(tmp_path, cluster.dashboard) as watching:
         try:

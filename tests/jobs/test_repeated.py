@@ -7,7 +7,7 @@ import math
 import os
 import signal
 
-from tests.cluster import eventually
+from tests.cluster import committed, eventually
 
 
 def lines(path) -> list[dict]:
@@ -24,7 +24,7 @@ def test_a_run_through_a_loss_is_repeated_bit_for_bit(cluster, settings):
     os.kill(next(pid for pid, command in cluster.processes() if command.startswith(b"ray::StageActor")), signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, (out, err)
-    recorded = lines(settings.runs / "first" / "ledger.jsonl")
+    recorded = committed(settings.runs / "first" / "ledger.jsonl")
     assert [line["step"] for line in recorded] == list(range(40))
     assert len({line["generation"] for line in recorded}) >= 2
     told = {event["event"] for event in lines(settings.runs / "first" / "events.jsonl")}
@@ -34,18 +34,18 @@ def test_a_run_through_a_loss_is_repeated_bit_for_bit(cluster, settings):
     ledger = settings.runs / "first" / "ledger.jsonl"
     recorded[5]["loss"] = math.nextafter(recorded[5]["loss"], 100.0)
     changed = settings.runs / "changed.jsonl"
-    changed.write_text("".join(json.dumps(line) + "\n" for line in recorded))
-    recorded = lines(ledger)
+    changed.write_text("".join(json.dumps(line | {"previous": None}) + "\n" for line in recorded))
+    recorded = committed(ledger)
     done, other = cluster.run_all([*settings("again", **steps), "--replay", str(ledger)],
                                   [*settings("other", **steps), "--replay", str(changed)])
     assert done.returncode == 0, done.stderr
-    again = lines(settings.runs / "again" / "ledger.jsonl")
+    again = committed(settings.runs / "again" / "ledger.jsonl")
     assert [line["loss"] for line in again] == [line["loss"] for line in recorded]
     assert [line["digest"] for line in again] == [line["digest"] for line in recorded]
     assert [line["layout"] for line in again if "layout" in line] == [line["layout"] for line in recorded if "layout" in line]
 
     assert other.returncode == 1 and other.stderr.startswith("step 5: loss "), other.stderr
-    assert len(lines(settings.runs / "other" / "ledger.jsonl")) == 5
+    assert len(committed(settings.runs / "other" / "ledger.jsonl")) == 5
 
 
 def test_what_cannot_be_repeated_is_refused(cluster, settings, tmp_path):

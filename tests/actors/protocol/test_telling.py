@@ -1,0 +1,109 @@
+"""What users are told, where it can be written and where it cannot."""
+
+from __future__ import annotations
+
+import queue
+
+import pytest
+
+from actors.protocol.clerk import Clerk
+from actors.protocol.tables import Tables
+from actors.protocol.telling import Telling
+from actors.run_folder import RunFolder
+from actors.storage import StorageError
+from orchestrator.protocol.commands import Tell
+from tests.actors.runtime import configured, placement_of
+
+SECONDS = 20.0
+
+
+class Desk:
+    """A telling and its clerk on a folder; `told`: what was watched. run(): what was posted to the conductor's thread, here."""
+
+    def __init__(self, tmp_path):
+        self.config, self.layout = configured()
+        self.folder, self.tables, self.told, self.posted = RunFolder(str(tmp_path), "run"), Tables(), [], queue.Queue()
+        self.clerk = Clerk(self.folder, self.posted.put)
+        self.telling = Telling(self.config, self.tables, self.folder, self.clerk, lambda kind, values: self.told.append((kind, values)),
+                               post=self.posted.put, notes=lambda: ("a note",), scores=lambda: {}, utilisation=lambda speed: None)
+        self.ref = self.tables.layout_ref(self.config, self.layout)
+        self.placed = self.tables.placement_ref(placement_of(self.config, self.layout))
+
+    def done(self):
+        """Everything is written."""
+        self.clerk.chore("the end", lambda: self.posted.put("done"))
+        while (item := self.posted.get(timeout=SECONDS)) != "done":
+            item()
+
+
+@pytest.fixture
+def desk(tmp_path):
+    found = Desk(tmp_path)
+    yield found
+    found.clerk.close()
+
+
+def test_events_are_in_the_words_of_users(desk):
+    desk.telling.tell(Tell("layout", {"layout": desk.ref, "seconds": 0.5}))
+    desk.telling.tell(Tell("generation", {"generation": 3, "layout": desk.ref, "placement": desk.placed, "step": 4, "bytes": 7,
+                                          "seconds": 0.7}))
+    desk.telling.tell(Tell("lost", {"members": ["a/0"], "generation": 3, "reasons": ["gone"]}))
+    desk.done()
+    events = desk.folder.event_lines()
+    assert [values for kind, values in desk.told if kind == "event"] == events
+    described, stripped = desk.layout.describe(), [{key: value for key, value in event.items() if key != "time"} for event in events]
+    assert stripped == [
+        {"event": "layout", "layout": described, "nodes": 2, "notes": ["a note"], "seconds": 0.5},
+        {"event": "generation", "generation": 3, "layout": described, "nodes": 2, "step": 4, "bytes": 7, "seconds": 0.7},
+        {"event": "lost", "members": ["a/0"], "generation": 3, "reasons": ["gone"]}]
+    assert list(stripped[1])[:5] == ["event", "generation", "layout", "nodes", "step"]
+
+
+def test_a_lost_step_is_no_event(desk):
+    desk.telling.tell(Tell("step_lost", {"step": 3}))
+    desk.done()
+    assert desk.told == [] and desk.folder.event_lines() == []
+
+
+def test_the_configuration_is_written_once_a_generation_stands(desk, tmp_path):
+    desk.telling.tell(Tell("lost", {"members": [], "generation": 0, "reasons": []}))
+    desk.done()
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    desk.telling.tell(Tell("generation", {"generation": 1, "layout": desk.ref, "placement": desk.placed, "step": 0}))
+    desk.done()
+    assert "vocab_size: 61" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def metrics(step: int) -> dict:
+    return {"step": step, "spent": {"useful": 1.0}}
+
+
+def test_void_steps_go_from_the_metrics_and_who_watches_is_told_what_is_left(desk):
+    for step in range(4):
+        desk.folder.metrics(metrics(step))
+    desk.telling.undone(2)
+    desk.telling.event("resumed", {"step": 2})
+    desk.done()
+    assert [line["step"] for line in desk.folder.metric_lines()] == [0, 1]
+    (first, resumed), (kind, history) = desk.told
+    assert (first, resumed["event"], kind) == ("event", "resumed", "history")
+    assert [line["step"] for line in history["steps"]] == [0, 1] and history["events"] == [resumed]
+
+
+def test_nothing_is_written_after_what_is_void(desk, monkeypatch):
+    """The disk is full when it is to go: a step does not stand there twice for it."""
+    for step in range(4):
+        desk.folder.metrics(metrics(step))
+
+    def full(step):
+        raise StorageError("metrics", "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.folder, "trim_metrics", full)
+        desk.telling.undone(2)
+        desk.clerk.chore("metrics.jsonl", lambda: desk.telling._write_metrics(metrics(2)))
+        desk.done()
+    assert [line["step"] for line in desk.folder.metric_lines()] == [0, 1, 2, 3] and desk.told == []
+    desk.clerk.chore("metrics.jsonl", lambda: desk.telling._write_metrics(metrics(3)))
+    desk.done()
+    assert [line["step"] for line in desk.folder.metric_lines()] == [0, 1, 3] and [kind for kind, _ in desk.told] == ["history"]
