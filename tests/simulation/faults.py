@@ -141,9 +141,11 @@ def own(world: World, target: int) -> None:
 
 
 def _own_fault_on(world: World, node: str) -> None:
-    """A second node that fails by itself makes it look as if the step did it."""
-    world.own_faults.add(node)
-    if len(world.own_faults) > 1:
+    """A second node that fails by itself makes it look as if the step did it; so does the only one, the second time."""
+    world.own_faults.append(node)
+    others = [host for host in world.hosts.values() if host.present and host.up and not host.draining and host.name != node
+              and world.now - host.lost_at > 60.0]
+    if len(set(world.own_faults)) > 1 or len(world.own_faults) > 1 and not others:
         world.excused.add(Ending.OWN_FAULT)
 
 
@@ -184,12 +186,8 @@ def _remove(world: World, target: int, quiet: bool) -> None:
     _over(world, world.now + comes + 2.0)
     if world.random.random() < 0.5:
         world.later(comes, _comes_back, world, host)
-    elif _usable(world) < max(world.scenario.min_nodes, world.scenario.least):
+    elif world.usable() < max(world.scenario.min_nodes, world.scenario.least):
         world.later(comes, _joins, world)
-
-
-def _usable(world: World) -> int:
-    return sum(host.present and host.up and not host.draining for host in world.hosts.values())
 
 
 def _comes_back(world: World, host: Host) -> None:
@@ -234,7 +232,7 @@ def _drains(world: World, target: int, seconds: float | None, stays: bool) -> No
     _watch(world, happened.NodeDraining(host.name, None if seconds is None else until), 0.1, 1.0)
     world.later(until - world.now + (_between(world, -1.0, 10.0) if stays else 3.0), _drained, world, host, stays)
     _over(world, until + 10.0)
-    if not stays and _usable(world) < max(world.scenario.min_nodes, world.scenario.least):
+    if not stays and world.usable() < max(world.scenario.min_nodes, world.scenario.least):
         world.later(40.0, _joins, world)
         _over(world, world.now + 42.0)
 
@@ -255,6 +253,15 @@ def _drained(world: World, host: Host, stays: bool) -> None:
 def cut(world: World, target: int) -> None:
     """Nothing passes from one node to another, for long."""
     _cut(world, target, _between(world, 60.0, 200.0), both=False)
+
+
+def cut_for_good(world: World, target: int) -> None:
+    """One of the two ends has to go."""
+    if world.usable() < max(3, world.scenario.min_nodes + 1, world.scenario.least + 1):
+        return cut(world, target)
+    calm = world.calm_at
+    _cut(world, target, 3000.0, both=False)
+    world.calm_at = max(calm, world.now)
 
 
 def cut_briefly(world: World, target: int) -> None:
@@ -441,7 +448,7 @@ KINDS: dict[str, Kind] = {
     "mute heir": _kill_with_heir("mute"), "slow heir": _kill_with_heir("slow"), "no heir": _kill_with_heir("never"),
     "hang": hang, "slow": slow, "freeze": freeze, "freeze node": freeze_node, "pause": pause, "stall": stall, "deaf": deaf, "own": own,
     "own everywhere": own_everywhere, "lose node": lose_node, "end node": end_node, "join": join, "drain": drain,
-    "drain until": drain_until, "drain off": drain_off, "cut": cut, "cut briefly": cut_briefly, "cut both": cut_both,
+    "drain until": drain_until, "drain off": drain_off, "cut": cut, "cut for good": cut_for_good, "cut briefly": cut_briefly, "cut both": cut_both,
     "coordinator": coordinator, "coordinator replaced": coordinator_replaced, "coordinator paused": coordinator_paused, "stop": stop,
     "storage away": storage_away, "storage slow": storage_slow, "unreadable": unreadable_for_a_while, "damage": damage,
     "unlisted": unlisted, "not finite": not_finite, "no batches": no_batches,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 600.0
 """From the last fault, or the last committed step, to the next one or the end of the run."""
 STOP_SECONDS = 400.0
+SEATED_SECONDS = 150.0
+"""The longest cool-down of the simulated rules, with a start and a generation."""
 
 
 class Violation(Exception):
@@ -39,7 +41,7 @@ class Invariants:
     def __init__(self, world: World):
         self.world = world
         self.committed: list[int] = [INITIAL]
-        self.progress_at = 0.0
+        self.progress_at, self._farthest = 0.0, 0
 
     def broken(self, text: str, rule: str = "S2") -> None:
         raise Violation(rule, text)
@@ -122,7 +124,8 @@ class Invariants:
     def step_stored(self, coordinator: Coordinator, line: StepLine) -> None:
         del self.committed[line.step + 1:]
         self.committed.append(self.world.histories.after(self.committed[line.step], line.step, coordinator.epoch, line.generation))
-        self.progress_at = self.world.now
+        if line.step >= self._farthest:  # what is done again is no progress
+            self._farthest, self.progress_at = line.step + 1, self.world.now
 
     def cut_stored(self, line: CutLine) -> None:
         del self.committed[line.step + 1:]
@@ -231,12 +234,24 @@ class Invariants:
         """To be asked now and then."""
         world = self.world
         since = max(self.progress_at, world.calm_at)
-        if world.now - since > PROGRESS_SECONDS:
+        if world.now - since > PROGRESS_SECONDS and not world.enough() and world.failing_step is None:
+            world.outcome = EndRun(Ending.NO_NODES, "it waits for nodes, and none will come", len(self.committed) - 1, False)
+        elif world.now - since > PROGRESS_SECONDS:
             run = world.coordinator.run if world.coordinator else None
             where = f"{run.phase.name}, {run.committed} committed" if run else "no coordinator"
             raise Violation("L1", f"no progress for {PROGRESS_SECONDS:g} s after the last fault ({where})")
         if world.stop_at is not None and world.now - max(world.stop_at, world.calm_at) > STOP_SECONDS:
             raise Violation("L3", f"asked to stop {world.now - world.stop_at:.0f} s ago, and it goes on")
+
+    def everybody(self, coordinator: Coordinator) -> None:
+        """Nodes that have been well for long take part."""
+        world = self.world
+        if world.barred or world.links.cut or world.now - world.calm_at < SEATED_SECONDS:
+            return
+        seated = {member.node for member in coordinator.run.seated}
+        for host in world.hosts.values():
+            if host.present and host.up and not host.draining and host.name not in seated and world.now - host.lost_at > SEATED_SECONDS:
+                raise Violation("L4", f"{host.name} has been well for {SEATED_SECONDS:g} s, and is not used")
 
     def end(self, coordinator: Coordinator, order: EndRun) -> None:
         world, steps = self.world, len(self.world.storage.steps)
@@ -248,6 +263,7 @@ class Invariants:
         if order.ending is Ending.DONE:
             if steps != world.goal.steps or order.step != steps:
                 raise Violation("L2", f"done after {steps} of {world.goal.steps} steps")
+            self.everybody(coordinator)
         elif not self._excused(order.ending):
             raise Violation("L2", f"the run ends ({order.ending}: {order.text})")
         if order.step != steps and order.ending is not Ending.SUPERSEDED:

@@ -71,18 +71,19 @@ def test_a_correction_that_is_undone_is_found(name):
 
 
 def test_a_violation_is_shrunk_to_what_it_needs():
-    defect = DEFECTS["a damaged checkpoint ends the run"]
-    scenario = Scenario(seed=3, nodes=(1, 1, 1, 1), steps=8, save_every=2, copies=0, validate_every=2, spread=0.5,
-                        faults=(Fault(40, "slow", 1), Fault(250, "damage", 1), Fault(260, "kill", 1)))
+    name = "a damaged checkpoint ends the run"
+    defect, explored = DEFECTS[name], find(name, SECONDS_OF_A_DEFECT)
+    (scenario, violation), = explored.found["L2"]
 
     def broken(candidate: Scenario) -> Violation | None:
         with defect.there():
             return tried(candidate)[0]
 
-    assert broken(scenario) is not None
+    assert broken(scenario).text == violation.text
     small = shrunk(scenario, broken)
-    assert [fault.kind for fault in small.faults] == ["damage", "kill"]
-    assert len(small.nodes) <= 3
+    assert broken(small).rule == "L2"
+    assert len(small.faults) <= 2
+    assert len(small.nodes) <= len(scenario.nodes)
     assert eval(line(small), {"Scenario": Scenario, "Fault": Fault}) == small
 
 

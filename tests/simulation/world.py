@@ -81,7 +81,8 @@ class World:
         self.not_finite: int | None = None
         self.failing_step: int | None = None
         self.batches_fail_until = 0.0
-        self.own_faults: set[str] = set()  # nodes where one was
+        self.own_faults: list[str] = []  # the node of each
+        self.barred: set[str] = set()
         self.all_harmed = self.somebody_came = False
         self._only_losses, self._losses = True, []
         if not scenario.cold:
@@ -163,6 +164,14 @@ class World:
 
     def is_harmed(self, member: Member) -> bool:
         return self.all_harmed or member in self.harmed or self.suspect_nodes.get(member.node, -1.0) >= self.now
+
+    def usable(self) -> int:
+        """Nodes that a layout could use."""
+        return sum(host.present and host.up and not host.draining and host.name not in self.barred for host in self.hosts.values())
+
+    def enough(self) -> bool:
+        """Whether a run could go on, with a node to spare where a link is cut."""
+        return self.usable() >= max(self.scenario.min_nodes, self.scenario.least) + bool(self.links.cut)
 
     def redundancy_was_whole(self) -> bool:
         """Whether all state had to be there all the time: processes ended, and nothing else was wrong; so few nodes at a time as there
@@ -665,6 +674,8 @@ class Coordinator:
 
     def _tell(self, order: orders.Tell) -> None:
         self.world.told.append((order.kind, dict(order.details)))
+        if order.kind == "barred":
+            self.world.barred.add(order.details["node"])
 
     def _end(self, order: orders.EndRun) -> None:
         world = self.world
