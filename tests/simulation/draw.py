@@ -18,9 +18,9 @@ def scenario(seed: int) -> Scenario:
     special = chance.random()
     if special < 0.03:
         return _waiting(chance, seed)
-    if special < 0.07:
-        return _taken_over(chance, seed)
     if special < 0.08:
+        return _taken_over(chance, seed)
+    if special < 0.09:
         return _long(chance, seed)
     nodes = tuple(chance.choice(((1,), (1,), (1,), (1, 2), (2,)))[0 if chance.random() < 0.6 else -1] for _ in range(chance.choice((2, 3, 3, 4, 5))))
     steps = chance.choice((3, 5, 6, 8))
@@ -42,8 +42,8 @@ def _waiting(chance: random.Random, seed: int) -> Scenario:
 def _taken_over(chance: random.Random, seed: int) -> Scenario:
     """A coordinator dies, and something else happens while the next one begins."""
     nodes, at = (1,) * chance.choice((2, 3)), 1 + int(chance.random() * 250)
-    others = ("stall", "pause", "hang", "kill", "cut", "slow heir", "storage away", "coordinator", "damage", "unlisted", "deaf")
-    faults = (Fault(at, "coordinator"), Fault(at, chance.choice(others), chance.randrange(12), round(chance.random() * 2.0, 3)))
+    others = ("stall", "stall", "pause", "pause", "hang", "kill", "cut", "slow heir", "storage away", "coordinator", "damage", "unlisted", "deaf")
+    faults = (Fault(at, "coordinator"), Fault(at, chance.choice(others), chance.randrange(12), round(chance.random() ** 3, 3)))
     return Scenario(seed=seed, nodes=nodes, save_every=chance.choice((0, 2)), place_every=chance.choice((0, 2)), faults=faults)
 
 

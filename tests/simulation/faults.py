@@ -425,9 +425,8 @@ def _unreachable(world: World, rank: RankModel) -> None:
     name, seconds = rank.member.node, _between(world, 20.0, 100.0)
     links = [(other, name) for other in world.hosts if other != name] + [(name, other) for other in world.hosts if other != name]
     world.links.cut |= set(links)
-    for other in world.hosts if len(world.hosts) == 2 else (name,):
+    for other in world.hosts:  # which end of a link is to go is anybody's guess
         world.suspect(other, world.now + seconds + 4 * SILENCE)
-    world.harmed.update(world.ranks)
     world.later(seconds, world.heal, links)
     _over(world, world.now + seconds)
 

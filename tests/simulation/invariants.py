@@ -42,6 +42,7 @@ class Invariants:
         self.world = world
         self.committed: list[int] = [INITIAL]
         self.progress_at, self._farthest = 0.0, 0
+        self._planned: Form | None = None
 
     def broken(self, text: str, rule: str = "S2") -> None:
         raise Violation(rule, text)
@@ -221,7 +222,10 @@ class Invariants:
             raise Violation("S11", f"{rank.member} is called for {_name(call)} while it runs {_name(before)}")
 
     def _plan(self, call: Call) -> None:
-        plan, former = call.request.plan, call.request.former
+        request = call.request
+        if request is self._planned:
+            return
+        self._planned, plan, former = request, request.plan, request.former
         everybody = plan.members + (plan.leaving if former else ())
         if call.member not in everybody or len(set(everybody)) < len(everybody):
             raise Violation("S8", f"{call.member} is called to a layout of {list(map(str, everybody))}")

@@ -64,7 +64,7 @@ class World:
         self.ranks: dict[Member, RankModel] = {}
         self.places: dict[tuple[str, int], list[RankModel]] = {}
         self.known: dict[tuple[str, int], int] = {}
-        self.groups: dict[tuple[int, int, tuple[Member, ...]], Group] = {}
+        self.groups: dict[tuple[int, int, int], Group] = {}
         self.epoch = 0
         self.coordinator: Coordinator | None = None
         self.superseded: list[Coordinator] = []  # frozen, and replaced: they may thaw
@@ -219,7 +219,7 @@ class World:
 
     def group(self, epoch: int, number: int, members: tuple[Member, ...]) -> Group:
         """Where they meet: each coordinator has a place of its own."""
-        key = epoch, number, members
+        key = epoch, number, len(members)  # of one number there is one with those who leave, and one without
         found = self.groups.get(key)
         if found is None:
             found = self.groups[key] = Group(epoch, number, members)
