@@ -27,7 +27,7 @@ from actors.seated_answers import SeatedAnswers
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
-from orchestrator.protocol.events import CallId, Fault, Failed, FailKind, NotMade
+from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NotMade
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +313,9 @@ class ProcessRanks:
             self._attach(made, attach)
 
     def _attach(self, process: _Process, wanted: tuple) -> None:
+        if process.gone:  # nobody will ever say hello
+            self._tell(Ended(wanted[0], LOST))
+            return
         process.control.send((0, Lane.CONTROL, 0, "attach", wanted))
 
     def _end(self, process: _Process, at_once: bool = False) -> None:
@@ -381,6 +384,7 @@ class ProcessRanks:
             self._watched.remove(process)
             if self._post is not None:
                 self._to_post += [Failed(call, member, FailKind.GONE, LOST) for call, member in process.open.items()]
+                self._to_post += [Ended(member, LOST) for member, number in self._of_member.items() if number == process.number]
             process.open.clear()
             self._changed.notify_all()
         for inbox in process.inboxes:

@@ -17,7 +17,7 @@ from actors.cluster import NodeWatch
 from actors.ranks import LOST, NO_ANSWER, POLL_SECONDS, Arrived, Check, News, RankFailed, as_event
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
-from orchestrator.protocol.events import CallId, Failed, FailKind, Fault
+from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class RayRanks:
         self._actors: dict[Member, Any] = {}
         self._to_attach: dict[Member, tuple] = {}
         self._post: Callable[[object], None] = lambda event: None
-        self._open: dict[CallId, Future] = {}
+        self._open: dict[CallId | Member, Future] = {}
         self._ending: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._end, name="endings", daemon=True).start()
 
@@ -59,7 +59,7 @@ class RayRanks:
             self._actors[member] = actor
             waiting = self._to_attach.pop(member, None)
         if waiting is not None:
-            actor.attach.remote(member, *waiting)
+            self._attach(actor, member, waiting)
 
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
         with self._lock:
@@ -67,7 +67,16 @@ class RayRanks:
             if actor is None:
                 self._to_attach[member] = (address, beat_seconds, run, epoch)
         if actor is not None:
-            actor.attach.remote(member, address, beat_seconds, run, epoch)
+            self._attach(actor, member, (address, beat_seconds, run, epoch))
+
+    def _attach(self, actor: Any, member: Member, wanted: tuple) -> None:
+        """One that has ended is told of: it will never say hello."""
+        def attached(future: Future) -> None:
+            self._open.pop(member, None)
+            if isinstance(future.exception(), RayActorError | NodeDiedError | ObjectLostError):
+                self._post(Ended(member, LOST))
+        self._open[member] = future = actor.attach.remote(member, *wanted).future()
+        future.add_done_callback(attached)
 
     def spawn(self, member: Member) -> bool:
         with self._lock:

@@ -258,6 +258,7 @@ def test_who_is_gone_fails_what_is_open_and_what_comes(line):
     found = line.next(), line.next()
     assert {event.call for event in found} == open_calls
     assert all(event.kind is FailKind.GONE and event.member == MEMBERS[1] for event in found)
+    assert line.next() == Ended(MEMBERS[1], LOST)
     later = line.send(MEMBERS[1], "echo")
     assert line.next() == Failed(later, MEMBERS[1], FailKind.GONE, LOST)
     never = line.send(Member("b", 0), "echo")
