@@ -21,6 +21,7 @@ from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import (
     CallId,
+    Ended,
     Failed,
     FailKind,
     Fault,
