@@ -203,7 +203,8 @@ class ElasticSection(Section):
     silence_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="without a sign of life a rank or node is lost; above "
                                                            "3 beats; auto: 1.5, or 15 on virtual nodes, which share one host")
     cool_down_seconds: Real = Field(30.0, ge=0, description="a lost node is left alone; doubles with each loss, up to 32 times")
-    abort_seconds: Real = Field(2.0, gt=0, description="bound on the wait for ranks to let go of what they communicate")
+    abort_seconds: Real = Field(2.0, gt=0, description="allowance for ranks to let go of what they communicate: a rank that is not "
+                                 "free after this twice and 1.5 times the silence, or 10 s, is given up")
     form_seconds: Real = Field(5.0, gt=0, description="bound on making process groups after a change")
     wait_seconds: Annotated[Real, Gt(0)] | None = Field(None, description="for min_nodes, before the run gives up; null: for ever")
     stuck_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="no rank finishes anything for so long: the step is "
