@@ -9,11 +9,13 @@ from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.events import Ending, FailKind
 from orchestrator.topology import Node
+from tests.simulation.births import between, over, own_fault_on
+from tests.simulation.host import Host
 from tests.simulation.rank_model import RankModel, Refused
-from tests.simulation.settings import COOL_DOWN, SILENCE
+from tests.simulation.settings import SILENCE
 
 if TYPE_CHECKING:
-    from tests.simulation.world import Host, World
+    from tests.simulation.world import World
 
 Kind = Callable[["World", int], None]
 
@@ -32,17 +34,9 @@ def _on(world: World, host: Host) -> list[RankModel]:
     return [rank for rank in world.ranks.values() if rank.alive and rank.member.node == host.name]
 
 
-def _between(world: World, low: float, high: float) -> float:
-    return low + (high - low) * world.random.random()
-
-
-def _over(world: World, at: float) -> None:
-    world.calm_at = max(world.calm_at, at)
-
-
 def _watch(world: World, event: happened.Event, low: float, high: float) -> None:
     """What the cluster says reaches the coordinator late."""
-    world.later(_between(world, low, high), _seen, world, event)
+    world.later(between(world, low, high), _seen, world, event)
 
 
 def _seen(world: World, event: happened.Event) -> None:
@@ -89,17 +83,17 @@ def _freeze(world: World, ranks: list[RankModel], seconds: float, harm: bool) ->
             rank.stopped_at = world.now
         if harm:
             world.harmed.add(rank.member)
-    _over(world, world.now + seconds)
+    over(world, world.now + seconds)
 
 
 def freeze(world: World, target: int) -> None:
     if rank := _member(world, target):
-        _freeze(world, [rank], _between(world, SILENCE + 1, 5 * SILENCE), harm=True)
+        _freeze(world, [rank], between(world, SILENCE + 1, 5 * SILENCE), harm=True)
 
 
 def freeze_node(world: World, target: int) -> None:
     if host := _host(world, target):
-        seconds = _between(world, SILENCE + 1, 5 * SILENCE)
+        seconds = between(world, SILENCE + 1, 5 * SILENCE)
         world.suspect(host.name, world.now + seconds)
         _freeze(world, _on(world, host), seconds, harm=True)
 
@@ -107,12 +101,12 @@ def freeze_node(world: World, target: int) -> None:
 def pause(world: World, target: int) -> None:
     """Shorter than what is tolerated."""
     if rank := _member(world, target):
-        _freeze(world, [rank], _between(world, 0.3, 0.7) * SILENCE, harm=False)
+        _freeze(world, [rank], between(world, 0.3, 0.7) * SILENCE, harm=False)
 
 
 def stall(world: World, target: int) -> None:
     """Everything stands still for less than is tolerated, coordinators too."""
-    seconds = _between(world, 0.3, 0.7) * SILENCE
+    seconds = between(world, 0.3, 0.7) * SILENCE
     _freeze(world, world.alive(), seconds, harm=False)
     if world.coordinator is not None:
         world.coordinator.thaws = max(world.coordinator.thaws, world.now + seconds)
@@ -121,13 +115,13 @@ def stall(world: World, target: int) -> None:
 def deaf(world: World, target: int) -> None:
     """A node and the coordinator do not reach each other; ranks reach theirs."""
     if host := _host(world, target):
-        seconds = _between(world, SILENCE + 1, 4 * SILENCE)
+        seconds = between(world, SILENCE + 1, 4 * SILENCE)
         world.suspect(host.name, world.now + seconds + 2.0)
         for rank in _on(world, host):
             rank.deaf = max(rank.deaf, world.now + seconds)
             if rank.stopped_at is None:
                 rank.stopped_at = world.now
-        _over(world, world.now + seconds)
+        over(world, world.now + seconds)
 
 
 def own(world: World, target: int) -> None:
@@ -137,16 +131,7 @@ def own(world: World, target: int) -> None:
         kind = kinds[0] if target % 3 else kinds[target // 3 % len(kinds)]
         rank.ills.setdefault(kind, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
         world.harmed.add(rank.member)
-        _own_fault_on(world, rank.member.node)
-
-
-def _own_fault_on(world: World, node: str) -> None:
-    """A second node that fails by itself makes it look as if the step did it; so does the only one, the second time."""
-    world.own_faults.append(node)
-    others = [host for host in world.hosts.values() if host.present and host.up and not host.draining and host.name != node
-              and world.now - host.lost_at > 60.0]
-    if len(set(world.own_faults)) > 1 or len(world.own_faults) > 1 and not others:
-        world.excused.add(Ending.OWN_FAULT)
+        own_fault_on(world, rank.member.node)
 
 
 def own_everywhere(world: World, target: int) -> None:
@@ -182,8 +167,8 @@ def _remove(world: World, target: int, quiet: bool) -> None:
         world.kill(rank, quiet=quiet)
     host.up = host.present = False
     _watch(world, happened.NodeLeft(host.name, "lost"), 0.2, 12.0)
-    comes = _between(world, 15.0, 60.0)
-    _over(world, world.now + comes + 2.0)
+    comes = between(world, 15.0, 60.0)
+    over(world, world.now + comes + 2.0)
     if world.random.random() < 0.5:
         world.later(comes, _comes_back, world, host)
     elif world.usable() < max(world.scenario.min_nodes, world.scenario.least):
@@ -198,8 +183,6 @@ def _comes_back(world: World, host: Host) -> None:
 
 
 def _joins(world: World) -> None:
-    from tests.simulation.world import Host
-
     name = f"n{len(world.hosts)}"
     host = world.hosts[name] = Host(name, world.scenario.nodes[len(world.hosts) % len(world.scenario.nodes)])
     world.note(f"{name} joins")
@@ -215,11 +198,11 @@ def drain(world: World, target: int) -> None:
 
 
 def drain_until(world: World, target: int) -> None:
-    _drains(world, target, _between(world, 0.5, 20.0), stays=False)
+    _drains(world, target, between(world, 0.5, 20.0), stays=False)
 
 
 def drain_off(world: World, target: int) -> None:
-    _drains(world, target, _between(world, 0.5, 20.0) if target % 2 else None, stays=True)
+    _drains(world, target, between(world, 0.5, 20.0) if target % 2 else None, stays=True)
 
 
 def _drains(world: World, target: int, seconds: float | None, stays: bool) -> None:
@@ -230,11 +213,11 @@ def _drains(world: World, target: int, seconds: float | None, stays: bool) -> No
     until = world.now + (seconds if seconds is not None else 30.0)
     world.suspect(host.name, until + 4 * SILENCE)
     _watch(world, happened.NodeDraining(host.name, None if seconds is None else until), 0.1, 1.0)
-    world.later(until - world.now + (_between(world, -1.0, 10.0) if stays else 3.0), _drained, world, host, stays)
-    _over(world, until + 10.0)
+    world.later(until - world.now + (between(world, -1.0, 10.0) if stays else 3.0), _drained, world, host, stays)
+    over(world, until + 10.0)
     if not stays and world.usable() < max(world.scenario.min_nodes, world.scenario.least):
         world.later(40.0, _joins, world)
-        _over(world, world.now + 42.0)
+        over(world, world.now + 42.0)
 
 
 def _drained(world: World, host: Host, stays: bool) -> None:
@@ -252,7 +235,7 @@ def _drained(world: World, host: Host, stays: bool) -> None:
 
 def cut(world: World, target: int) -> None:
     """Nothing passes from one node to another, for long."""
-    _cut(world, target, _between(world, 60.0, 200.0), both=False)
+    _cut(world, target, between(world, 60.0, 200.0), both=False)
 
 
 def cut_for_good(world: World, target: int) -> None:
@@ -265,11 +248,11 @@ def cut_for_good(world: World, target: int) -> None:
 
 
 def cut_briefly(world: World, target: int) -> None:
-    _cut(world, target, _between(world, 0.5, 25.0), both=False)
+    _cut(world, target, between(world, 0.5, 25.0), both=False)
 
 
 def cut_both(world: World, target: int) -> None:
-    _cut(world, target, _between(world, 30.0, 120.0), both=True)
+    _cut(world, target, between(world, 30.0, 120.0), both=True)
 
 
 def _cut(world: World, target: int, seconds: float, both: bool) -> None:
@@ -285,7 +268,7 @@ def _cut(world: World, target: int, seconds: float, both: bool) -> None:
     for name in (one, other):
         world.suspect(name, world.now + seconds + 4 * SILENCE)
     world.later(seconds, world.heal, links)
-    _over(world, world.now + seconds)
+    over(world, world.now + seconds)
 
 
 # --- coordinators ----------------------------------------------------------------------------------------------------------
@@ -307,9 +290,9 @@ def coordinator_replaced(world: World, target: int) -> None:
     found = world.coordinator
     if found is None:
         return
-    found.thaws = world.now + _between(world, 6.0, 60.0)
-    world.later(_between(world, 2.0, 5.0), _replaced, world, found)
-    _over(world, found.thaws)
+    found.thaws = world.now + between(world, 6.0, 60.0)
+    world.later(between(world, 2.0, 5.0), _replaced, world, found)
+    over(world, found.thaws)
 
 
 def _replaced(world: World, found: object) -> None:
@@ -320,8 +303,8 @@ def _replaced(world: World, found: object) -> None:
 
 def coordinator_paused(world: World, target: int) -> None:
     if world.coordinator is not None:
-        world.coordinator.thaws = world.now + _between(world, 0.5, 3.0 * SILENCE)
-        _over(world, world.coordinator.thaws)
+        world.coordinator.thaws = world.now + between(world, 0.5, 3.0 * SILENCE)
+        over(world, world.coordinator.thaws)
 
 
 def stop(world: World, target: int) -> None:
@@ -336,8 +319,8 @@ def stop(world: World, target: int) -> None:
 def storage_away(world: World, target: int) -> None:
     """Nothing can be written, for less than its patience."""
     world.storage_harmed = True
-    world.storage.fails_until = world.now + _between(world, 1.0, 60.0)
-    _over(world, world.storage.fails_until)
+    world.storage.fails_until = world.now + between(world, 1.0, 60.0)
+    over(world, world.storage.fails_until)
 
 
 def storage_slow(world: World, target: int) -> None:
@@ -346,9 +329,9 @@ def storage_slow(world: World, target: int) -> None:
 
 def unreadable_for_a_while(world: World, target: int) -> None:
     world.reads_failed = world.storage_harmed = True
-    world.storage.unread_until = world.now + _between(world, 5.0, 60.0)
+    world.storage.unread_until = world.now + between(world, 5.0, 60.0)
     world.excused.add(Ending.NO_STATE)
-    _over(world, world.storage.unread_until)
+    over(world, world.storage.unread_until)
 
 
 def damage(world: World, target: int) -> None:
@@ -389,57 +372,9 @@ def not_finite(world: World, target: int) -> None:
 
 
 def no_batches(world: World, target: int) -> None:
-    world.batches_fail_until = world.now + _between(world, 1.0, 60.0)
-    _over(world, world.batches_fail_until)
+    world.batches_fail_until = world.now + between(world, 1.0, 60.0)
+    over(world, world.batches_fail_until)
 
-
-# --- what befalls a new process ----------------------------------------------------------------------------------------------
-
-
-def _without_memory(world: World, rank: RankModel) -> None:
-    rank.ills.setdefault(orders.Form, []).append(Refused(FailKind.NO_MEMORY, "out of memory"))
-    _own_fault_on(world, rank.member.node)
-    world.harmed.add(rank.member)
-    _over(world, world.now)
-
-
-def _short_lived(world: World, rank: RankModel) -> None:
-    world.later(_between(world, 0.0, 4.0), world.kill, rank)
-    _over(world, world.now + 4.0)
-
-
-def _hanging(world: World, rank: RankModel) -> None:
-    rank.hung = True
-    world.harmed.add(rank.member)
-    _over(world, world.now)
-
-
-def _faulty(world: World, rank: RankModel) -> None:
-    _own_fault_on(world, rank.member.node)
-    rank.ills.setdefault(orders.Step, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
-    world.harmed.add(rank.member)
-    _over(world, world.now)
-
-
-def _unreachable(world: World, rank: RankModel) -> None:
-    name, seconds = rank.member.node, _between(world, 20.0, 100.0)
-    links = [(other, name) for other in world.hosts if other != name] + [(name, other) for other in world.hosts if other != name]
-    world.links.cut |= set(links)
-    for other in world.hosts:  # which end of a link is to go is anybody's guess
-        world.suspect(other, world.now + seconds + 4 * SILENCE)
-    world.later(seconds, world.heal, links)
-    _over(world, world.now + seconds)
-
-
-def _harmed(world: World, rank: RankModel) -> None:
-    world.harmed.add(rank.member)
-    _over(world, world.now + COOL_DOWN)
-
-
-BIRTHS: dict[str, Callable[[World, RankModel], None]] = {
-    "memory": _without_memory, "short": _short_lived, "hung": _hanging, "faulty": _faulty, "unreachable": _unreachable,
-    "mute": _harmed, "slow": _harmed,
-}
 
 KINDS: dict[str, Kind] = {
     "kill": kill, "flap": _kill_with_heir("short", 2), "memory": _kill_with_heir("memory", 2),

@@ -14,6 +14,7 @@ from orchestrator.membership import Member
 from orchestrator.protocol.commands import Append, Call, CutLine, Discard, EndRun, EpochLine, Fence, Form, Former, Lane, OriginLine
 from orchestrator.protocol.commands import Spawn, StepLine, WriteManifest
 from orchestrator.protocol.events import Base, Ending
+from tests.simulation.checkpoint_model import Checkpoint
 from tests.simulation.histories import INITIAL, NEVER
 
 if TYPE_CHECKING:
@@ -165,14 +166,20 @@ class Invariants:
     def manifest(self, coordinator: Coordinator, order: WriteManifest) -> None:
         if coordinator is not self.world.coordinator:
             return
-        found = self.world.storage.checkpoints.get(order.directory)
-        missing = [key for key in range(self.world.planner.keys) if found is None or key not in found.pieces]
-        if missing and not self.world.harmed:
-            raise Violation("S10", f"{order.directory} lacks keys {missing}")
+        found = self.world.storage.checkpoints.get(order.directory, Checkpoint(order.directory))
+        self.listed(coordinator, found, order)
+
+    def listed(self, coordinator: Coordinator, found: Checkpoint, order: WriteManifest) -> dict[int, int]:
+        """What the manifest lists, by key: pieces of one generation, of all keys, and of the state of that step."""
+        generation, keys = coordinator.snapshots.get(order.directory, 0), range(self.world.planner.keys)
+        missing = [key for key in keys if (generation, key) not in found.pieces]
         if missing:
-            raise Violation("S10", f"{order.directory} lacks keys {missing}, after a fault")
-        if order.step > len(self.committed) - 1 or any(history != self.committed[order.step] for history in found.pieces.values()):
+            raise Violation("S10", f"{order.directory} lacks keys {missing}")
+        content = {key: found.pieces[generation, key] for key in keys}
+        if coordinator is self.world.coordinator and (
+                order.step >= len(self.committed) or any(history != self.committed[order.step] for history in content.values())):
             raise Violation("S10", f"{order.directory} has pieces of other state than that of {order.step} steps")
+        return content
 
     def discard(self, coordinator: Coordinator, order: Discard) -> None:
         storage = self.world.storage

@@ -72,7 +72,7 @@ class RankModel:
         # groups
         self.group: Group | None = None
         self.broken, self.met, self.waits = False, 0, None
-        self.writing: dict[str, tuple[float, tuple[int, ...]]] = {}
+        self.writing: dict[str, tuple[float, tuple[tuple[int, int], ...]]] = {}
 
     # --- what its two hosts, the call server and the lifeline, do -----------------------------------------------------------
 
@@ -300,8 +300,8 @@ class RankModel:
         self.ill(request)
         state = self.state
         first = self.world.planner.owned(state.layout, state.placement).first[state.rank]
-        done = self.world.storage.write_pieces(self, request.directory, {key: state.content[key] for key in first})
-        self.writing[request.directory] = done, first
+        pieces = {(call.generation, key): state.content[key] for key in first}
+        self.writing[request.directory] = self.world.storage.write_pieces(self, request.directory, pieces), tuple(pieces)
         return Done()
         yield  # a generator, as the others
 

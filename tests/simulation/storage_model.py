@@ -12,25 +12,13 @@ from typing import TYPE_CHECKING
 
 from orchestrator.protocol.commands import Append, CutLine, Discard, EpochLine, Line, OriginLine, StepLine, WriteManifest
 from orchestrator.protocol.events import Ending, Event, Head, LineRefused, Seen, Stored, StoreFailed
+from tests.simulation.checkpoint_model import Checkpoint
 
 if TYPE_CHECKING:
     from tests.simulation.rank_model import RankModel
     from tests.simulation.world import Coordinator, World
 
 Order = Append | WriteManifest | Discard
-
-
-class Checkpoint:
-    """manifest: the content that it lists, once it counts. epoch: of the coordinator that wrote it. damaged: of its pieces; unreadable:
-    the manifest itself. unlisted: a look into the folder does not show it."""
-
-    __slots__ = ("damaged", "directory", "epoch", "manifest", "pieces", "step", "unlisted", "unreadable")
-
-    def __init__(self, directory: str):
-        self.directory, self.step, self.epoch = directory, 0, 0
-        self.pieces: dict[int, int] = {}
-        self.manifest: dict[int, int] | None = None
-        self.damaged = self.unreadable = self.unlisted = False
 
 
 class Storage:
@@ -62,17 +50,17 @@ class Storage:
 
     # --- what ranks do ----------------------------------------------------------------------------------------------------
 
-    def write_pieces(self, rank: RankModel, directory: str, pieces: dict[int, int]) -> float:
+    def write_pieces(self, rank: RankModel, directory: str, pieces: dict[tuple[int, int], int]) -> float:
         """Begin to write. When it is done; what then is not there has failed."""
         done = self.world.now + self.world.delay() * 2 * self.slowness
         self.world.later(done - self.world.now, self._written, rank, directory, pieces)
         return done
 
-    def _written(self, rank: RankModel, directory: str, pieces: dict[int, int]) -> None:
+    def _written(self, rank: RankModel, directory: str, pieces: dict[tuple[int, int], int]) -> None:
         if rank.alive and self.world.now >= self.fails_until:
             self.checkpoints.setdefault(directory, Checkpoint(directory)).pieces |= pieces
 
-    def has(self, directory: str, keys: Iterable[int]) -> bool:
+    def has(self, directory: str, keys: Iterable[tuple[int, int]]) -> bool:
         found = self.checkpoints.get(directory)
         return found is not None and all(key in found.pieces for key in keys)
 
@@ -152,7 +140,8 @@ class Clerk:
             self._line(order.line)
         elif kind is WriteManifest:
             found = storage.checkpoints.setdefault(order.directory, Checkpoint(order.directory))
-            found.manifest, found.step, found.damaged, found.unreadable = dict(found.pieces), order.step, False, False
+            found.manifest = self.world.invariants.listed(self.coordinator, found, order)
+            found.step, found.damaged, found.unreadable = order.step, False, False
             found.epoch = self.coordinator.epoch
         else:
             storage.checkpoints.pop(order.directory, None)

@@ -1,0 +1,16 @@
+"""A node of the simulated cluster."""
+
+from __future__ import annotations
+
+from tests.simulation.settings import SILENCE
+
+
+class Host:
+    """A node. up: it runs. present: the cluster has it. draining: it is to go. lost_at: when the last process on it ended."""
+
+    __slots__ = ("births", "draining", "lost_at", "name", "present", "ranks", "up")
+
+    def __init__(self, name: str, ranks: int):
+        self.name, self.ranks, self.up, self.present, self.draining = name, ranks, True, True, False
+        self.lost_at = -SILENCE
+        self.births: list[str] = []  # what befalls the next processes that are made here
