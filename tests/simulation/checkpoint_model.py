@@ -4,8 +4,9 @@ from __future__ import annotations
 
 
 class Checkpoint:
-    """pieces: history by generation and key, as their files are named. manifest: the content that it lists, once it counts. epoch: of the coordinator that wrote it. damaged: of its pieces; unreadable:
-    the manifest itself. unlisted: a look into the folder does not show it."""
+    """pieces: history by generation and key, as their files are named. manifest: the content that it lists, once it counts.
+    epoch: of the coordinator that wrote it. damaged: of its pieces; unreadable: the manifest itself. unlisted: a look into the
+    folder does not show it."""
 
     __slots__ = ("damaged", "directory", "epoch", "manifest", "pieces", "step", "unlisted", "unreadable")
 

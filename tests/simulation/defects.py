@@ -1,4 +1,5 @@
-"""Each correction of the protocol, undone: a mutant of the machine or of the ranks. The explorer has to find every one of them soon.
+"""Each correction of the protocol, undone: a mutant of the machine or of the ranks. The explorer has to find every one of them
+soon.
 
 An explorer that finds nothing proves something only if it would have found these.
 """

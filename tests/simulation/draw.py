@@ -43,17 +43,19 @@ def _waiting(chance: random.Random, seed: int) -> Scenario:
 def _taken_over(chance: random.Random, seed: int) -> Scenario:
     """A coordinator dies, and something else happens while the next one begins."""
     nodes, at = (1,) * chance.choice((2, 3)), 1 + int(chance.random() * 250)
-    others = ("stall", "stall", "pause", "pause", "hang", "kill", "cut", "slow heir", "storage away", "coordinator", "damage", "unlisted",
-              "deaf")
+    others = ("stall", "stall", "pause", "pause", "hang", "kill", "cut", "slow heir", "storage away", "coordinator", "damage",
+              "unlisted", "deaf")
     faults = (Fault(at, "coordinator"), Fault(at, chance.choice(others), chance.randrange(12), round(chance.random() ** 3, 3)))
     return Scenario(seed=seed, nodes=nodes, save_every=chance.choice((0, 2)), place_every=chance.choice((0, 2)), faults=faults)
 
 
 def _long(chance: random.Random, seed: int) -> Scenario:
     """A run that goes on for long after its faults: everybody who is well is to take part again."""
-    names = ("kill", "flap", "memory", "faulty heir", "hang", "end node", "freeze", "cut briefly", "join", "mute heir", "drain off")
-    faults = tuple(Fault(1 + int(chance.random() * 400), chance.choice(names), chance.randrange(12)) for _ in range(3))
-    return Scenario(seed=seed, nodes=(1,) * 3, steps=900, save_every=200, spread=0.5, faults=tuple(sorted(faults, key=lambda f: f.at)))
+    names = ("kill", "flap", "memory", "faulty heir", "hang", "end node", "freeze", "cut briefly", "join", "mute heir",
+             "drain off")
+    faults = sorted((Fault(1 + int(chance.random() * 400), chance.choice(names), chance.randrange(12)) for _ in range(3)),
+                    key=lambda fault: fault.at)
+    return Scenario(seed=seed, nodes=(1,) * 3, steps=900, save_every=200, spread=0.5, faults=tuple(faults))
 
 
 def _faults(chance: random.Random, length: int) -> tuple[Fault, ...]:

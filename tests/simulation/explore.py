@@ -54,7 +54,8 @@ def _where(error: Exception) -> str:
 def explore(scenarios: Iterable[Scenario], seconds: float, run: type[Run] = Run, rank: type[RankModel] = RankModel,
             within: Callable[[], AbstractContextManager[None]] = nullcontext,
             enough: Callable[[Violation], bool] = lambda violation: False) -> Explored:
-    """As many as can be tried in these seconds of CPU. within: what holds while each runs. enough: whether to stop at a violation."""
+    """As many as can be tried in these seconds of CPU. within: what holds while each runs. enough: whether to stop at a
+    violation."""
     explored, began = Explored(), time.process_time()
     for scenario in scenarios:
         with within():

@@ -1,4 +1,5 @@
-"""What may go wrong, by name. Each notes what may be suspected because of it, which endings it accounts for, and when it is over."""
+"""What may go wrong, by name. Each notes what may be suspected because of it, which endings it accounts for, and when it is
+over."""
 
 from __future__ import annotations
 
@@ -378,13 +379,13 @@ def no_batches(world: World, target: int) -> None:
 
 KINDS: dict[str, Kind] = {
     "kill": kill, "flap": _kill_with_heir("short", 2), "memory": _kill_with_heir("memory", 2),
-    "unreachable": _kill_with_heir("unreachable"), "hung heir": _kill_with_heir("hung"), "faulty heir": _kill_with_heir("faulty", 2),
-    "mute heir": _kill_with_heir("mute"), "slow heir": _kill_with_heir("slow"), "no heir": _kill_with_heir("never"),
-    "hang": hang, "slow": slow, "freeze": freeze, "freeze node": freeze_node, "pause": pause, "stall": stall, "deaf": deaf, "own": own,
-    "own everywhere": own_everywhere, "lose node": lose_node, "end node": end_node, "join": join, "drain": drain,
-    "drain until": drain_until, "drain off": drain_off, "cut": cut, "cut for good": cut_for_good, "cut briefly": cut_briefly, "cut both": cut_both,
-    "coordinator": coordinator, "coordinator replaced": coordinator_replaced, "coordinator paused": coordinator_paused, "stop": stop,
+    "unreachable": _kill_with_heir("unreachable"), "hung heir": _kill_with_heir("hung"),
+    "faulty heir": _kill_with_heir("faulty", 2), "mute heir": _kill_with_heir("mute"), "slow heir": _kill_with_heir("slow"),
+    "no heir": _kill_with_heir("never"), "hang": hang, "slow": slow, "freeze": freeze, "freeze node": freeze_node,
+    "pause": pause, "stall": stall, "deaf": deaf, "own": own, "own everywhere": own_everywhere, "lose node": lose_node,
+    "end node": end_node, "join": join, "drain": drain, "drain until": drain_until, "drain off": drain_off, "cut": cut,
+    "cut for good": cut_for_good, "cut briefly": cut_briefly, "cut both": cut_both, "coordinator": coordinator,
+    "coordinator replaced": coordinator_replaced, "coordinator paused": coordinator_paused, "stop": stop,
     "storage away": storage_away, "storage slow": storage_slow, "unreadable": unreadable_for_a_while, "damage": damage,
     "unlisted": unlisted, "not finite": not_finite, "no batches": no_batches,
 }
-

@@ -1,9 +1,9 @@
-"""What must hold, whatever happens. Checked at the event at which it could break, against what the world knows and the machine cannot.
+"""What must hold, whatever happens. Checked at the event at which it could break, against what the world knows and the machine
+cannot.
 
-Safety: state (what an update is applied to, whose history it has), the ledger (what is committed, and what may be cut), checkpoints
-(what a manifest lists, what may be deleted), members (who may be ended), calls. Liveness: progress after the last fault, and an end
-that the faults account for.
-"""
+Safety: state (what an update is applied to, whose history it has), the ledger (what is committed, and what may be cut),
+checkpoints (what a manifest lists, what may be deleted), members (who may be ended), calls. Liveness: progress after the last
+fault, and an end that the faults account for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
-from orchestrator.protocol.commands import Append, Call, CutLine, Discard, EndRun, EpochLine, Fence, Form, Former, Lane, OriginLine
-from orchestrator.protocol.commands import Spawn, StepLine, WriteManifest
+from orchestrator.protocol.commands import Append, Call, CutLine, Discard, EndRun, EpochLine, Fence, Form, Former, Lane
+from orchestrator.protocol.commands import OriginLine, Spawn, StepLine, WriteManifest
 from orchestrator.protocol.events import Base, Ending
 from tests.simulation.checkpoint_model import Checkpoint
 from tests.simulation.histories import INITIAL, NEVER
@@ -61,10 +61,10 @@ class Invariants:
         """It is to bring state into a new generation."""
         state = rank.held.get(former.base.generation)
         if state is None:
-            raise Violation("S2", f"{rank.member} is to bring state of generation {former.base.generation}, which it does not have")
+            raise Violation("S2", f"{rank.member} is to bring state of generation {former.base.generation}, and has none")
         if state.applied != former.applied or state.rank != former.came_from[place]:
-            raise Violation("S2", f"{rank.member} is to bring state of {former.applied} steps as rank {former.came_from[place]}, and "
-                                  f"has {state.applied} as rank {state.rank}")
+            raise Violation("S2", f"{rank.member} is to bring state of {former.applied} steps as rank "
+                                  f"{former.came_from[place]}, and has {state.applied} as rank {state.rank}")
 
     def moved(self, payloads: Mapping[Member, Mapping[int, int] | None], former: Former | None) -> dict[int, int]:
         """What all bring together, by key."""
@@ -116,8 +116,8 @@ class Invariants:
                 continue
             state = rank.held.get(line.generation)
             if state is None or state.applied != step or rank.reduced != step or rank.reduced_in.number != line.generation:
-                raise Violation("S3", f"step {step} is committed, but {member} has not reduced it in generation {line.generation} "
-                                      f"(it has reduced {rank.reduced})")
+                raise Violation("S3", f"step {step} is committed, but {member} has not reduced it in generation "
+                                      f"{line.generation} (it has reduced {rank.reduced})")
             for history in state.content.values():
                 if history != wanted:
                     rule = "S1" if history == NEVER else "S2"
@@ -125,7 +125,8 @@ class Invariants:
 
     def step_stored(self, coordinator: Coordinator, line: StepLine) -> None:
         del self.committed[line.step + 1:]
-        self.committed.append(self.world.histories.after(self.committed[line.step], line.step, coordinator.epoch, line.generation))
+        after = self.world.histories.after
+        self.committed.append(after(self.committed[line.step], line.step, coordinator.epoch, line.generation))
         if line.step >= self._farthest:  # what is done again is no progress
             self._farthest, self.progress_at = line.step + 1, self.world.now
 
@@ -150,8 +151,8 @@ class Invariants:
             base = Base(number, layout, placement, tuple(members.get(place) for place in range(size)))
             whole = all(any(owner in members for owner in owners) for owners in world.planner.owned(layout, placement).by_key)
             if whole:
-                raise Violation("S5", f"{projected - step} committed steps are cut, though {list(map(str, base.members))} have all "
-                                      f"state of generation {number}")
+                raise Violation("S5", f"{projected - step} committed steps are cut, though {list(map(str, base.members))} have "
+                                      f"all state of generation {number}")
         if world.redundancy_was_whole() and step < projected:
             raise Violation("S5", f"{projected - step} committed steps are cut, though few nodes were lost at a time")
         if world.now < world.storage.unread_until or world.reads_failed:
@@ -261,7 +262,8 @@ class Invariants:
             return
         seated = {member.node for member in coordinator.run.seated}
         for host in world.hosts.values():
-            if host.present and host.up and not host.draining and host.name not in seated and world.now - host.lost_at > SEATED_SECONDS:
+            well = host.present and host.up and not host.draining and world.now - host.lost_at > SEATED_SECONDS
+            if well and host.name not in seated:
                 raise Violation("L4", f"{host.name} has been well for {SEATED_SECONDS:g} s, and is not used")
 
     def end(self, coordinator: Coordinator, order: EndRun) -> None:

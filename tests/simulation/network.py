@@ -1,9 +1,8 @@
 """Groups of ranks that meet, and the links between nodes.
 
-What a group does is done in the same order by all of it, so the n-th meeting of one is the n-th of the others. A meeting ends for a
-member when all have come and every link to it is whole. It never ends otherwise: only an abort, or the end of a process whose
-connections tell its peers, gets a member out of it.
-"""
+What a group does is done in the same order by all of it, so the n-th meeting of one is the n-th of the others. A meeting ends
+for a member when all have come and every link to it is whole. It never ends otherwise: only an abort, or the end of a process
+whose connections tell its peers, gets a member out of it."""
 
 from __future__ import annotations
 

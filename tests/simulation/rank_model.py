@@ -1,8 +1,7 @@
 """One rank process, as far as the protocol can see it: what it holds, what it refuses, where it waits.
 
-Calls are generators: they yield seconds (compute, or what takes time otherwise) or what they meet the others for, and return their
-answer. No numbers are computed: state is a history for each key.
-"""
+Calls are generators: they yield seconds (compute, or what takes time otherwise) or what they meet the others for, and return
+their answer. No numbers are computed: state is a history for each key."""
 
 from __future__ import annotations
 
@@ -41,8 +40,8 @@ class State:
 
 
 class RankModel:
-    """thaws: until when the process is frozen. deaf: until when nothing passes between it and coordinators. hung: its compute lane
-    never goes on. operation: of the heartbeat. ills: what its next calls fail with, by request type."""
+    """thaws: until when the process is frozen. deaf: until when nothing passes between it and coordinators. hung: its compute
+    lane never goes on. operation: of the heartbeat. ills: what its next calls fail with, by request type."""
 
     counts_from_form = False
     ignores_epochs = False

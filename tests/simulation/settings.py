@@ -11,7 +11,8 @@ from orchestrator.protocol.events import Goal
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """at: the number of the event before which it comes. target: chooses whom, among those there are. later: seconds after that."""
+    """at: the number of the event before which it comes. target: chooses whom, among those there are. later: seconds after
+    that."""
 
     at: int
     kind: str
@@ -21,7 +22,8 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """seed: of delays and chances. nodes: ranks of each. steps .. place_every: of the goal. spread: of delays, 1: a healthy network.
+    """seed: of delays and chances. nodes: ranks of each. steps .. place_every: of the goal. spread: of delays, 1: a healthy
+    network.
 
     cold: no process is there when the run begins. wait: `elastic.wait_seconds`.
     """

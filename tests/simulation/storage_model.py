@@ -1,8 +1,7 @@
 """The run folder: a ledger that only one coordinator at a time can add to, and checkpoints in pieces.
 
-Writes take time and may fail for a while. A write that is under way when its author dies may or may not take place. What was ordered
-is checked against the truth elsewhere (invariants.py); this only keeps it.
-"""
+Writes take time and may fail for a while. A write that is under way when its author dies may or may not take place. What was
+ordered is checked against the truth elsewhere (invariants.py); this only keeps it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The state machine of the protocol in a world that tries to break it: some seconds of random seeds, the scenarios that went wrong once,
-a large run; and that the explorer finds what it is there for."""
+"""The state machine of the protocol in a world that tries to break it: some seconds of random seeds, the scenarios that went
+wrong once, a large run; and that the explorer finds what it is there for."""
 
 from __future__ import annotations
 

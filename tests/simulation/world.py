@@ -35,9 +35,9 @@ _COMPUTE_SECONDS = 0.2
 
 
 class World:
-    """ranks: by member, dead ones too. coordinator: the one that the driver knows; None: it is dead, and the next one not there yet.
-    calm_at: when the last fault is over. harmed: members that some fault could make anybody suspect. excused: endings that the faults
-    account for."""
+    """ranks: by member, dead ones too. coordinator: the one that the driver knows; None: it is dead, and the next one not there
+    yet. calm_at: when the last fault is over. harmed: members that some fault could make anybody suspect. excused: endings that
+    the faults account for."""
 
     def __init__(self, scenario: Scenario, run: type[Run] = Run, rank: type[RankModel] = RankModel):
         self.scenario, self.goal, self.random = scenario, scenario.goal(), random.Random(scenario.seed)
@@ -157,15 +157,16 @@ class World:
 
     def usable(self) -> int:
         """Nodes that a layout could use."""
-        return sum(host.present and host.up and not host.draining and host.name not in self.barred for host in self.hosts.values())
+        there = [host for host in self.hosts.values() if host.present and host.up and not host.draining]
+        return sum(host.name not in self.barred for host in there)
 
     def enough(self) -> bool:
         """Whether a run could go on, with a node to spare where a link is cut."""
         return self.usable() >= max(self.scenario.min_nodes, self.scenario.least) + bool(self.links.cut)
 
     def redundancy_was_whole(self) -> bool:
-        """Whether all state had to be there all the time: processes ended, and nothing else was wrong; so few nodes at a time as there
-        are copies; and some node has lost none."""
+        """Whether all state had to be there all the time: processes ended, and nothing else was wrong; so few nodes at a time
+        as there are copies; and some node has lost none."""
         if not self._only_losses or self.scenario.copies == 0:
             return False
         for at, _ in self._losses:
