@@ -59,7 +59,8 @@ class _Process:
     gone: bool = False
 
 
-_PRELOADED = ["actors.rank", "actors.call_server", "safetensors.torch"]
+_PRELOADED = ["actors.rank", "actors.call_server", "safetensors.torch", "torch._dynamo"]
+"""The last one is what torch imports at the first step of an optimizer, for as long as itself takes."""
 
 
 class ProcessRanks:
