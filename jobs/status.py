@@ -79,7 +79,7 @@ def configuration(options: Namespace) -> RunConfig:
     folder = options.folder.rstrip("/")
     if options.config:
         config = load(options.config, options.overrides)
-    elif storage.exists(storage.join(folder, "config.yaml")):
+    elif storage.exists(storage.join(folder, "config.yaml")) or committed_by(_journal(folder, audit.LEDGER)):
         config = parse(yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml"))), options.overrides)
     else:  # a run that has not got so far
         config = parse({}, options.overrides)
