@@ -9,6 +9,7 @@ from orchestrator.membership import Member
 from orchestrator.protocol.events import Fault
 
 MOST_TRIALS = 5
+_TOGETHER_SECONDS = 1.0  # losses of one node that are one
 
 
 @dataclass(slots=True)
@@ -45,33 +46,37 @@ class Trials:
         self.proven: set[Member] = set()
         self.struck: dict[int, dict[str, str]] = {}
         self.unnamed = 0
-        self._failures: dict[tuple[str, int], int] = {}
+        self.wary = False
+        self._failures: dict[str, tuple[int, float]] = {}
 
     def begin(self, members: Iterable[Member]) -> None:
         """These take part for the first time; those who were on trial before still are."""
         self.on_trial.update(members)
 
-    def passed(self, seated: Iterable[Member]) -> None:
+    def passed(self, seated: Iterable[Member], committed: int) -> None:
         """A step was committed with these."""
         self.proven.update(seated)
         for member in self.on_trial:
-            self._failures.pop((member.node, member.local), None)
+            self._failures.pop(member.node, None)
         self.on_trial.clear()
-        self.struck.clear()
-        self.unnamed = 0
+        self.struck = {step: nodes for step, nodes in self.struck.items() if step >= committed}
+        self.unnamed, self.wary = 0, False
 
     def failed(self, member: Member, now: float) -> bool:
-        """A member is lost. Whether that bars its place: it has failed as often as it may, without a step in between."""
+        """A member is lost. Whether that bars its node: it has failed as often as it may, without a step in between."""
         if member not in self.on_trial:
             return False
         self.on_trial.discard(member)
-        place = member.node, member.local
-        self._failures[place] = self._failures.get(place, 0) + 1
-        return self._failures[place] == self.most
+        self.wary = True
+        count, last = self._failures.get(member.node, (0, -_TOGETHER_SECONDS))
+        if now - last < _TOGETHER_SECONDS:
+            return False
+        self._failures[member.node] = count + 1, now
+        return count + 1 == self.most
 
     def bars(self, member: Member) -> bool:
-        return self._failures.get((member.node, member.local), 0) >= self.most
+        return self._failures.get(member.node, (0, 0.0))[0] >= self.most
 
     def forgive(self, node: str) -> None:
         """It has left, and joined again."""
-        self._failures = {place: count for place, count in self._failures.items() if place[0] != node}
+        self._failures.pop(node, None)

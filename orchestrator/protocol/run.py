@@ -409,6 +409,11 @@ class Run:
     def wait_for_nodes(self, formed: bool) -> None:
         self.enter(WaitingForNodes(formed))
 
+    @property
+    def has_enough(self) -> bool:
+        """Whether those who serve are on as many nodes as the run wants at least."""
+        return len({member.node for member in self.seated}) >= self.membership.rules.min_nodes
+
     def newcomers(self) -> set[Member]:
         """Those on trial."""
         return self.trials.on_trial

@@ -68,7 +68,7 @@ def _meet_changes(run: Run) -> bool:
             run.enter(Finishing(run.base.members))
         return change
     decision = run.decision
-    if not decision.leaving and not decision.joining:
+    if not decision.leaving and (not decision.joining or run.trials.wary and run.has_enough):
         return False
     if not decision.nodes:
         if decision.leaving:
@@ -198,7 +198,7 @@ class Committing(Recording):
         goal = run.goal
         run.committed, run.pending = self._step + 1, self._step
         run.committed_at, run.interruption = run.now, None
-        run.trials.passed(run.seated)
+        run.trials.passed(run.seated, run.committed)
         run.batches.discard(self._step)
         run.saver.committed()
         for name, every in ((PLACE, goal.place_every), (VALIDATE, goal.validate_every), (SAVE, goal.save_every)):

@@ -30,18 +30,17 @@ _OWN = (FailKind.OWN, FailKind.NO_MEMORY)
 
 def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], struck: Mapping[str, str],
              nodes: Collection[str]) -> Suspect | Hopeless | None:
-    """Whoever raised an error of its own: a newcomer before others; else a node's once for each step, for an error that comes again on
-    the same step and another node (or on the only one) is the step's, not the member's.
+    """Whoever raised an error of its own: a newcomer, where only newcomers did; else a node's once for each step, for an error that
+    comes again on the same step and another node (or on the only one) is the step's, not the member's.
 
     struck: who (and what) has gone for that in this step already, by node. nodes: that can be used.
     """
     own = {member: fault.text for member, fault in faults.items() if fault.kind in _OWN}
     if not own:
         return None
-    on_trial = sorted(member for member in own if member in newcomers)
-    if on_trial:
-        return Suspect(on_trial[-1], f"on trial: {own[on_trial[-1]]}")
-    first = min(own)
+    if own.keys() <= set(newcomers):
+        return Suspect(max(own), f"on trial: {own[max(own)]}")
+    first = min(own.keys() - set(newcomers))
     where = {member.node for member in own} | struck.keys()
     if len(where) > 1 or struck and where.issuperset(nodes):
         texts = list(struck.values()) + [f"{member}: {text}" for member, text in sorted(own.items())]
