@@ -158,6 +158,6 @@ def test_a_rank_dies_while_experts_move(stage):
     assert undisturbed.told("placement") and undisturbed.error is None
     run = stage.run("EP4", *QUICK, *MOVING, "elastic.cool_down_seconds=60", before={0: begin, 1: arm}, run=Run())
     assert run.error is None, run.events
-    assert [len(event["members"]) for event in run.told("lost")] == [1] and len(ranks_of(run)) == 2
+    assert [len(event["members"]) for event in run.told("lost")] == [1] and len(ranks_of(run)) > 1
     torch.testing.assert_close(torch.tensor(run.losses, dtype=torch.float64), torch.tensor(undisturbed.losses, dtype=torch.float64),
                                rtol=1e-9, atol=1e-12)
