@@ -80,6 +80,10 @@ class Recalling(Phase):
     def involved(self, run: Run) -> Iterable[Member]:
         return [*self.calls.values(), *self.answers]
 
+    def said_hello(self, run: Run, member: Member) -> None:
+        if run.trusts(member) and member not in self.answers and member not in self.calls.values():
+            self.calls[run.call(member, Recall(run.bounds.recall))] = member
+
     def answered(self, run: Run, event: Answered) -> None:
         if event.value.busy is None:
             return super().answered(run, event)
@@ -268,9 +272,9 @@ def _go_on(run: Run, recalled: Mapping[Member, Recalled]) -> None:
                 return cut(run, applied, "older state in memory", again)
             return run.enter(Finishing(having))
         case Load(seen, lost):
-            return _load(run, seen, lost)
+            return _load(run, recalled, seen, lost)
         case Begin(lost):
-            return _load(run, None, lost)
+            return _load(run, recalled, None, lost)
         case Nothing(text):
             return run.end(Ending.NO_STATE, text)
 
@@ -288,7 +292,9 @@ class AwaitingCheckpoint(Phase):
             again(run)
 
 
-def _load(run: Run, seen: Seen | None, lost: str) -> None:
+def _load(run: Run, recalled: Mapping[Member, Recalled], seen: Seen | None, lost: str) -> None:
+    if not recalled.keys() >= set(run.membership.ready_members()):
+        return again(run)  # somebody has come since: it may hold what is missing
     if run.saver.busy:
         return run.enter(AwaitingCheckpoint())
     if run.decision.wait or not run.decision.nodes:
