@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -83,33 +82,12 @@ class RunFolder:
         self._ledger.append(line)
         self._newest = ledger.line_hash(line)
 
-    def commit(self, line: str) -> None:
-        """Durable when this returns: the step is committed."""
-        self._ledger.append(line)
-
     def metrics(self, values: dict[str, Any]) -> None:
         self._metrics.append(json.dumps(values))
 
-    def event(self, kind: str, **details: Any) -> dict[str, Any]:
-        """One line of `events.jsonl`; `time` is seconds since the epoch."""
-        event = {"time": round(time.time(), 3), "event": kind, **details}
-        self._events.append(json.dumps(event))
-        return event
-
     def told(self, event: Mapping[str, Any]) -> None:
-        """One line of `events.jsonl` that has been put together."""
+        """One line of `events.jsonl`; its `time` is seconds since the epoch."""
         self._events.append(json.dumps(event))
-
-    def trim(self, step: int) -> int:
-        """Keep the journal lines of steps before `step`. Returns how many committed steps were dropped."""
-        dropped = 0
-        for journal in (self._ledger, self._metrics):
-            lines = journal.lines()
-            kept = [line for line in lines if (found := _step(line)) is not None and found < step]
-            dropped = max(dropped, len(lines) - len(kept))
-            if len(kept) != len(lines):
-                journal.rewrite(kept)
-        return dropped
 
     def ledger_lines(self) -> list[dict[str, Any]]:
         """Of the committed steps; a line that a crash cut off is none. Raises StorageError."""

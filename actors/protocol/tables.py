@@ -31,7 +31,7 @@ class _Table(Generic[T]):
 
 
 class Tables:
-    """Of one run; for one thread. A layout goes with the configuration that it was made from, for stages and schedule are that's."""
+    """Of one run; for one thread. A layout goes with the configuration that it was made from: stages and schedule are in that."""
 
     def __init__(self) -> None:
         self._layouts: _Table[tuple[Layout, RunConfig]] = _Table()

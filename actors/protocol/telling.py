@@ -40,8 +40,8 @@ _OWN = "step_lost"
 
 
 class Telling:
-    """config: the run's. notes(): of the layout that was planned last. scores(): of the newest validation, and its seconds. post: what
-    is handed to it is called on this thread, from any other."""
+    """config: the run's. notes(): of the layout that was planned last. scores(): of the newest validation, and its seconds. post:
+    what is handed to it is called on this thread, from any other."""
 
     def __init__(self, config: RunConfig, tables: Tables, folder: RunFolder, clerk: Clerk, watch: Watch, *,
                  post: Callable[[Callable[[], None]], None], notes: Callable[[], tuple[str, ...]], scores: Callable[[], Mapping[str, float]],
@@ -90,7 +90,8 @@ class Telling:
     def entered(self, phase: str) -> None:
         """The state machine is in this phase now: what time goes to from here on."""
         if phase != self._phase:
-            if _SPENT_ON.get(phase) in (goodput.STEP, goodput.DATA) and _SPENT_ON.get(self._phase) not in (goodput.STEP, goodput.DATA):
+            of_a_step = goodput.STEP, goodput.DATA
+            if _SPENT_ON.get(phase) in of_a_step and _SPENT_ON.get(self._phase) not in of_a_step:
                 self._step_since = time.perf_counter()
             self._phase = phase
             self._spending.to(_SPENT_ON.get(phase, goodput.RECOVERY))

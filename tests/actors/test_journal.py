@@ -169,26 +169,24 @@ def test_a_reader_that_closes_writes_nothing(memory):
 # --- the run folder --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_goes_back_stands_in_its_journals_once(tmp_path):
+def test_a_run_that_goes_back_stands_in_its_metrics_once(tmp_path):
     folder = RunFolder(str(tmp_path), "run")
     for step in range(5):
-        folder.commit(json.dumps({"step": step}))
         folder.metrics({"step": step, "loss": 1.0})
     folder.close()
-    with open(tmp_path / "run" / "ledger.jsonl", "a") as stream:
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 5}\n{"ste')
     again = RunFolder(str(tmp_path), "run")
-    assert again.trim(3) == 3
-    again.commit('{"step": 3}')
-    assert (tmp_path / "run" / "ledger.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n'
-    assert [line["step"] for line in again.metric_lines()] == [0, 1, 2]
-    assert again.trim(4) == 0
+    assert [line["step"] for line in again.trim_metrics(3)] == [3, 4, 5]
+    again.metrics({"step": 3})
+    assert [line["step"] for line in again.metric_lines()] == [0, 1, 2, 3]
+    assert again.trim_metrics(4) == []
 
 
 def test_events_and_files(tmp_path):
     folder = RunFolder(str(tmp_path), "run")
-    event = folder.event("checkpoint", step=4)
-    assert event["event"] == "checkpoint" and event["step"] == 4 and event["time"] > 1e9
+    event = {"time": 1.5, "event": "checkpoint", "step": 4}
+    folder.told(event)
     assert folder.event_lines() == [event] and folder.checkpoints == f"{tmp_path}/run/checkpoints"
     assert (tmp_path / "run" / "config.yaml").samefile(folder.write("config.yaml", "a: 1\n"))
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
