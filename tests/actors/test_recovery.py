@@ -179,11 +179,11 @@ def test_a_draining_node_hands_over_what_nobody_else_has(stage, name, number, ra
     leaving = node(number, ranks)
     run = stage.with_faults(name, [], *more, before={3: says(stage, "draining", leaving, seconds=30)})
     left = {str(place.node) for place in run.trainer.layout.places}
+    with pytest.raises(KeyError):
+        stage.company.pid_of(Member(leaving.name, 0))
     stage.check(run, name, *more, redone=0)
     assert leaving.name not in left and not run.told("lost")
     assert [event["nodes"] for event in run.told("draining")] == [[leaving.name]]
-    with pytest.raises(KeyError):
-        stage.company.pid_of(Member(leaving.name, 0))
 
 
 def test_a_node_drains_leaves_and_comes_back(stage):
