@@ -36,7 +36,7 @@ class Finishing(Phase):
                 if (standing.generation, standing.applied) == (run.base.generation, run.committed)}
         if (missing := run.planner.covered(run.base, good)) is not None:
             return run.trouble(None, missing)
-        plan = run.plan(run.decision.nodes, run.base)
+        plan = run.plan_now(run.base)
         if plan is None:
             return run.wait_for_nodes(formed=False)
         publish = not all(standing.published for standing in self.answers.values())
@@ -96,7 +96,7 @@ class Forming(Phase):
         self._seen = seen
 
     def enter(self, run: Run) -> None:
-        plan = self._plan = run.plan(run.decision.nodes, None)
+        plan = self._plan = run.plan_now(None)
         if plan is None:
             return run.wait_for_nodes(formed=False)
         run.generation += 1

@@ -43,6 +43,7 @@ class Trials:
 
     def __init__(self) -> None:
         self.on_trial: set[Member] = set()
+        self.suspected: set[str] = set()
         self.proven: set[Member] = set()
         self.struck: dict[int, dict[str, str]] = {}
         self.unnamed = 0
@@ -61,6 +62,7 @@ class Trials:
         self.on_trial.clear()
         self.struck = {step: nodes for step, nodes in self.struck.items() if step >= committed}
         self.unnamed, self.wary = 0, False
+        self.suspected.clear()
 
     def failed(self, member: Member, now: float) -> bool:
         """A member is lost. Whether that bars its node: it has failed as often as it may, without a step in between."""

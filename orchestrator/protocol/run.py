@@ -175,6 +175,7 @@ class Run:
         if member.incarnation < self.membership.trusted_from(member.node, member.local):
             return
         if cool:
+            self.trials.suspected.add(member.node)
             self.membership = self.membership.suspected(member, self.now, reason)
         else:
             self.membership = self.membership.ended(member, self.now, reason)
@@ -225,6 +226,10 @@ class Run:
             change = [change for change in self.goal.replay if change.step <= self.committed][-1]
             return self.planner.recorded(change.layout, change.placement, ready)
         return self.planner.plan(nodes, base, ready) if nodes else None
+
+    def plan_now(self, base: Base | None) -> Plan | None:
+        """The layout for those who can be used; if there is none without those that were suspected, with them."""
+        return self.plan(self.usable, base) or self.plan(self.decision.nodes, base)
 
     @property
     def step_median(self) -> float | None:
@@ -408,6 +413,14 @@ class Run:
 
     def wait_for_nodes(self, formed: bool) -> None:
         self.enter(WaitingForNodes(formed))
+
+    @property
+    def usable(self) -> tuple[Node, ...]:
+        """Nodes for the next generation: without those of which one was suspected since the last committed step, if that leaves as
+        many as are wanted at least."""
+        nodes = self.decision.nodes
+        left = tuple(node for node in nodes if node.name not in self.trials.suspected)
+        return left if len(left) >= max(1, self.membership.rules.min_nodes) else nodes
 
     @property
     def has_enough(self) -> bool:

@@ -34,6 +34,10 @@ class Saver:
     def busy(self) -> bool:
         return self._seen is not None
 
+    def clearing(self, step: int) -> bool:
+        """Whether what there was of a checkpoint of that step is being deleted: another one may not begin there yet."""
+        return any(seen.step == step for seen in self._discards.values())
+
     def waits_for(self, call: CallId) -> bool:
         return call in self._calls
 
@@ -69,13 +73,15 @@ class Saver:
             run.tell("checkpoint", step=seen.step, path=seen.directory, seconds=round(run.now - self._since, 3))
             self._prune(run)
             run.phase.changed(run)
-        self._discards.pop(order, None)
+        elif self._discards.pop(order, None) is not None:
+            run.phase.changed(run)
 
     def not_stored(self, run: Run, order: int, text: str) -> None:
         if order == self._order:
             self._fail(run, text, lost=False)
         elif (seen := self._discards.pop(order, None)) is not None:
             run.tell("checkpoint_not_deleted", step=seen.step, reason=text)
+            run.phase.changed(run)
 
     def abandon(self, run: Run) -> None:
         """What is being written is of no use: the state is an earlier one now."""
@@ -146,5 +152,5 @@ class AwaitingSave(Phase):
     name = "awaiting save"
 
     def changed(self, run: Run) -> None:
-        if not run.saver.busy:
+        if not run.saver.busy and not run.saver.clearing(run.committed):
             run.go_on()

@@ -31,7 +31,7 @@ def next_step(run: Run) -> None:
         return run.enter(Applying() if run.pending is not None else Rearranging(run.placement))
     if VALIDATE in run.due:
         return run.enter(Applying() if run.pending is not None else Evaluating())
-    if SAVE in run.due and not run.saver.busy:
+    if SAVE in run.due and not run.saver.busy and not run.saver.clearing(run.committed):
         return run.enter(Applying() if run.pending is not None else Snapshotting())
     if _meet_changes(run):
         return None
@@ -45,7 +45,7 @@ def _toward_the_end(run: Run) -> None:
     if natural and goal.validate and run.validated != run.committed:
         return run.enter(Applying() if run.pending is not None else Evaluating())
     if goal.evaluate is None:
-        if run.saver.busy:
+        if run.saver.busy or run.saver.clearing(run.committed):
             return run.enter(AwaitingSave())
         if run.newest_readable != run.committed:
             if run.saver.hopeless(run):
@@ -75,18 +75,21 @@ def _meet_changes(run: Run) -> bool:
             run.tell_once("draining", "nowhere", decision.leaving, members=[str(member) for member in decision.leaving],
                           nodes=sorted({member.node for member in decision.leaving}), reason="there is no other node yet")
         return False
-    plan = run.plan(decision.nodes, run.base)
+    nodes = run.usable
+    if not decision.leaving and nodes == run.planned:
+        return False
+    plan = run.plan(nodes, run.base)
     if plan is None:
         return False
     if not decision.leaving and run.planner.same_layout(run.base, plan):
-        run.planned = decision.nodes
+        run.planned = nodes
         return False
     if decision.leaving:
         run.tell("draining", members=[str(member) for member in decision.leaving],
                  nodes=sorted({member.node for member in decision.leaving}))
     else:
         known = {member.node for member in run.seated}
-        run.tell("joining", nodes=sorted({node.name for node in decision.nodes} - known))
+        run.tell("joining", nodes=sorted({node.name for node in nodes} - known))
     run.change_since = run.now
     run.enter(Finishing([member for member in run.base.members if member is not None and run.trusts(member)]))
     return True
