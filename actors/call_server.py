@@ -85,7 +85,7 @@ class CallServer:
 
     def _compute(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
         with self._changed:
-            self._busy = call
+            self._busy, self._fault = call, None  # what failed before was told before
         fault = None
         try:
             self._authority.serve(call.epoch, generation)

@@ -340,14 +340,15 @@ class Rank:
         return carried, plan.fresh
 
     def _former_state(self, assignment: Assignment) -> State | None:
-        """What this rank brings into a generation. Raises OutOfStep: not what it is expected to."""
+        """What this rank brings into a generation; None: nothing, whatever it may have. Raises OutOfStep: not what it is expected
+        to."""
         former = assignment.former
         state = self._held.base(former.generation if former else None)
         brings = former is not None and former.came_from[assignment.rank] is not None
         if brings and (state is None or state.applied != former.applied):
             raise OutOfStep(f"a state after {former.applied} updates in generation {former.generation} is not here, "
                             f"but {state and state.applied}")
-        return state
+        return state if brings else None
 
     def _loading(self) -> State:
         """The state, which counts as none until it is whole."""
@@ -362,14 +363,15 @@ class Rank:
         return self._held.current
 
     def _regroup(self, former: tuple[ownership.Bucket, ...], buckets: tuple[ownership.Bucket, ...]) -> None:
-        """Make the groups of buckets that are missing, and drop those that are not needed any more. All ranks see the same
-        ones missing, in the same order. Raises Aborted."""
+        """Once all are here, make the groups of buckets that are missing, and drop those that are not needed any more. All ranks
+        see the same ones missing, in the same order. Raises Aborted."""
         assignment, generation = self._assignment, self._generation
+        store = dist.PrefixStore(f"{assignment.prefix}/{generation.number}", self._meeting_place.at(assignment.store))
+        generation.meet(store, self._layout.size)
         had, needed = (dict.fromkeys(Optimizer.groups(of)) for of in (former, buckets))
         for ranks in had:
             if ranks not in needed and ranks not in self._lasting and assignment.rank in ranks:
                 generation.group(ranks).close()
-        store = dist.PrefixStore(f"{assignment.prefix}/{generation.number}", self._meeting_place.at(assignment.store))
         generation.create(store, [ranks for ranks in needed if ranks not in had and ranks not in self._lasting])
 
     def _set_up(self, placement: Placement) -> None:

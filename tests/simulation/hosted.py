@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import faults
 import torch
 from runtime import Host
-import faults
 
 from actors.call_server import CallServer
 from actors.meeting import MeetingPlace

@@ -94,6 +94,13 @@ class RankModel:
         if self.group is not None and self.group.number <= generation:
             self._break_off()
 
+    def finds_broken(self, group: Group, kind: str) -> bool:
+        """Whether it cannot meet its group for this. Who is alone has nobody to let go of; who has not met anybody yet does not know
+        who has ended."""
+        if kind == "met":
+            return self.broken or group.number <= self.watermark
+        return len(group.members) > 1 and (self.broken or group.number <= self.watermark or group.broken)
+
     def _break_off(self) -> None:
         """Whatever it communicates ends, and its groups are of no use any more."""
         self.broken = True
@@ -103,8 +110,8 @@ class RankModel:
             self.world.resume(self, Refused(FailKind.ABORTED, "told to let go"))
 
     def peer_ended(self) -> None:
-        """Of a member of the group, whose connections have told so."""
-        if self.waits is not None:
+        """Of a member of the group, whose connections have told so: there are none yet where the group is about to be made."""
+        if self.waits is not None and self.waits.kind != "met":
             self.waits.waiting.remove(self)
             self.waits = None
             self.world.resume(self, Refused(FailKind.ABORTED, "a peer has gone"))
@@ -141,14 +148,18 @@ class RankModel:
     def begin(self, call: Call) -> Work:
         request = call.request
         kind = type(request)
-        if kind not in _ANYWHERE and (self.newest is None or self.newest != call.generation and kind is not orders.Rearrange):
+        if kind not in _ANYWHERE and not self._is_in(call.generation) and (kind is not orders.Rearrange or self.newest is None):
             raise Refused(FailKind.ABORTED, f"it is in generation {self.newest}")
         return _WORK[kind](self, call, request)
+
+    def _is_in(self, generation: int) -> bool:
+        """Whether it takes part there, with state."""
+        return self.newest == generation and self.group is not None and self.group.number == generation
 
     def back_to(self, generation: int | None) -> None:
         self.held = {known: state for known, state in self.held.items() if known == generation}
         if self.newest != generation:
-            self.published = False
+            self.reduced, self.published = None, False
         self.newest = generation if self.held else None
 
     def settle(self) -> None:
@@ -183,9 +194,11 @@ class RankModel:
         brings = former is not None and former.came_from[rank] is not None
         if brings:
             world.invariants.brings(self, former, rank)
+            if base not in self.held or self.held[base].applied != former.applied:
+                raise Refused(FailKind.ABORTED, f"state of {former.applied} steps of generation {base} is not here")
         yield "met"
         self.ill(request)
-        payload = self.held[base].content if brings and base in self.held else None
+        payload = self.held[base].content if brings else None
         meeting = yield "moved", payload
         if rank >= len(plan.members):
             return Formed()
@@ -196,7 +209,7 @@ class RankModel:
         applied = former.applied if former else 0 if self.counts_from_form else None
         self.held[call.generation] = State(plan.layout, plan.placement, rank, content, applied)
         self.newest = call.generation
-        self.published = False
+        self.reduced, self.published = None, False
         if former is not None:
             if plan.leaving:
                 self.group, self.met = world.group(call.call.epoch, call.generation, plan.members), 0
@@ -206,7 +219,7 @@ class RankModel:
 
     def _load(self, content: dict[int, int], applied: int) -> Work:
         state = self.state
-        state.content, self.published = content, False
+        state.content, state.applied, self.reduced, self.published = content, None, None, False
         yield "published"
         self.published = True
         state.applied = applied
@@ -233,6 +246,8 @@ class RankModel:
             self.update(request.apply)
             yield "published"
             self.published = True
+        if self.state.applied != request.step:
+            raise Refused(FailKind.ABORTED, f"step {request.step} on a state of {self.state.applied} steps")
         self.reduced = self.reduced_in = None
         if not self.published:
             self.world.invariants.broken(f"step {request.step} is computed with weights that are not those of the state")
@@ -273,6 +288,7 @@ class RankModel:
         state, world = self.state, self.world
         self.group = world.group(call.call.epoch, call.generation, self.group.members)
         self.met = 0
+        yield "met"
         meeting = yield "moved", state.content
         if meeting.result is None:
             meeting.result = world.invariants.moved(meeting.payloads, None)
@@ -280,13 +296,12 @@ class RankModel:
         content = {key: meeting.result[key] for key in keys}
         self.held[call.generation] = State(state.layout, request.placement, state.rank, content, state.applied)
         self.newest = call.generation
-        was_published, self.published = self.published, False
+        was_published, self.reduced, self.published = self.published, None, False
         yield "published"
         self.published = was_published
         return Formed()
 
     def evaluate(self, call: Call, request: orders.Evaluate) -> Work:
-        self.settle()
         if not self.published:
             self.world.invariants.broken("evaluated with weights that are not those of the state")
         yield self.world.compute() * self.slowness

@@ -321,7 +321,7 @@ class World:
                 return
             kind, payload = wanted if type(wanted) is tuple else (wanted, None)
             group = rank.group
-            if rank.broken or group.number <= rank.watermark or group.broken:
+            if rank.finds_broken(group, kind):
                 self.go(rank, Refused(FailKind.ABORTED, "told to let go, or a peer has gone"))
                 return
             meet(group, rank, kind, payload, self.links, self._goes_on, self.invariants.broken)
