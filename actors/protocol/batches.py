@@ -80,13 +80,17 @@ class Reader:
             except Exception as error:  # of whatever the data is read with: it is told, and tried again
                 logger.exception("the batch of step %d cannot be read", step)
                 source = _closed(source)
-                self._post(BatchFailed(step, _one_line(error)))
+                self._post(BatchFailed(step, _one_line(error), isinstance(error, _LASTING)))
                 continue
             due = step + 1
             with self._lock:
                 self._read[step] = batch
             self._post(BatchReady(step))
         _closed(source)
+
+
+_LASTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
+"""What no second try mends; storage that is away is an OSError, or an error of whoever reads from it."""
 
 
 def _closed(source: Batches | None) -> None:

@@ -325,8 +325,11 @@ class BatchReady:
 
 @dataclass(frozen=True, slots=True)
 class BatchFailed:
+    """lasting: it is of no use to try again."""
+
     step: int
     text: str
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -333,6 +333,8 @@ class Run:
     def _batch_failed(self, event: happened.BatchFailed) -> None:
         if event.step == self._asked_batch:
             self.batch_again()
+            if event.lasting:
+                self.wind_up(Ending.OWN_FAULT, f"the data of step {event.step} cannot be read: {event.text}")
             self.phase.batch_failed(self, event.text)
 
     def _stop_asked(self, event: happened.StopAsked) -> None:

@@ -134,6 +134,8 @@ class FetchingBatch(Phase):
             run.go_on()
 
     def batch_failed(self, run: Run, text: str) -> None:
+        if run.ending is not None:
+            return run.go_on()
         if self._failing_since is None:
             self._failing_since = run.now
         if run.now - self._failing_since > run.bounds.storage:

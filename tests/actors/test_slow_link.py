@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from runtime import VOCABULARY, Batches
+from runtime import TIMEOUT_SECONDS, VOCABULARY, Batches
 
 from actors.metrics import RunMetrics
 from actors.processes import ProcessRanks
@@ -55,10 +55,16 @@ def told(tmp_path_factory):
         slow = network.interface(SLOW)
         before = {SLOW_FROM: lambda: network.set_rate(slow, MEGABITS * SLOW_SHARE),
                   SLOW_UNTIL: lambda: network.set_rate(slow, MEGABITS)}
-        sources = Sources(lambda step: Batches(config, step, before), lambda: None)
+        failed = []
+
+        def reached(step: int) -> None:
+            trainer.wait_until(lambda run: run.phase.name == "fetching batch" and run.committed == step, TIMEOUT_SECONDS)
+        sources = Sources(lambda step: Batches(config, step, before, reached, failed.append), lambda: None)
         own = [(interface.namespace, interface.address) for interface in network.interfaces]
         with ProcessRanks(config, NODES, rank_inside, own, start_method="forkserver") as ranks:
-            Trainer(config, layout, ranks, RunFolder(str(folder), "run"), sources, host=network.host, watch=watch).run()
+            trainer = Trainer(config, layout, ranks, RunFolder(str(folder), "run"), sources, host=network.host, watch=watch)
+            trainer.run()
+    assert not failed
     events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
     # the cores are shared, also with others, so a rank may well compute slowly: that is another test's
     return [event for event in events if event["event"] in ("slow", "slow_over") and event["lane"] != Lane.COMPUTE], shown
