@@ -116,6 +116,7 @@ class Rank:
                                 config.training.step_timeout_seconds, assignment.form_seconds, self._progress)
         self.authority.enter(generation)
         state = self._former_state(assignment)
+        published = state is None or self._held.published
         self._assignment, self._layout = assignment, layout
         buckets = self._buckets_of(assignment.placement)
         store = dist.PrefixStore(assignment.prefix, self._meeting_place.at(assignment.store))
@@ -153,7 +154,7 @@ class Rank:
         self._set_up(assignment.placement)
         self._programs: dict[tuple[bool, int], Program] = {}
         if former is not None:
-            self._publish(None if former.publish else fresh)
+            self._publish(None if former.publish else fresh, whole=former.publish or published)
         return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
 
     def rearrange(self, wanted: Rearrangement) -> Rearranged:
@@ -163,7 +164,7 @@ class Rank:
         Raises Aborted: the generation is of no use any more, or was given up; the state of the generation before is as it was.
         """
         started, assignment, config, state = time.perf_counter(), self._assignment, self._config, self._settled()
-        rank, buckets = assignment.rank, self._buckets_of(wanted.placement)
+        rank, buckets, published = assignment.rank, self._buckets_of(wanted.placement), self._held.published
         plan = transfer.plan(state.buckets, buckets, range(self._layout.size), [place.node for place in self._layout.places])
         self.authority.renumber(wanted.generation)
         self._regroup(state.buckets, buckets)
@@ -173,7 +174,7 @@ class Rank:
         self._held.add(wanted.generation, State(replace(self._assignment, former=None), buckets, shards, state.biases, state.applied))
         self._chunks = self._executor = None  # they hold buffers that are let go of
         self.optimizer = Optimizer(rank, buckets, config.optimizer, self._dtype, self._device, shards, self.optimizer)
-        self._publish(plan.fresh)
+        self._publish(plan.fresh, whole=published)
         self._set_up(wanted.placement)
         return Rearranged(carried.sent, carried.received, time.perf_counter() - started)
 
@@ -285,11 +286,11 @@ class Rank:
             state.biases[layer] += speed * torch.sign(load.double().mean() - load).to(state.biases[layer])
         held.has_applied(apply.step + 1)
 
-    def _publish(self, only: frozenset[int] | None = None) -> None:
-        """Working weights from the state: of these buckets, or all. Raises Aborted."""
+    def _publish(self, only: frozenset[int] | None = None, whole: bool = True) -> None:
+        """Working weights from the state: of these buckets, or all. whole: then all are. Raises Aborted."""
         self._held.has_published(False)
         self.optimizer.publish(self._generation, only)
-        self._held.has_published(True)
+        self._held.has_published(whole)
 
     def evaluate(self, request: StepRequest) -> LossSums:
         """Loss sums over a batch, forward only; changes nothing."""

@@ -60,6 +60,7 @@ class Play:
         self._real = RealRanks(processes, config, self._tables, f"sequence {next(_RUNS)}")
         self._epoch = self._numbers = self._generation = 0
         self._plans: dict[int, Plan] = {}
+        self._partly: set[Member] = set()  # they may have come back from a newer generation that the model's never had
         self._bits: dict[tuple[Key, int], tuple[float, ...]] = {}
         self.done: list[str] = []
 
@@ -74,7 +75,8 @@ class Play:
                 getattr(self, move.kind)(move)
                 self._compare_all()
         except BaseException:
-            self._processes.spoil()
+            if self._real.waits:
+                self._processes.spoil()
             raise
         finally:
             self._real.close()
@@ -385,9 +387,8 @@ class Play:
                 kinds = [_told(answer.value) for answer in (model, real)]
             if not (partly and (_further(*kinds) or kinds == [FailKind.ABORTED, Formed])):
                 self._equal(f"{call.member} answers {type(call.request).__name__}", *kinds, f"{model}\n{real}")
-            if partly and _further(*kinds):
-                rank = self._rank(call.member)
-                rank.reduced, rank.published = None, False
+            if partly:
+                self._partly.add(call.member)
             self.done.append(f"    {call.member} {_short(call.request)} in {call.generation}: {kinds[0]}")
 
     def _compare_recalled(self, members: Sequence[Member], seconds: float) -> None:
@@ -398,6 +399,9 @@ class Play:
         self._real.wait_for(calls)
         for call in calls:
             model, real = (side.answers[call.call].value for side in (self._model, self._real))
+            if call.member in self._partly and replace(model, reduced=None, published=False) == real:
+                rank = self._rank(call.member)
+                rank.reduced, rank.published, model = None, False, real
             self._equal(f"{call.member} recalls", _told(model), _told(real), f"{model}\n{real}")
 
     def _compare_all(self) -> None:
@@ -405,6 +409,7 @@ class Play:
         if not living:
             return
         self._compare_recalled(living, SECONDS)
+        self._partly.clear()
         for member, (owned, working) in zip(living, self._real.contents(living)):
             rank = self._rank(member)
             for generation, state in rank.held.items():

@@ -73,6 +73,11 @@ class RealRanks:
         except KeyError:
             pass  # of another coordinator
 
+    @property
+    def waits(self) -> bool:
+        """Whether some call is not answered yet."""
+        return bool(self._open)
+
     def receive(self, seconds: float) -> None:
         """What has come, waiting so long for the first."""
         try:
