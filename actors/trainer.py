@@ -52,7 +52,8 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class _Storage:
-    """What a run finds of itself when it begins. committed: steps, by the ledger or by a checkpoint that came without one."""
+    """What a run finds of itself when it begins. committed: steps, by the ledger; by a checkpoint only where that came without one,
+    for there may be checkpoints of steps that are void."""
 
     ledger: Ledger
     checkpoints: tuple[Seen, ...]
@@ -60,7 +61,9 @@ class _Storage:
 
     @property
     def committed(self) -> int:
-        return max([self.ledger.committed, *(seen.step for seen in self.checkpoints if seen.readable)])
+        if self.ledger.steps:
+            return self.ledger.committed
+        return max((seen.step for seen in self.checkpoints if seen.readable), default=0)
 
 
 class Trainer:

@@ -1,5 +1,5 @@
-"""A run in a process of its own, which may be frozen. Prints two lines of JSON: before step 3, whose processes there are, and waits for a
-line to come; and what has become of the run."""
+"""A run in a process of its own, which may be frozen. Prints two lines of JSON: before step 3, whose processes there are, and
+waits for a line to come; and what has become of the run."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from faults import RELATIVE, SMALLEST, Company, Stage, exactly
 from runtime import TIMEOUT_SECONDS, Host, Run
 
 from actors.processes import ProcessRanks
+from actors.protocol.shell import RealShell
 from jobs.benches.networks import Network, enter
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
@@ -172,6 +173,23 @@ def once(hooks: Mapping[int, Callable[[], Any]]) -> dict[int, Callable[[], Any]]
     """A step may come again, what is done before it may not."""
     left = dict(hooks)
     return {step: lambda step=step: left.pop(step, lambda: None)() for step in hooks}
+
+
+class Died(Exception):
+    """The coordinator's process has ended."""
+
+
+def dies(monkeypatch: Any, when: Callable[[Any], bool], carried_out: bool) -> None:
+    """The coordinator, at every such command: before or after it is carried out."""
+    carry_out = RealShell.carry_out
+
+    def strike(self: RealShell, command: Any) -> None:
+        if when(command) and not carried_out:
+            raise Died
+        carry_out(self, command)
+        if when(command):
+            raise Died
+    monkeypatch.setattr(RealShell, "carry_out", strike)
 
 
 # --- links -----------------------------------------------------------------------------------------------------------

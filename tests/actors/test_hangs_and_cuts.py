@@ -1,5 +1,5 @@
-"""What no end of a process and no silence tells: a rank whose computing hangs, a link between two ranks that carries nothing. It is
-found out within seconds, who is to go goes, and the others go on.
+"""What no end of a process and no silence tells: a rank whose computing hangs, a link between two ranks that carries nothing. It
+is found out within seconds, who is to go goes, and the others go on.
 
 Needs root, like the network namespaces that it makes.
 """

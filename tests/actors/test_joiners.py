@@ -55,8 +55,9 @@ def test_it_has_no_memory(stage, monkeypatch):
         stage.company.strike(3, KILL)
 
     def tried() -> None:
-        run.trainer.wait_until(lambda machine: machine.trials.bars(place) or sum(node.ranks for node in machine.decision.nodes) == 4,
-                               TIMEOUT_SECONDS)
+        def all_there_or_barred(machine) -> bool:
+            return machine.trials.bars(place) or sum(node.ranks for node in machine.decision.nodes) == 4
+        run.trainer.wait_until(all_there_or_barred, TIMEOUT_SECONDS)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage.company, "_host", sabotage.without_memory)
@@ -83,7 +84,8 @@ def test_whoever_comes_and_goes_leaves_nothing_behind(stage):
 
     before = {step: action for turn in range(rounds) for step, action in (
         (2 * turn + 2, strike), (2 * turn + 3, lambda: whole(run, 4)))}
-    run = stage.run("EP4", *QUICK, f"training.steps={2 * rounds + 4}", "elastic.cool_down_seconds=0.02", before=once(before), run=run)
+    more = (f"training.steps={2 * rounds + 4}", "elastic.cool_down_seconds=0.02")
+    run = stage.run("EP4", *QUICK, *more, before=once(before), run=run)
     assert run.error is None and len(lost(run)) == rounds == len(seen)
     print(seen)
     for early, late in zip(seen[2], seen[-1]):

@@ -1,5 +1,5 @@
-"""Something goes wrong while the ranks are dealing with something else: experts that move, another's loss, a host that stalls. Whoever
-is not to blame goes on, with the process and the state that it has."""
+"""Something goes wrong while the ranks are dealing with something else: experts that move, another's loss, a host that stalls.
+Whoever is not to blame goes on, with the process and the state that it has."""
 
 from __future__ import annotations
 

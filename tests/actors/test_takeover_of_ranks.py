@@ -1,5 +1,5 @@
-"""What the ranks do meanwhile does not matter to a coordinator that takes them over, or that was away itself: they are asked what
-they hold, and go on with it in the processes that they have."""
+"""What the ranks do meanwhile does not matter to a coordinator that takes them over, or that was away itself: they are asked
+what they hold, and go on with it in the processes that they have."""
 
 from __future__ import annotations
 
@@ -14,31 +14,13 @@ from pathlib import Path
 import pytest
 from faults import QUICK, RELATIVE, SMALLEST, STEPS, Folder, exactly
 from runtime import Run, train
-from sabotage import Survivors, check_curve, stall
+from sabotage import Died, Survivors, check_curve, dies, stall
 
 from actors.messages import Start
-from actors.protocol.shell import RealShell
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Append, Call, CutLine, OriginLine, Restore
 
 HERE = Path(__file__).parent
-
-
-class Died(Exception):
-    """The coordinator's process has ended."""
-
-
-def dies(monkeypatch, when, carried_out: bool) -> None:
-    """The coordinator, at every such command: before or after it is carried out."""
-    carry_out = RealShell.carry_out
-
-    def strike(self, command) -> None:
-        if when(command) and not carried_out:
-            raise Died
-        carry_out(self, command)
-        if when(command):
-            raise Died
-    monkeypatch.setattr(RealShell, "carry_out", strike)
 
 
 def next_coordinator(stage, name: str, run: Run, *overrides: str, ranks: bool) -> Run:
@@ -63,9 +45,10 @@ def restores(command) -> bool:
     return isinstance(command, Call) and isinstance(command.request, Restore)
 
 
-@pytest.mark.parametrize("when, carried_out", [(lines(CutLine), False), (restores, False), (restores, True), (lines(OriginLine), False)])
+@pytest.mark.parametrize("when, carried_out", [
+    (lines(CutLine), False), (restores, False), (restores, True), (lines(OriginLine), False)])
 def test_one_dies_while_it_resumes_an_earlier_run(stage, monkeypatch, when, carried_out):
-    """Seven steps are committed, and a checkpoint has four of them: the ledger and the state agree, whatever was written first."""
+    """Seven steps are committed, and a checkpoint has four of them: ledger and state agree, whatever was written first."""
     with monkeypatch.context() as patch:
         dies(patch, lambda command: isinstance(command, Append) and getattr(command.line, "step", 0) == 7, False)
         first = stage.run("PP2xEP2", *QUICK, *MORE)
