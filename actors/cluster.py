@@ -12,16 +12,20 @@ import ray
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors import names
 from actors.ranks import News
 from orchestrator.config import RunConfig, TopologySection
+from orchestrator.membership import Member
 from orchestrator.topology import Node, selects
 
 logger = logging.getLogger(__name__)
 
 RANK_RESOURCE = "rank"
 WATCH_SECONDS = 0.25
+_LOOK_SECONDS = 0.05
 
 
 def nodes(config: RunConfig) -> tuple[Node, ...]:
@@ -56,6 +60,40 @@ def actor_options(config: RunConfig, node: str | None) -> dict[str, Any]:
     if node is None:
         return claim | {"label_selector": config.topology.labels}
     return claim | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def named_actors(run: str) -> tuple[dict[int, Any], dict[Member, Any]]:
+    """Actors of a run that Ray counts as alive: coordinators by epoch, ranks by member. Raises RayError: Ray does not answer."""
+    coordinators, ranks = {}, {}
+    for found in list_named_actors(all_namespaces=True):
+        what = names.meaning(found["name"], run) if found["namespace"] == names.NAMESPACE else None
+        if what is None:
+            continue
+        try:
+            actor = ray.get_actor(found["name"], names.NAMESPACE)
+        except ValueError:  # it has ended meanwhile
+            continue
+        (ranks if isinstance(what, Member) else coordinators)[what] = actor
+    return coordinators, ranks
+
+
+def end_actors(run: str, seconds: float) -> bool:
+    """End all actors of a run. Whether, within so many seconds, there are none any more. Raises RayError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        coordinators, ranks = named_actors(run)  # each time: one may have been on its way
+        for actor in (*coordinators.values(), *ranks.values()):
+            ray.kill(actor)
+        if not coordinators and not ranks:
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_SECONDS)
+
+
+def outliving(name: str) -> dict[str, Any]:
+    """For Ray, of an actor that is to be found by its name, and does not end with whoever makes it."""
+    return {"name": name, "namespace": names.NAMESPACE, "lifetime": "detached"}
 
 
 def many_hosts(config: RunConfig) -> bool:

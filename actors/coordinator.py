@@ -1,17 +1,29 @@
-"""The Ray actor that carries decisions out: it drives the ranks that the driver created, and tells how the run goes."""
+"""The Ray actor of a run: it conducts the ranks, and tells whoever asks how it goes.
+
+The process that started the run, its driver, may go: the run goes on. Who asks for `updates` is the driver, and each time shows that
+it lives. Without it for `elastic.orphan_seconds` the run is saved and ended, and everything with it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
+import queue
 import threading
+import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from actors import storage
 from actors.board import Board
 from actors.checkpoint import CheckpointError
-from actors.cluster import NodeWatch, many_hosts
+from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
 from actors.dataset import Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
@@ -19,7 +31,9 @@ from actors.messages import Failure, Outcome, Start
 from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
-from actors.run_folder import RunFolder
+from actors.run_folder import IN_USE, LIVE, RunFolder
+from actors.silence import LOOK_SECONDS, Silence
+from actors.stage_actor import FIRST_SECONDS, create
 from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config import ConfigError, RunConfig
@@ -36,19 +50,41 @@ _LAST_WORDS_OF_A_STOP_SECONDS = 6.0
 waits for its end."""
 
 
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"training": 1, "control": 4})
-class Coordinator:
-    """`ranks`: StageActors in the order of `start.members`, or else of the ranks of `layout`. `data`: the folder that
-    jobs.tokenize wrote.
+_DRIVER_SECONDS = 3.0
+"""Whoever has asked within this time is there still."""
 
-    Whoever created this actor also creates the ranks that it asks for: `updates` of kind "spawn", to be answered by `admit`.
+_END_SECONDS = 5.0
+TAKEN_OVER = "another process has taken this run over"
+
+
+@dataclass(frozen=True)
+class Present:
+    """A run under way. address: of its page and metrics. begun: whether it was told to begin. stopping: it was asked to save and end.
+    over: it has ended; its outcome is kept."""
+
+    config: RunConfig
+    layout: Layout
+    address: str
+    begun: bool
+    stopping: bool
+    over: bool
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 4, "waiting": 8})
+class Coordinator:
+    """ranks: StageActors in the order of `start.members`, or else of the ranks of `layout`. data: the folder that jobs.tokenize wrote.
+    run: as whose its actors are found by name; none: they have no names, and end with whoever created them.
+
+    Ranks that are wanted later it creates itself. What is left when the run is over it ends, all but itself: the outcome is kept for
+    the driver, who ends this actor; where there is none, it ends itself after `elastic.orphan_seconds`.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, ranks: list[Any], data: str, start: Start = Start()):
-        self._config, self._layout, self._start = config, layout, start
+    def __init__(self, config: RunConfig, layout: Layout, ranks: Sequence[Any], data: str, start: Start = Start(), run: str = ""):
+        self._config, self._layout, self._start, self._name = config, layout, start, run
         self._host = ray.util.get_node_ip_address()
         self._nodes = NodeWatch(config)
-        self._ranks, self._data = RayRanks(ranks, self._ask, self._nodes), data
+        self._wanted: queue.SimpleQueue[Member] = queue.SimpleQueue()
+        self._ranks, self._data = RayRanks(ranks, self._wanted.put, self._nodes), data
         self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
         self._count = 0
         self._lock = threading.Lock()
@@ -56,6 +92,10 @@ class Coordinator:
         self._trainer: Trainer | None = None
         self._stop_requested = False
         self._event_files = _event_files(config)
+        self._driver, self._silence = "", Silence()
+        self._over, self._outcome = threading.Event(), None
+        self._address, self._begun = "", False
+        threading.Thread(target=self._mind_driver, name="driver", daemon=True).start()
 
     @ray.method(concurrency_group="control")
     def open(self) -> str | Failure:
@@ -71,14 +111,118 @@ class Coordinator:
         self._address = f"{reachable(listen[0], self._host)}:{self._exporter.port}"
         return self._address
 
-    @ray.method(concurrency_group="training")
-    def run(self) -> Outcome | Failure:
-        """The whole run. What Trainer.run foresees comes back as a Failure, anything else raises."""
+    @ray.method(concurrency_group="control")
+    def begin(self, driver: str) -> None:
+        """The whole run, on threads of its own. driver: a name of the caller's choice, for `updates`."""
+        self._driver, self._begun = driver, True
+        self._silence.broken()
+        for name, target in (("run", self._conduct), ("ranks", self._create_ranks)):
+            threading.Thread(target=target, name=name, daemon=True).start()
+
+    # --- the driver ----------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="control")
+    def updates(self, driver: str, since: int) -> tuple[int, list[tuple[str, dict[str, Any]]], bool] | Failure:
+        """What happened after update number `since`: (number of the newest, [(kind, values)], whether the run is over).
+
+        A Failure: another driver has taken over.
+        """
+        if driver != self._driver:
+            return Failure(TAKEN_OVER)
+        self._silence.broken()
+        with self._lock:
+            return self._count, [(kind, values) for number, kind, values in self._updates if number > since], self._over.is_set()
+
+    @ray.method(concurrency_group="waiting")
+    def outcome(self, seconds: float) -> Outcome | Failure | None:
+        """How the run ended. What Trainer.run foresees comes back as a Failure, and so does anything else. None: it has not, within
+        so many seconds."""
+        self._over.wait(seconds)
+        return self._outcome
+
+    @ray.method(concurrency_group="control")
+    def present(self) -> Present:
+        layout = self._trainer.layout if self._trainer else self._layout
+        return Present(self._config, layout, self._address, self._begun, self._stop_requested, self._over.is_set())
+
+    @ray.method(concurrency_group="control")
+    def follow(self, driver: str) -> int | Failure:
+        """The caller wants to be the driver from now on. The number of the newest update. A Failure: there is one."""
+        if self._silence.seconds < _DRIVER_SECONDS:
+            return Failure(IN_USE)
+        self._driver = driver
+        self._silence.broken()
+        with self._lock:
+            return self._count
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Save and end after the step under way."""
+        self._stop()
+
+    @ray.method(concurrency_group="control")
+    def give_up(self, reason: str) -> None:
+        """End at once, without a save."""
+        self._finish(Failure(reason))
+
+    def _stop(self) -> None:
+        self._stop_requested = True
+        self._metrics.ended()
+        if self._trainer is not None:
+            self._trainer.stop()
+
+    def _mind_driver(self) -> None:
+        """End what nobody would end any more."""
+        most = self._config.elastic.orphan_seconds
+        while not self._over.wait(LOOK_SECONDS):
+            silent = self._silence.look()
+            if not self._begun and silent > max(most, FIRST_SECONDS):
+                return self._leave()
+            if self._begun and silent > most:
+                logger.warning("no sign of the driver for %g s: the run is saved and ends", most)
+                self._stop()
+                self._over.wait(self._config.training.step_timeout_seconds + self._config.elastic.storage_seconds)
+                return self._leave()
+        self._silence.broken()  # whoever is interested has time to learn of the end
+        while self._silence.look() <= most:
+            time.sleep(LOOK_SECONDS)
+        return self._leave()
+
+    def _leave(self) -> None:
+        """What a driver does when a run is over; then end this process."""
+        self._ranks.close(_END_SECONDS)
+        with contextlib.suppress(StorageError, ValueError, KeyError, TypeError):
+            live = join(self._config.run.directory, self._config.run.name, LIVE)
+            if storage.exists(live) and json.loads(storage.read_bytes(live))["address"] == self._address:
+                storage.delete(live)
+        asking = threading.Thread(target=self._ask_for_no_more, name="last words", daemon=True)
+        asking.start()
+        asking.join(_END_SECONDS)  # where Ray's control store is away it would take much longer
+        os._exit(0)
+
+    def _ask_for_no_more(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+            ask_for_no_more(self._config)
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def _conduct(self) -> None:
         try:
-            return self._run()
+            outcome: Outcome | Failure = self._run()
         except (TrainingFailed, StorageError, CheckpointError, DatasetError, ConfigError) as error:
             logger.exception("the run failed")
-            return Failure(str(error))
+            outcome = Failure(str(error))
+        except Exception as error:
+            logger.exception("the run failed")
+            outcome = Failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        self._finish(outcome)
+
+    def _finish(self, outcome: Outcome | Failure) -> None:
+        """The first one counts."""
+        with self._lock:
+            self._outcome = self._outcome or outcome
+        self._ranks.close(_END_SECONDS)
+        self._over.set()
 
     def _run(self) -> Outcome:
         folder = RunFolder(self._config.run.directory, self._config.run.name)
@@ -97,24 +241,15 @@ class Coordinator:
             self._metrics.ended()
             self._exporter.last_words(_LAST_WORDS_OF_A_STOP_SECONDS if self._stop_requested else _LAST_WORDS_SECONDS)
 
-    @ray.method(concurrency_group="control")
-    def admit(self, member: Member, actor: Any) -> None:
-        """A rank that was asked for."""
-        self._ranks.admit(member, actor)
-
-    @ray.method(concurrency_group="control")
-    def stop(self) -> None:
-        """Save and end after the step under way."""
-        self._stop_requested = True
-        self._metrics.ended()
-        if self._trainer is not None:
-            self._trainer.stop()
-
-    @ray.method(concurrency_group="control")
-    def updates(self, since: int) -> tuple[int, list[tuple[str, dict[str, Any]]]]:
-        """What happened after update number `since`: (number of the newest, [(kind, values)])."""
-        with self._lock:
-            return self._count, [(kind, values) for number, kind, values in self._updates if number > since]
+    def _create_ranks(self) -> None:
+        """Those that are wanted, on a thread for it: Ray may have to be waited for."""
+        while not self._over.is_set():
+            member = self._wanted.get()
+            try:
+                self._ranks.admit(member, create(self._config, member, self._name))
+            except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
+                logger.exception("cannot create %s", member)
+                self._ranks.not_made(member, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
         if kind == "history":
@@ -127,9 +262,6 @@ class Coordinator:
             self._event_files.observe(kind, values)
         if kind in _SHOWN:
             self._update(kind, values)
-
-    def _ask(self, member: Member) -> None:
-        self._update("spawn", {"member": member})
 
     def _update(self, kind: str, values: dict[str, Any]) -> None:
         with self._lock:

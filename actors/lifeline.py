@@ -48,6 +48,7 @@ class Lifeline:
     about: what to say of oneself at each hello besides pid and host; it must be fit for JSON.
     epoch: of the newest coordinator that is known here. Aborts of one that is older are neither obeyed nor answered.
     finished: how much has been done so far; each beat says it.
+    `connected`: whether there is a coordinator who has said welcome, as far as is known here.
     Beats pause while another thread holds the interpreter's lock without a break, as only a call into C can.
     """
 
@@ -59,6 +60,7 @@ class Lifeline:
         self._abort, self._orphaned, self._refused, self._about = abort, orphaned, refused, about
         self._beat_seconds, self._epoch, self._finished = beat_seconds, epoch, finished
         self._their_epoch = self._most_finished = 0
+        self.connected = False
         self._lock = threading.Lock()
         self._moved = self._closing = False
         self._bell, self._rope = bell_and_rope()
@@ -129,11 +131,14 @@ class Lifeline:
         except _Refused as refused:
             self._refused(str(refused))
             return None
+        self.connected = True
         try:
             self._beat_on(selector, wire, lines)
         except Ended as ended:
             logger.info("the coordinator's lifeline ended: %s", ended.how)
             self._orphaned()
+        finally:
+            self.connected = False
         return True
 
     def _introduce(self, selector: selectors.BaseSelector, wire: Wire) -> list[bytes] | None:

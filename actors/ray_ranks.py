@@ -1,4 +1,4 @@
-"""Rank processes that are Ray actors. The driver creates them, so that they outlive the coordinator; here they are called."""
+"""Rank processes that are Ray actors. They outlive the coordinator; here they are called."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from actors.cluster import NodeWatch
 from actors.ranks import LOST, NO_ANSWER, POLL_SECONDS, Arrived, Check, News, RankFailed, as_event
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
-from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault
+from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NotMade
 
 logger = logging.getLogger(__name__)
 
 
 class RayRanks:
-    """actors: StageActors of the first layout, in the order of its ranks. ask: have the driver create one for a member, which it
-    will `admit`. watch: of the nodes. Safe to be told of actors from any thread.
+    """actors: StageActors of the first layout, in the order of its ranks. ask: have one created for a member, which is to be answered by
+    `admit` or `not_made`. watch: of the nodes. Safe to be told of actors from any thread.
 
     Answers of `send` are posted from Ray's own thread, as they come: nothing here polls.
     """
@@ -35,6 +35,8 @@ class RayRanks:
         self._lock = threading.Lock()
         self._actors: dict[Member, Any] = {}
         self._to_attach: dict[Member, tuple] = {}
+        self._dismissed: set[Member] = set()
+        self._closed = False
         self._post: Callable[[object], None] = lambda event: None
         self._open: dict[CallId | Member, Future] = {}
         self._ending: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -54,12 +56,32 @@ class RayRanks:
             self._seats = [self._actors[member] for member in members]
 
     def admit(self, member: Member, actor: Any) -> None:
-        """The driver has created what was asked for."""
+        """What was asked for has been created."""
         with self._lock:
-            self._actors[member] = actor
             waiting = self._to_attach.pop(member, None)
-        if waiting is not None:
+            wanted = not self._closed and member not in self._dismissed
+            if wanted:
+                self._actors[member] = actor
+        if not wanted:
+            self._ending.put(actor)
+        elif waiting is not None:
             self._attach(actor, member, waiting)
+
+    def not_made(self, member: Member, reason: str) -> None:
+        """What was asked for cannot be created."""
+        with self._lock:
+            self._to_attach.pop(member, None)
+        self._post(NotMade(member, reason))
+
+    def close(self, seconds: float) -> None:
+        """End all actors, and those that are still to be admitted. Waits for Ray no longer than this."""
+        with self._lock:
+            self._closed, actors, self._actors = True, list(self._actors.values()), {}
+        for actor in actors:
+            self._ending.put(actor)
+        done = threading.Event()
+        self._ending.put(done)
+        done.wait(seconds)
 
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
         with self._lock:
@@ -90,6 +112,7 @@ class RayRanks:
         with self._lock:
             actor = self._actors.pop(member, None)
             self._to_attach.pop(member, None)
+            self._dismissed.add(member)
         if actor is not None:
             self._ending.put(actor)
 
@@ -123,6 +146,9 @@ class RayRanks:
         """On a thread for it: Ray may have to be waited for."""
         while True:
             actor = self._ending.get()
+            if isinstance(actor, threading.Event):
+                actor.set()
+                continue
             try:
                 ray.kill(actor)
             except (RayError, ValueError, RuntimeError) as error:

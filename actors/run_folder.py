@@ -19,7 +19,7 @@ from actors import storage
 from actors.journal import Journal
 from orchestrator import ledger
 
-CHECKPOINTS, LEDGER = "checkpoints", "ledger.jsonl"
+CHECKPOINTS, LEDGER, LIVE = "checkpoints", "ledger.jsonl", "live.json"
 IN_USE = "another run with this name is under way; give one of them another run.name"
 
 

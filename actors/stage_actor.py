@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
 
-from actors import storage
+from actors import names, storage
 from actors.call_server import CallServer
-from actors.cluster import many_hosts
+from actors.cluster import actor_options, many_hosts, outliving
 from actors.messages import (
     Apply,
     Assignment,
@@ -30,12 +33,16 @@ from actors.metrics import Exporter, RankMetrics, listening, reachable
 from actors.rank import Rank
 from actors.ranks import Reply
 from actors.ray_token import wanted_token
+from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, Fault
 from orchestrator.schedule.actions import Program
 
 logger = logging.getLogger(__name__)
+
+FIRST_SECONDS = 300.0
+"""How long a rank waits at least for its first coordinator: that may be starting."""
 
 
 def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,15 +62,33 @@ def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"compute": 1, "control": 4, "files": 1})
 class StageActor:
-    """One rank. Created by the driver, so that it outlives the coordinator."""
+    """One rank. It outlives its coordinator, and ends by itself when for `elastic.orphan_seconds` no other one came."""
 
     def __init__(self, config: RunConfig):
+        self._config = config
         self._host = ray.util.get_node_ip_address()
         self._listen = listening(config.telemetry.host, self._host, many_hosts(config))[:1]
         self._rank = Rank(config, self._host)
         self._server = CallServer(self._rank)
         self._metrics = RankMetrics()
         self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=wanted_token())
+        threading.Thread(target=self._end_alone, name="alone", daemon=True).start()
+
+    def _end_alone(self) -> None:
+        """End this process when it has no coordinator for too long: nobody would ever end it."""
+        silence, most = Silence(), max(FIRST_SECONDS, self._config.elastic.orphan_seconds)
+        while silence.look() <= most:
+            if self._rank.connected:
+                silence.broken()
+                most = self._config.elastic.orphan_seconds
+            time.sleep(LOOK_SECONDS)
+        logger.warning("no coordinator for %g s: this rank ends", most)
+        os._exit(0)  # whatever its threads are doing
+
+    @ray.method(concurrency_group="control")
+    def configuration(self) -> RunConfig:
+        """What it was created with."""
+        return self._config
 
     @ray.method(concurrency_group="control")
     def reads(self, path: str, token: str) -> bool:
@@ -163,3 +188,10 @@ class StageActor:
     @_in_one_line
     def saved(self) -> list[SavedPiece]:
         return self._rank.saved()
+
+
+def create(config: RunConfig, member: Member, run: str = "", anywhere: bool = False) -> Any:
+    """A StageActor on its member's node, or wherever there is room. run: whose it is found as, and outlives whoever creates it; none:
+    it does not. Raises ValueError: it is there already; RayError: Ray does not answer."""
+    options = actor_options(config, None if anywhere else member.node) | (outliving(names.of_rank(run, member)) if run else {})
+    return StageActor.options(**options).remote(config)

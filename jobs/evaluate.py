@@ -22,6 +22,7 @@ from actors.dataset import Dataset, DatasetError
 from actors.feed import read_validation
 from jobs import cli, session
 from jobs.export import configuration
+from jobs.lost import ClusterWatch
 from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
@@ -46,7 +47,8 @@ def main() -> int:
         config, dataset = _prepared(options, manifest.model)
         session.connect()
         interrupt.install()
-        found = evaluate(config, dataset, options.checkpoint, interrupt)
+        with ClusterWatch("nothing was evaluated"):
+            found = evaluate(config, dataset, options.checkpoint, interrupt)
     except (CheckpointError, DatasetError, storage.StorageError) as error:
         raise cli.JobFailed(str(error)) from error
     finally:

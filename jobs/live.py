@@ -12,8 +12,8 @@ from typing import Any
 
 from actors import storage
 from actors.ray_token import NoToken, wanted_token
+from actors.run_folder import LIVE
 
-LIVE = "live.json"
 _ANSWER_SECONDS = 3.0
 _MOST_NODES = 32
 """A terminal has no room for more."""

@@ -1,13 +1,18 @@
-"""A run under way, seen from the process that started it: its actors, and the signals that end it."""
+"""A run under way, seen from the process that started it or took it over: its actors, and the signals that end it."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
-from typing import Any
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 from actors.messages import Failure, Outcome, Start
+from actors.names import of_coordinator, run_of
+from actors.run_folder import RunFolder
 from jobs import cli
 from jobs.progress import Progress
 from orchestrator.config import ConfigError, RunConfig
@@ -16,10 +21,11 @@ from orchestrator.membership import Member
 from orchestrator.replay import Replay
 
 START_TIMEOUT_SECONDS = 300.0
-ANSWER_TIMEOUT_SECONDS = 120.0
+ANSWER_TIMEOUT_SECONDS = 60.0
 POLL_SECONDS = 0.2
 MOST_RESTARTS = 3
 """Of the coordinator, without a step in between."""
+_END_SECONDS = 20.0
 
 
 class Interrupt:
@@ -52,36 +58,70 @@ class Interrupt:
         self._event.set()
 
 
-class RunActors:
-    """The actors of a run, owned by this process: they end with the `with` block, however it ends.
+class TakenOver(cli.JobFailed):
+    """Another process is the driver of this run now."""
 
-    Ranks do not end with the coordinator. Where that dies, another one goes on with them.
+
+class RunActors:
+    """The actors of a run: they end with the `with` block, however it ends; but with another driver they go on, and for
+    `elastic.orphan_seconds` without one, should this process be killed.
+
+    Ranks do not end with the coordinator. Where that dies, another one goes on with them. left: ranks of this run that live already,
+    without a coordinator. evaluate: a checkpoint to be evaluated only: nobody can take that over.
     """
 
-    def __init__(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None = None, evaluate: str | None = None):
+    def __init__(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None = None, evaluate: str | None = None,
+                 left: Mapping[Member, Any] | None = None):
+        self._set_up(config, layout, data, replay, evaluate)
+        try:
+            if left:
+                self._start(left, Start(tuple(left), left_behind=True, replay=replay))
+            else:
+                self._create()
+                self._start(self._ranks, Start(tuple(self._ranks) if replay else None, replay=replay, evaluate=evaluate))
+        except TakenOver:
+            raise
+        except BaseException:
+            self._end()
+            raise
+
+    @classmethod
+    def of(cls, coordinator: Any, told: int, epoch: int, driver: str, config: RunConfig, layout: Layout, address: str, data: str,
+           replay: Replay | None) -> Self:
+        """Of a run under way, whose coordinator knows this process as its driver. told: number of the last update seen."""
+        found = cls.__new__(cls)
+        found._set_up(config, layout, data, replay, None)
+        found._coordinator, found._told, found._epoch, found._driver = coordinator, told, epoch, driver
+        found.address, found._begun = address, True
+        return found
+
+    def _set_up(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None, evaluate: str | None) -> None:
         import ray
 
-        from jobs.session import create_rank
-
         self._ray, self._config, self._layout, self._data = ray, config, layout, data
-        self._replay, self._evaluate, members = replay, evaluate, _members(layout, replay)
-        self._ranks = {member: create_rank(config, member.node, replay is not None) for member in members}
-        self._start(Start(members if replay else None, replay=replay, evaluate=evaluate))
+        self._replay, self._evaluate = replay, evaluate
+        self._folder = RunFolder(config.run.directory, config.run.name)
+        self._name = "" if evaluate is not None else run_of(self._folder.path)
+        self._ranks: dict[Member, Any] = {}
+        self._coordinator: Any = None
+        self._told, self._epoch, self._driver = 0, 0, uuid.uuid4().hex
+        self._begun, self.address = False, ""
 
     def __enter__(self) -> RunActors:
         try:
-            self.address = self._get(self._coordinator.open.remote())
+            if not self.address:
+                self._open()
             return self
         except BaseException:
-            self.__exit__()
+            self._end()
             raise
 
-    def __exit__(self, *exception: object) -> None:
-        for actor in (self._coordinator, *self._ranks.values()):
-            self._ray.kill(actor)
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is None or not issubclass(kind, TakenOver):
+            self._end()
 
     def check_reachable(self, path: str, token: str) -> None:
-        """Raises ConfigError: a node does not see the run folder."""
+        """Raises ConfigError: a node does not see the run folder. Of ranks that this process has created."""
         seen = self._get([actor.reads.remote(path, token) for actor in self._ranks.values()])
         blind = sorted({member.node for member, ok in zip(self._ranks, seen) if not ok})
         if blind:
@@ -89,84 +129,114 @@ class RunActors:
                               f"a path or URI that every node reads; these do not: {', '.join(blind)}")
 
     def follow(self, progress: Progress, interrupt: Interrupt, moved: Callable[[str], object] = lambda address: None) -> Outcome:
-        """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason.
+        """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason;
+        TakenOver.
 
         Once it is asked to stop, the trainer bounds its step and its save (training.step_timeout_seconds); a second signal ends it.
         """
-        running, stopping, idle = self._coordinator.run.remote(), False, 0
+        stopping, idle = False, 0
+        if not self._begun:
+            self._begin()
         while True:
-            done, _ = self._ray.wait([running], timeout=POLL_SECONDS)
             if interrupt.requested and not stopping:
                 progress.say("stopping: saving after the step under way; another signal ends the run at once")
                 self._coordinator.stop.remote()
                 stopping = True
-            idle = 0 if self._show(progress) else idle
-            if done and self._died(running):
+            try:
+                updates, over = self._updates()
+                idle = 0 if _show(updates, progress) else idle
+                if over:
+                    return self._outcome()
+            except self._ray.exceptions.RayActorError:
                 if idle >= MOST_RESTARTS:
-                    raise cli.JobFailed(f"the coordinator was lost {idle + 1} times without a step in between")
+                    raise cli.JobFailed(f"the coordinator was lost {idle + 1} times without a step in between") from None
                 idle += 1
-                running = self._restart(progress)
+                self._restart(progress)
                 moved(self.address)
                 if interrupt.requested:
                     self._coordinator.stop.remote()
-            elif done:
-                return self._get(running)
+            time.sleep(POLL_SECONDS)
 
     # --- the coordinator -----------------------------------------------------------------------------------------
 
-    def _start(self, start: Start) -> None:
-        from actors.cluster import beside_the_driver
+    def _open(self) -> None:
+        self.address = self._get(self._coordinator.open.remote())
+
+    def _begin(self) -> None:
+        self._get(self._coordinator.begin.remote(self._driver))
+        self._begun = True
+
+    def _start(self, ranks: Mapping[Member, Any], start: Start) -> None:
+        """Raises JobFailed: somebody else has started one."""
+        from actors.cluster import beside_the_driver, outliving
         from actors.coordinator import Coordinator
 
+        options = beside_the_driver()
+        if self._name:
+            self._epoch = max(self._epoch, self._folder.ledger().epoch) + 1
+            options |= outliving(of_coordinator(self._name, self._epoch))
         self._told = 0
-        self._coordinator = Coordinator.options(**beside_the_driver()).remote(
-            self._config, self._layout, list(self._ranks.values()), self._data, start)
-
-    def _died(self, running: Any) -> bool:
         try:
-            self._ray.get(running, timeout=0)
-        except self._ray.exceptions.RayActorError:
-            return True
-        except self._ray.exceptions.RayError:
-            return False
-        return False
+            self._coordinator = Coordinator.options(**options).remote(
+                self._config, self._layout, list(ranks.values()), self._data, start, self._name)
+        except ValueError as error:
+            raise TakenOver(f"{self._folder.path}: another process has just begun this run ({_one_line(error)})") from None
 
-    def _restart(self, progress: Progress) -> Any:
+    def _restart(self, progress: Progress) -> None:
         """Another coordinator for the ranks that there are; those that do not live will not answer it."""
+        from actors.cluster import named_actors
 
         if self._evaluate is not None:
             raise cli.JobFailed("the coordinator was lost")
         progress.say("the coordinator was lost: another one takes over")
-        self._start(Start(tuple(self._ranks), left_behind=True, replay=self._replay))
-        self.address = self._get(self._coordinator.open.remote())
+        self._ray.kill(self._coordinator)  # should it be out of reach only
+        ranks = newest(named_actors(self._name)[1])
+        if not ranks:
+            self._create()
+            ranks = self._ranks
+        self._start(ranks, Start(tuple(ranks), left_behind=True, replay=self._replay))
+        self._open()
         progress.say(f"metrics      http://{self.address}/metrics, targets http://{self.address}/targets")
-        return self._coordinator.run.remote()
+        self._begin()
 
-    def _create(self, member: Member) -> None:
-        """A rank process that the coordinator wants. It dies with this process, not with the coordinator."""
-        from jobs.session import create_rank
-
-        for before in [known for known in self._ranks if (known.node, known.local) == (member.node, member.local)]:
-            self._ray.kill(self._ranks.pop(before))
-        self._ranks[member] = create_rank(self._config, member.node)
-        self._coordinator.admit.remote(member, self._ranks[member])
-
-    def _show(self, progress: Progress) -> bool:
-        """Tell what happened since the last time; whether a step was committed."""
+    def _updates(self) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
+        """What happened since the last time, and whether the run is over. Raises RayActorError: the coordinator does not live, or does
+        not answer; TakenOver."""
+        errors = self._ray.exceptions
         try:
-            self._told, updates = self._ray.get(self._coordinator.updates.remote(self._told), timeout=ANSWER_TIMEOUT_SECONDS)
-        except self._ray.exceptions.RayActorError:
-            return False  # the run's own result says why
-        except self._ray.exceptions.GetTimeoutError:
-            raise cli.JobFailed(f"the coordinator did not answer within {ANSWER_TIMEOUT_SECONDS:g} s") from None
-        for kind, values in updates:
-            if kind == "step":
-                progress.step(values)
-            elif kind == "event":
-                progress.event(values)
-            elif kind == "spawn":
-                self._create(values["member"])
-        return any(kind == "step" for kind, _ in updates)
+            found = self._ray.get(self._coordinator.updates.remote(self._driver, self._told), timeout=ANSWER_TIMEOUT_SECONDS)
+        except errors.GetTimeoutError:
+            raise errors.RayActorError from None
+        if isinstance(found, Failure):
+            raise TakenOver(found.reason)
+        self._told, updates, over = found
+        return updates, over
+
+    def _outcome(self) -> Outcome:
+        return self._get(self._coordinator.outcome.remote(0.0))
+
+    # --- actors --------------------------------------------------------------------------------------------------
+
+    def _create(self) -> None:
+        """The first ranks. Raises JobFailed: there are actors of these names."""
+        from actors.stage_actor import create
+
+        try:
+            for member in _members(self._layout, self._replay):
+                self._ranks[member] = create(self._config, member, self._name, anywhere=self._replay is not None)
+        except ValueError as error:
+            raise TakenOver(f"{self._folder.path}: another process begins this run ({_one_line(error)})") from None
+
+    def _end(self) -> None:
+        """Of all: also of those that the coordinator has created."""
+        from actors.cluster import end_actors
+
+        for actor in (self._coordinator, *self._ranks.values()):
+            if actor is not None:
+                self._ray.kill(actor)
+        if self._name:
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                end_actors(self._name, _END_SECONDS)
 
     def _get(self, references: Any) -> Any:
         """A result, within a bound. Raises JobFailed in one line: a Failure came, an actor raised, died or did not start."""
@@ -184,6 +254,22 @@ class RunActors:
         if isinstance(found, Failure):
             raise cli.JobFailed(found.reason)
         return found
+
+
+def newest(ranks: Mapping[Member, Any]) -> dict[Member, Any]:
+    """Of each place on a node, the newest incarnation, in the order of places."""
+    found = {(member.node, member.local): member for member in sorted(ranks, key=lambda member: member.incarnation)}
+    return {found[place]: ranks[found[place]] for place in sorted(found)}
+
+
+def _show(updates: list[tuple[str, dict[str, Any]]], progress: Progress) -> bool:
+    """Whether a step was committed."""
+    for kind, values in updates:
+        if kind == "step":
+            progress.step(values)
+        elif kind == "event":
+            progress.event(values)
+    return any(kind == "step" for kind, _ in updates)
 
 
 def _members(layout: Layout, replay: Replay | None) -> tuple[Member, ...]:

@@ -75,6 +75,18 @@ def _require_answer(address: str) -> None:
         raise JobFailed(f"RAY_ADDRESS = {address}: no Ray cluster answers there ({error.strerror or error})") from error
 
 
+def is_local() -> bool:
+    """Whether Ray runs in this process only, and ends with it."""
+    return bool(_folders)
+
+
+def ray_address() -> str:
+    """host:port of the control store of the Ray that this process is connected to."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
 def disconnect() -> None:
     """Leave the cluster; where Ray ran in this process, end it and delete its files."""
     import ray
@@ -138,14 +150,6 @@ def settled(config: RunConfig) -> RunConfig:
     from actors.cluster import settled
 
     return settled(config)
-
-
-def create_rank(config: RunConfig, node: str, anywhere: bool = False) -> Any:
-    """A StageActor, on a node or wherever there is room. The caller owns it."""
-    from actors.cluster import actor_options
-    from actors.stage_actor import StageActor
-
-    return StageActor.options(**actor_options(config, None if anywhere else node)).remote(config)
 
 
 def run_directory(config: RunConfig) -> str:

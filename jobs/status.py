@@ -42,7 +42,7 @@ def main() -> int:
         parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C or the run's end")
     options = parser.parse_args(sys.argv[2 if auditing else 1 :])
     try:
-        options.folder = _named(options) if options.folder else _newest(options)
+        options.folder = named(options) if options.folder else _newest(options)
         signs = (audit.LEDGER,) if auditing else (audit.LEDGER, live.LIVE)
         if not any(storage.exists(storage.join(options.folder, sign)) for sign in signs):
             raise cli.JobFailed(f"{options.folder}: no run that has committed a step; it has no {audit.LEDGER}" if auditing else
@@ -100,7 +100,7 @@ def _status(options: Namespace) -> int:
         time.sleep(_WATCH_SECONDS)
 
 
-def _named(options: Namespace) -> str:
+def named(options: Namespace) -> str:
     """A folder as it is given, or where there is none the newest run of that name in `run.directory`."""
     if "/" in options.folder or storage.is_folder(options.folder):
         return options.folder

@@ -15,11 +15,13 @@ import uuid
 from actors import storage
 from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.messages import Outcome
-from actors.run_folder import IN_USE, RunFolder
-from jobs import cli, corpus, session, summary
-from jobs.live import LIVE, ask
+from actors.names import run_of
+from actors.run_folder import IN_USE, LIVE, RunFolder
+from jobs import cli, corpus, session, summary, takeover
+from jobs.live import ask
+from jobs.lost import ClusterWatch
 from jobs.progress import Progress
-from jobs.running import POLL_SECONDS, Interrupt, RunActors
+from jobs.running import POLL_SECONDS, Interrupt, RunActors, TakenOver
 from jobs.tokenize import load_tokenizer
 from orchestrator import planner
 from orchestrator.config import ConfigError, RunConfig
@@ -54,15 +56,24 @@ def main() -> int:
             _check_tensorboard(config)
         session.connect()
         interrupt.install()  # Ray has put its own handlers in place
-        return train(config, data, interrupt, replay)
+        with ClusterWatch(_when_lost(config)):
+            return train(config, data, interrupt, replay)
     except storage.StorageError as error:
         key = f"run.directory = {directory}: " if error.uri.startswith(directory) else ""
         raise cli.JobFailed(f"{key}{error}") from error
     except DatasetError as error:
         raise cli.JobFailed(str(error)) from error
     finally:
-        session.ask_for_no_more(config)
+        if not isinstance(sys.exception(), TakenOver):  # else there is somebody who wants them still
+            session.ask_for_no_more(config)
         session.disconnect()
+
+
+def _when_lost(config: RunConfig) -> str:
+    """What follows when this process loses its Ray."""
+    again = "the same command continues from the newest checkpoint"
+    return again if session.is_local() else (f"ranks that can go on do so for elastic.orphan_seconds = {config.elastic.orphan_seconds:g}; "
+                                             f"until then the same command takes them over, later {again.removeprefix('the same command ')}")
 
 
 def dry_run(config: RunConfig) -> int:
@@ -82,16 +93,42 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | None = None) -> int:
     """Everything between a connected Ray and the exit code."""
-    progress = Progress(config.training.steps)
+    progress, folder, outcome = Progress(config.training.steps), RunFolder(config.run.directory, config.run.name), None
+    if takeover.coordinator_of(folder):
+        with folder.held():
+            outcome = _taken_over(config, data, folder, progress, interrupt, replay)
+    if outcome is None:
+        outcome = _from_start(config, data, folder, progress, interrupt, replay)
+    if outcome.interrupted:
+        progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there" if outcome.saved else
+                     "interrupted while it waited for nodes: nothing was saved; the same command continues from the newest checkpoint")
+        return cli.INTERRUPTED
+    return cli.DONE
+
+
+def _taken_over(config: RunConfig, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,
+                replay: Replay | None) -> Outcome | None:
+    """To the end of a run whose driver was lost; None: there is none (any more)."""
+    run = takeover.taken_over(folder, config, data, replay, progress, interrupt)
+    if run is None:
+        return None
+    with run:
+        outcome = _followed(run, folder, progress, interrupt)
+    _summarise(config, folder, _checked_dataset(config, data), progress)
+    return outcome
+
+
+def _from_start(config: RunConfig, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,
+                replay: Replay | None) -> Outcome:
+    """From the nodes that there are to the end of the run."""
     if replay:
         layout = replay.at(0).layout
     else:
         layout = choose(_nodes(config, progress, interrupt), config.layout, config.model, config.stages)
     config = session.settled(config)
     progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
-    folder = RunFolder(config.run.directory, config.run.name)
     with folder.held() as locked:
-        if not locked and ask(folder.path):
+        if (there := ask(folder.path)) and (not locked or there.get("folder") == folder.path):
             raise cli.JobFailed(f"{folder.path}: {IN_USE}")
         corpus.prepare(config, data)
         dataset = _checked_dataset(config, data)
@@ -99,11 +136,7 @@ def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | N
             raise ConfigError("run.name", config.run.name, "a run that has no steps yet, with --replay")
         outcome = _run(config, layout, data, folder, progress, interrupt, replay)
         _summarise(config, folder, dataset, progress)
-    if outcome.interrupted:
-        progress.say(f"interrupted: saved after step {outcome.step}; the same command continues there" if outcome.saved else
-                     "interrupted while it waited for nodes: nothing was saved; the same command continues from the newest checkpoint")
-        return cli.INTERRUPTED
-    return cli.DONE
+    return outcome
 
 
 def _nodes(config: RunConfig, progress: Progress, interrupt: Interrupt) -> tuple[Node, ...]:
@@ -141,19 +174,31 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
          replay: Replay | None) -> Outcome:
     """From actors to the end of the run."""
     interrupt.check()
-    with RunActors(config, layout, data, replay) as run:
+    with RunActors(config, layout, data, replay, left=takeover.left_ranks(folder, config, progress)) as run:
         token = uuid.uuid4().hex
         token_path = folder.write(".reachable", token)
         try:
             run.check_reachable(token_path, token)
         finally:
             storage.delete(token_path)
-        progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
-        progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
-        live = folder.write(LIVE, json.dumps({"address": run.address}))
-        try:
-            return run.follow(progress, interrupt, lambda address: folder.write(LIVE, json.dumps({"address": address})))
-        finally:
+        return _followed(run, folder, progress, interrupt)
+
+
+def _followed(run: RunActors, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
+    """To its end. Where it can be asked stands in the folder meanwhile."""
+    def show(address: str) -> str:
+        return folder.write(LIVE, json.dumps({"address": address, "actors": run_of(folder.path), "ray": session.ray_address(), "local": session.is_local()}))
+
+    progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
+    progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
+    live = show(run.address)
+    try:
+        return run.follow(progress, interrupt, show)
+    except TakenOver:
+        live = None  # somebody else's
+        raise
+    finally:
+        if live is not None:
             storage.delete(live)
 
 

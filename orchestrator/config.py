@@ -209,6 +209,8 @@ class ElasticSection(Section):
     wait_seconds: Annotated[Real, Gt(0)] | None = Field(None, description="for min_nodes, before the run gives up; null: for ever")
     stuck_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="no rank finishes anything for so long: the step is "
                                                          "interrupted, and who hangs is replaced; auto: 10, or 10 median steps")
+    orphan_seconds: Real = Field(300.0, gt=0, description="how long ranks and coordinator go on without the process that started "
+                                                          "the run: as long it can be taken over by the same command")
     storage_seconds: Real = Field(300.0, gt=0, description="how long storage may be away before the run ends")
     give_up_seconds: Real = Field(1800.0, gt=0, description="without a committed step, before the run ends")
 

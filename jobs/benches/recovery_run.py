@@ -106,10 +106,15 @@ class TrainRun:
         return " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-3:])
 
     def end(self) -> None:
-        """At once, if it has not ended. Its actors go with it."""
-        if self._process.poll() is None:
+        """At once, if it has not ended. Its actors go with it, which would outlive it if it were killed."""
+        for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends it without a save
+            if self._process.poll() is None:
+                self._process.send_signal(number)
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-        self._process.wait(_END_SECONDS)
+            self._process.wait(_END_SECONDS)
 
     def stop(self) -> int:
         """Have it save and end. The exit code."""

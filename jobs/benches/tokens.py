@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -26,10 +27,12 @@ from jobs.benches.text import batches_of_text
 from jobs.cli import JobFailed
 from orchestrator.config import RunConfig, Section, parse
 from orchestrator.layout import choose
+from orchestrator.membership import Member
 from orchestrator.precision import PRODUCTS
 
 ROUNDS, STEPS, WARM_UP = 3, 16, 4
 _TIMEOUT_SECONDS = 900.0
+_LOOK_SECONDS, _DRIVER = 10.0, "bench"
 _AIM, _MOST_TIME_IN_FLOAT8 = 0.8, 3.0
 _FLOAT8 = [f"precision.{kind}=fp8" for kind in PRODUCTS] + ["training.dispatch_precision=float8", "optimizer.moments=bf16"]
 
@@ -101,12 +104,20 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
         config = config.model_copy(update={"run": config.run.model_copy(update={"directory": folder})})
         layout = choose(session.nodes(config), config.layout, config.model, config.stages)
         from actors.coordinator import Coordinator
+        from actors.stage_actor import create
 
-        ranks = [session.create_rank(config, place.node) for place in layout.places]
+        ranks = [create(config, Member(place.node, place.local)) for place in layout.places]
         coordinator = Coordinator.remote(config, layout, ranks, data)
-        for call in (coordinator.open, coordinator.run):
-            if isinstance(failed := ray.get(call.remote(), timeout=_TIMEOUT_SECONDS), Failure):
+        for call in (coordinator.open.remote(), coordinator.begin.remote(_DRIVER)):
+            if isinstance(failed := ray.get(call, timeout=_TIMEOUT_SECONDS), Failure):
                 raise JobFailed(failed.reason)
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while (found := ray.get(coordinator.outcome.remote(_LOOK_SECONDS), timeout=_TIMEOUT_SECONDS)) is None:
+            if time.monotonic() > deadline:
+                raise JobFailed(f"no end within {_TIMEOUT_SECONDS:g} s")
+            ray.get(coordinator.updates.remote(_DRIVER, 0), timeout=_TIMEOUT_SECONDS)  # it shows that this process lives
+        if isinstance(found, Failure):
+            raise JobFailed(found.reason)
         return _figures(RunFolder(folder, config.run.name).metric_lines())
     finally:
         session.disconnect()

@@ -1,0 +1,158 @@
+"""What the driver of a run has left behind that died: a coordinator that goes on, or only ranks. Connected to Ray.
+
+The same command started again takes it over, and nothing is read from storage. Whoever has the run's folder and is heard by its
+coordinator is its driver.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from actors.messages import Failure
+from actors.names import run_of
+from actors.run_folder import RunFolder
+from jobs import cli
+from jobs.progress import Progress
+from jobs.running import POLL_SECONDS, Interrupt, RunActors, newest
+from orchestrator.config import ConfigError, RunConfig
+from orchestrator.membership import Member
+from orchestrator.replay import Replay
+
+ANSWER_SECONDS = 10.0
+_REFUSED_SECONDS = 5.0
+"""How long it may take at most until a coordinator notices that its driver is silent, and accepts another one."""
+
+_FREE = ("telemetry",)
+_FREE_OF_RANKS = ("telemetry", "checkpoint", "elastic", "placement", "training.steps", "training.validate_every")
+"""What may be another thing than before: of a run under way nothing but how it is watched, of its ranks what only a coordinator uses."""
+
+
+def coordinator_of(folder: RunFolder) -> tuple[int, Any] | None:
+    """Epoch and handle of the newest one that lives, as far as Ray knows."""
+    from actors.cluster import named_actors
+
+    found = named_actors(run_of(folder.path))[0]
+    return max(found.items()) if found else None
+
+
+def taken_over(folder: RunFolder, config: RunConfig, data: str, replay: Replay | None, progress: Progress,
+               interrupt: Interrupt) -> RunActors | None:
+    """The run under way in this folder; None: there is none (any more). The folder must be held. Raises ConfigError: it has another
+    configuration. JobFailed: another process is its driver."""
+    import ray
+
+    found = coordinator_of(folder)
+    if found is None:
+        return None
+    epoch, coordinator = found
+    try:
+        present = ray.get(coordinator.present.remote(), timeout=ANSWER_SECONDS)
+        if not present.begun:  # its driver died before it was told to
+            ray.kill(coordinator)
+            return None
+        if present.stopping:
+            _wait_for_its_end(coordinator, present.config, progress, interrupt)
+            _end_all(folder)
+            return None
+        _check_same(config, present.config, _FREE, "stop it first (python -m jobs.stop)")
+        driver = uuid.uuid4().hex
+        told = _accepted(coordinator, driver, folder, interrupt)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # it has died, or will never answer: another one replaces it
+        ray.kill(coordinator)
+        return None
+    progress.say("took over the run: its driver was lost")
+    return RunActors.of(coordinator, told, epoch, driver, present.config, present.layout, present.address, data, replay)
+
+
+def left_ranks(folder: RunFolder, config: RunConfig, progress: Progress) -> dict[Member, Any]:
+    """Ranks of this run that live without a coordinator; the folder must be held. Those that are of no use are ended."""
+    import ray
+
+    from actors.cluster import named_actors
+
+    ranks = newest(named_actors(run_of(folder.path))[1])
+    if not ranks:
+        return {}
+    asked = {actor.configuration.remote(): member for member, actor in ranks.items()}
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    answering = {asked[reference]: before for reference in ready if (before := _value(reference)) is not None}
+    if not answering:
+        refused = "none of them answers"
+    elif found := next(filter(None, (_difference(config, before, _FREE_OF_RANKS) for before in answering.values())), None):
+        refused = f"{found[0]} = {found[1]} now, {found[2]} before"
+    else:
+        progress.say(f"took over {len(answering)} ranks: driver and coordinator were lost")
+        return {member: ranks[member] for member in answering}
+    progress.say(f"ranks of this run that were left behind are ended: {refused}")
+    _end_all(folder)
+    return {}
+
+
+def _value(reference: Any) -> Any:
+    """None: the actor has died."""
+    import ray
+
+    try:
+        return ray.get(reference, timeout=ANSWER_SECONDS)
+    except ray.exceptions.RayError:
+        return None
+
+
+def _accepted(coordinator: Any, driver: str, folder: RunFolder, interrupt: Interrupt) -> int:
+    """The number of the newest update. Raises JobFailed: another driver lives. RayActorError, GetTimeoutError."""
+    import ray
+
+    deadline = time.monotonic() + _REFUSED_SECONDS
+    while True:
+        found = ray.get(coordinator.follow.remote(driver), timeout=ANSWER_SECONDS)
+        if not isinstance(found, Failure):
+            return found
+        if time.monotonic() > deadline:
+            raise cli.JobFailed(f"{folder.path}: {found.reason}")
+        interrupt.wait(POLL_SECONDS)
+
+
+def _wait_for_its_end(coordinator: Any, config: RunConfig, progress: Progress, interrupt: Interrupt) -> None:
+    """Of a run that was told to stop. Raises JobFailed: it takes too long. RayActorError, GetTimeoutError."""
+    import ray
+
+    progress.say("the run was told to stop, and is being saved: waiting for its end")
+    deadline = time.monotonic() + config.training.step_timeout_seconds + config.elastic.storage_seconds
+    while ray.get(coordinator.outcome.remote(POLL_SECONDS), timeout=ANSWER_SECONDS) is None:
+        if time.monotonic() > deadline:
+            raise cli.JobFailed("the run that was told to stop does not end")
+        interrupt.check()
+
+
+def _end_all(folder: RunFolder) -> None:
+    """Raises JobFailed: they do not end."""
+    from actors.cluster import end_actors
+
+    if not end_actors(run_of(folder.path), _REFUSED_SECONDS):
+        raise cli.JobFailed(f"{folder.path}: actors of this run do not end")
+
+
+def _check_same(config: RunConfig, before: RunConfig, free: tuple[str, ...], otherwise: str) -> None:
+    """Raises ConfigError."""
+    if (found := _difference(config, before, free)) is not None:
+        key, wanted, present = found
+        raise ConfigError(key, wanted, f"{present}, as in the run under way that this command would take over; {otherwise}")
+
+
+def _difference(config: RunConfig, before: RunConfig, free: tuple[str, ...]) -> tuple[str, Any, Any] | None:
+    """The first setting that differs: its key, what it is now, what it was before."""
+    was = dict(_settings(before))
+    for key, value in _settings(config):
+        settled = key == "topology.resource" and value == "auto"
+        if value != was.get(key) and not settled and not any(key == one or key.startswith(f"{one}.") for one in free):
+            return key, value, was.get(key)
+    return None
+
+
+def _settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    for section, found in config.model_dump().items():
+        for leaf, value in found.items():
+            yield f"{section}.{leaf}", value
