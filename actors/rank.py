@@ -77,6 +77,12 @@ class Rank:
         return self._held.current.biases
 
     @property
+    def connected(self) -> bool:
+        """Whether a coordinator is at the other end of the lifeline; from any thread."""
+        reached = self._reached
+        return reached is not None and reached[0].connected
+
+    @property
     def _generation(self) -> Generation | None:
         return self.authority.generation
 
