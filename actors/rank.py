@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from actors.authority import Authority
-from actors.checkpoint import PieceWriter, restore_shards
+from actors.checkpoint import CheckpointError, PieceWriter, restore_shards
 from actors.comm.groups import Generation, Group
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
@@ -67,6 +67,7 @@ class Rank:
         self._lane: ExchangeLane | None = None
         self._attaching, self._reached = threading.Lock(), None  # the lifeline, and who answers probes
         self.optimizer: Optimizer | None = None
+        self._writer: PieceWriter | None = None
         if self._device.type == "cpu":
             settle()
             self._cores = sorted(os.sched_getaffinity(0))
@@ -318,11 +319,11 @@ class Rank:
         self._writer = PieceWriter(directory, rank, state.shards, biases, self._assignment.generation)
 
     def saved(self) -> list[SavedPiece]:
-        """Wait, as long as storage takes, for the writing that `snapshot` began; the bound is the caller's.
-
-        Raises CheckpointError.
-        """
-        return self._writer.finish()
+        """Wait, as long as storage takes, for what `snapshot` began; the bound is the caller's. Raises CheckpointError."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            raise CheckpointError("nothing is being written")
+        return writer.finish()
 
     # --- what a rank is made of ----------------------------------------------------------------------------------
 

@@ -171,6 +171,16 @@ def test_recall_tells_how_the_last_call_failed(server):
     assert server.recall(0).fault is None
 
 
+def test_what_failed_before_is_not_told_of_a_call_under_way(server, rank):
+    server.serve(CallId(1, 1), 0, "fail", ())
+    blocked = in_a_thread(lambda: server.serve(CallId(1, 2), GENERATION, "block", ()))
+    assert rank.begun.wait(SECONDS)
+    found = server.recall(0)
+    assert found.busy == CallId(1, 2) and found.fault is None
+    rank.go_on.set()
+    assert blocked() == Reply(None)
+
+
 def test_files_are_waited_for_beside_the_lane(server, rank):
     saved = in_a_thread(lambda: server.serve(CallId(1, 1), 0, "saved", ()))
     assert server.serve(CallId(1, 2), GENERATION, "apply", (1,)) == Reply(2) and server.recall(0).busy is None

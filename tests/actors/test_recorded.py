@@ -59,7 +59,7 @@ class Ruled:
                 self.ordered[order] = line
                 if isinstance(line, StepLine):
                     assert line.step == self.committed, "steps are committed one after another"
-                    assert self.reduced[line.generation, line.step] >= self.seated, "a step is committed that not all have reduced"
+                    assert self.reduced[line.generation, line.step] >= self.seated, "not all have reduced the step"
             case Fence(member, reason):
                 assert reason
                 self.fenced.add(member)

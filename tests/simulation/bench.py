@@ -60,8 +60,8 @@ class Lenient(Invariants):
 
 
 class Mortal(RankModel):
-    """One that can be made to die on its way. doom: "begin" of its next call, or what it then comes to first. site: what it came to
-    last in its newest call."""
+    """One that can be made to die on its way. doom: "begin" of its next call, or what it then comes to first. site: what it came
+    to last in its newest call."""
 
     def __init__(self, world: World, member: Member):
         super().__init__(world, member)

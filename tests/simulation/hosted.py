@@ -1,4 +1,4 @@
-"""What runs in the processes of the conformance test: a rank behind its call server, both made anew for each sequence of calls."""
+"""What runs in the processes of the conformance test: a rank behind its call server, both made anew for each sequence."""
 
 from __future__ import annotations
 

@@ -8,20 +8,21 @@ from hypothesis import strategies as st
 from runtime import configured
 
 from orchestrator.membership import Member
-from tests.simulation.conformance import Differ, Move, Play
+from tests.simulation.conformance import Play
 from tests.simulation.hosted import Processes
 from tests.simulation.rank_model import RankModel
+from tests.simulation.sides import Differ, Move
 
 CONFIG, _ = configured("EP4", "model.num_hidden_layers=2", "elastic.form_seconds=600", "training.step_timeout_seconds=600")
 """Nothing ends because time is up: what has to be ended by an abort is."""
 EXAMPLES, LONG = 50, 3000
 TROUBLES = ("", "", "", "", "absent", "absent, who dies", "absent, then another coordinator", "before", "doom", "doom")
-OTHERS = ("begin", "form", "initialise", "step", "apply", "rearrange", "snapshot", "finish", "wrong", "claim", "bare", "abort", "kill",
-          "take_over")
+OTHERS = ("begin", "form", "initialise", "step", "apply", "rearrange", "snapshot", "finish", "wrong", "claim", "bare", "abort",
+          "kill", "take_over")
 picks = st.integers(0, 15)
 moves = st.builds(Move, st.sampled_from(OTHERS), picks, st.sampled_from(TROUBLES), picks)
-training = st.builds(Move, st.sampled_from(("step", "step", "apply", "form", "rearrange", "snapshot")), picks, st.sampled_from(TROUBLES),
-                     picks)
+training = st.builds(Move, st.sampled_from(("step", "step", "apply", "form", "rearrange", "snapshot")), picks,
+                     st.sampled_from(TROUBLES), picks)
 recoveries = st.builds(lambda pick, trouble, who: [Move("finish", 1), Move("form", pick, trouble, who)], picks,
                        st.sampled_from(TROUBLES), picks)
 sequences = st.builds(
@@ -31,8 +32,8 @@ sequences = st.builds(
 TRAINED = [Move("begin", 15), Move("initialise"), Move("step"), Move("step")]
 RECOVERED = [Move("finish", 1), Move("form", 15), Move("step")]
 KNOWN = {
-    "a whole run": [*TRAINED, Move("apply"), Move("rearrange", 1), Move("step"), Move("snapshot"), Move("finish", 1), Move("form", 7),
-                    Move("step"), Move("take_over"), Move("form", 15), Move("step")],
+    "a whole run": [*TRAINED, Move("apply"), Move("rearrange", 1), Move("step"), Move("snapshot"), Move("finish", 1),
+                    Move("form", 7), Move("step"), Move("take_over"), Move("form", 15), Move("step")],
     "fewer, and more": [*TRAINED, Move("form", 1), Move("step"), Move("form", 6), Move("bare", 15), Move("kill"), *RECOVERED],
     "one does not begin": [Move("begin", 15, "absent", 1), *TRAINED, Move("step", 0, "absent", 1), *RECOVERED],
     "one dies before it begins": [*TRAINED, Move("step", 0, "absent, who dies", 1), *RECOVERED],
@@ -44,9 +45,10 @@ KNOWN = {
     "experts move without one": [*TRAINED, Move("apply"), Move("rearrange", 0, "absent"), *RECOVERED, Move("apply"),
                                  Move("rearrange", 1, "absent, who dies"), *RECOVERED],
     "who is behind comes as a newcomer": [*TRAINED, Move("step", 0, "absent", 1), Move("finish", 3), *RECOVERED],
+    "one makes no snapshot": [*TRAINED, Move("snapshot", 0, "absent", 1), Move("snapshot")],
     "another coordinator": [*TRAINED, Move("step", 0, "absent, then another coordinator", 2), Move("claim"), *RECOVERED],
-    "what no coordinator calls": [*TRAINED, *(Move("wrong", pick, "", who) for pick in range(5) for who in range(4)), Move("take_over"),
-                                  *(Move("wrong", pick) for pick in range(5))],
+    "what no coordinator calls": [*TRAINED, *(Move("wrong", pick, "", who) for pick in range(5) for who in range(4)),
+                                  Move("take_over"), *(Move("wrong", pick) for pick in range(5))],
     "some call in a generation that others have left": [*TRAINED, Move("form", 14), Move("begin", 9), Move("wrong", 1, "", 1)],
 }
 
