@@ -129,7 +129,7 @@ def _kind_of(error: BaseException) -> FailKind:
     if any(isinstance(one, FolderError) for one in found):
         return FailKind.REFUSED
     if any(isinstance(one, CheckpointError | StorageError) for one in found):
-        return FailKind.UNREADABLE
+        return FailKind.AWAY if any(map(_is_away, found)) else FailKind.UNREADABLE
     return FailKind.OWN
 
 
@@ -141,6 +141,11 @@ def _causes(error: BaseException) -> Iterable[BaseException]:
         yield current
         seen.add(id(current))
         current = current.__cause__
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether the system says of storage that it does not answer, rather than that there is nothing or something else."""
+    return isinstance(error, OSError) and not isinstance(error, StorageError | FileNotFoundError | IsADirectoryError | NotADirectoryError)
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
-from orchestrator.protocol.commands import Fence, Finish, Form, Former, Initialise, OriginLine, Restore
+from orchestrator.protocol.commands import CutLine, Fence, Finish, Form, Former, Initialise, OriginLine, Restore
 from orchestrator.protocol.events import Base, Plan, Seen
 from orchestrator.protocol.phases import Phase, Recording
 
@@ -87,13 +87,13 @@ class Moving(Phase):
 
 
 class Forming(Phase):
-    """A generation without state, which is loaded then. seen: the checkpoint; None: initial values."""
+    """A generation without state, which is loaded then. seen: the checkpoint; None: initial values. lost: why memory will not do."""
 
     name = "forming"
 
-    def __init__(self, seen: Seen | None):
+    def __init__(self, seen: Seen | None, lost: str):
         super().__init__()
-        self._seen = seen
+        self._seen, self._lost = seen, lost
 
     def enter(self, run: Run) -> None:
         plan = self._plan = run.plan_now(None)
@@ -108,23 +108,32 @@ class Forming(Phase):
         return self.ask(run, plan.members, lambda member: request, run.bounds.form)
 
     def done(self, run: Run) -> None:
-        run.enter(Loading(self._plan, self._seen))
+        run.enter(Loading(self._plan, self._seen, self._lost))
 
 
 class Loading(Phase):
-    """Everybody reads its part of a checkpoint, or makes initial values."""
+    """Everybody reads its part of a checkpoint, or makes initial values. Steps are cut only when all have: a checkpoint that nobody can
+    read costs none."""
 
     name = "loading"
 
-    def __init__(self, plan: Plan, seen: Seen | None):
+    def __init__(self, plan: Plan, seen: Seen | None, lost: str):
         super().__init__()
-        self._plan, self._seen = plan, seen
+        self._plan, self._seen, self._lost = plan, seen, lost
 
     def enter(self, run: Run) -> None:
         request = Restore(self._seen.directory, self._seen.step) if self._seen else Initialise()
         self.ask(run, self._plan.members, lambda member: request, run.bounds.load)
 
     def done(self, run: Run) -> None:
+        step = self._seen.step if self._seen else 0
+        run.redone, run.away_since = run.committed - step, None
+        if run.redone:
+            cut(run, step, self._lost, self._begins)
+        else:
+            self._begins(run)
+
+    def _begins(self, run: Run) -> None:
         line = OriginLine(run.generation, run.committed, self._seen.directory if self._seen else None)
         run.enter(Recording(line, self._loaded))
 
@@ -138,6 +147,18 @@ class Loading(Phase):
         run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed)
         run.loaded, run.loading, run.redone, run.interruption = True, None, 0, None
         run.go_on()
+
+
+def cut(run: Run, step: int, reason: str, then: Callable[[Run], None]) -> None:
+    """Steps from `step` on are to be redone: the ledger says so before any of them is."""
+    def cut_(run: Run) -> None:
+        run.committed, run.pending, run.validated = step, None, None
+        run.batches.clear()
+        run.batch_again()
+        run.due.clear()
+        run.saver.abandon(run)
+        then(run)
+    run.enter(Recording(CutLine(step, reason), cut_))
 
 
 def settle(run: Run, plan: Plan) -> None:

@@ -64,7 +64,7 @@ class Initialise:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """State of a checkpoint. Done; fails as UNREADABLE."""
+    """State of a checkpoint. Done; fails as UNREADABLE, or as AWAY."""
 
     directory: str
     step: int
@@ -109,7 +109,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """Wait for what Snapshot began. Done; fails as UNREADABLE where it could not be written."""
+    """Wait for what Snapshot began. Done; fails as AWAY or UNREADABLE where it could not be written."""
 
     directory: str
     step: int
@@ -161,7 +161,7 @@ class OriginLine:
 
 @dataclass(frozen=True, slots=True)
 class CutLine:
-    """Steps from `step` on are to be done again: written before anything is loaded."""
+    """Steps from `step` on are to be done again: written before any of them is."""
 
     step: int
     reason: str

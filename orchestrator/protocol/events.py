@@ -19,14 +19,15 @@ PlacementRef = int
 
 class FailKind(StrEnum):
     """How a call failed. GONE: the process has ended. ABORTED: somebody else went, or it was told to let go, or it is not where the
-    caller thinks. OWN: an error of its own. REFUSED: what it was told to use cannot be used by anybody. UNREADABLE: a checkpoint.
-    NO_MEMORY: of the host or of the device. SUPERSEDED: it obeys a newer coordinator."""
+    caller thinks. OWN: an error of its own. REFUSED: what it was told to use cannot be used by anybody. UNREADABLE: a checkpoint is
+    damaged. AWAY: storage does not answer now. NO_MEMORY: of the host or of the device. SUPERSEDED: it obeys a newer coordinator."""
 
     GONE = "gone"
     ABORTED = "aborted"
     OWN = "own"
     REFUSED = "refused"
     UNREADABLE = "unreadable"
+    AWAY = "away"
     NO_MEMORY = "no memory"
     SUPERSEDED = "superseded"
 

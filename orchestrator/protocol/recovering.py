@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from orchestrator.membership import Member
 from orchestrator.protocol import suspicion
 from orchestrator.protocol.base import Begin, Carry, Load, Nothing, choose
-from orchestrator.protocol.changing import Finishing, Forming
-from orchestrator.protocol.commands import Abort, CutLine, Probe, Recall
+from orchestrator.protocol.changing import Finishing, Forming, cut
+from orchestrator.protocol.commands import Abort, Probe, Recall
 from orchestrator.protocol.events import Answered, Ending, Failed, FailKind, Fault, LetGo, Recalled, Seen
-from orchestrator.protocol.phases import Phase, Recording
+from orchestrator.protocol.phases import Phase
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
@@ -202,6 +202,8 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
         if run.troubles_at_the_end > MOST_TROUBLES_AT_THE_END:
             return run.end(*run.ending)
     recalled = {member: answer for member, answer in recalled.items() if run.trusts(member)}
+    if run.away_since is not None:
+        return run.pause(min(5.0, run.bounds.first_pause + (run.now - run.away_since) / 2), again)
     if not lost and not explained and run.trials.unnamed > 1:
         seconds = min(run.bounds.last_pause, run.bounds.first_pause * 2 ** run.trials.unnamed)
         return run.pause(seconds, lambda run: run.enter(Recalling()))
@@ -209,11 +211,18 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
 
 
 def _unreadable(run: Run, faults: Mapping[Member, Fault]) -> bool:
-    """Whether a checkpoint that was being read is to blame; it is passed over from now on."""
+    """Whether a checkpoint that was being read is to blame, or the storage that it is on: that one is waited for, the other passed over
+    from now on."""
     texts = [fault.text for fault in faults.values() if fault.kind is FailKind.UNREADABLE]
-    if not texts or run.loading is None:
+    away = [fault.text for fault in faults.values() if fault.kind is FailKind.AWAY]
+    if run.loading is None or not texts and not away:
         return False
-    seen, run.loading = run.loading, None
+    if not texts:
+        run.away_since = run.now if run.away_since is None else run.away_since
+        if run.now - run.away_since <= run.bounds.storage:
+            run.tell_once("storage_away", "storage", True, reason=away[0])
+            return True
+    seen, run.loading, run.away_since, texts = run.loading, None, None, texts or away
     run.checkpoints = [Seen(other.step, other.directory, other.readable and other.directory != seen.directory)
                        for other in run.checkpoints]
     run.tell("checkpoint_unreadable", step=seen.step, path=seen.directory, reason=texts[0])
@@ -302,31 +311,12 @@ def _load(run: Run, recalled: Mapping[Member, Recalled], seen: Seen | None, lost
     if run.committed and (run.loaded or run.left_behind) and run.told_lost_at != run.committed:
         run.told_lost_at = run.committed
         run.tell("state_lost", reason=lost, step=run.committed)
-    run.base, step = None, seen.step if seen else 0
-    run.redone = run.committed - step
-    if run.redone:
-        return cut(run, step, lost, lambda run: _form(run, seen))
-    return _form(run, seen)
-
-
-def _form(run: Run, seen: Seen | None) -> None:
+    run.base = None
     if run.dead(run.seated):
         return again(run)
-    return run.enter(Forming(seen))
+    return run.enter(Forming(seen, lost))
 
 
 def again(run: Run) -> None:
     """Somebody may have gone meanwhile: ask again."""
     run.enter(Recalling())
-
-
-def cut(run: Run, step: int, reason: str, then: Callable[[Run], None]) -> None:
-    """Steps from `step` on are to be redone: the ledger says so before anything is loaded."""
-    def cut_(run: Run) -> None:
-        run.committed, run.pending, run.validated = step, None, None
-        run.batches.clear()
-        run.batch_again()
-        run.due.clear()
-        run.saver.abandon(run)
-        then(run)
-    run.enter(Recording(CutLine(step, reason), cut_))

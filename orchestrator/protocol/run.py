@@ -26,6 +26,7 @@ from orchestrator.protocol.saving import Saver
 from orchestrator.protocol.stepping import next_step
 from orchestrator.topology import Node
 
+_TELLING = frozenset({FailKind.OWN, FailKind.NO_MEMORY, FailKind.UNREADABLE, FailKind.AWAY, FailKind.REFUSED})
 _REMEMBERED_STEPS = 20
 _MOST_TURNS = 64  # of one event: what would still be to do then is done at the next
 
@@ -59,6 +60,7 @@ class Run:
         self.redone, self.troubles_at_the_end = 0, 0
         self.repeated: int | None = None
         self.told_lost_at: int | None = None
+        self.away_since: float | None = None
         self.release_at = self.change_since = 0.0
         self.stopping, self.ended, self.left_behind, self.loaded = False, False, False, False
         self.ending: tuple[Ending, str] | None = None
@@ -268,12 +270,12 @@ class Run:
             return self.end(Ending.SUPERSEDED, f"{event.member} obeys another coordinator: {event.text}")
         if event.kind is FailKind.GONE:
             self.lose(event.member, "its process or node was lost")
-        if self.interruption is not None and event.kind in (FailKind.OWN, FailKind.NO_MEMORY, FailKind.UNREADABLE, FailKind.REFUSED):
+        if self.interruption is not None and event.kind in _TELLING:
             self.interruption.faults.setdefault(event.member, Fault(event.kind, event.text))
         if event.call in self.phase.calls:
             self.phase.failed(self, event)
         elif self.saver.waits_for(event.call):
-            self.saver.failed(self, event.kind, f"{event.member}: {event.text}")
+            self.saver.failed(self, event.call, event.kind, f"{event.member}: {event.text}")
         return None
 
     def _hello(self, event: happened.Hello) -> None:

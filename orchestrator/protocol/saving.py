@@ -27,6 +27,7 @@ class Saver:
         self._order: int | None = None
         self._discards: dict[int, Seen] = {}
         self._since = 0.0
+        self._failure: tuple[str, bool] | None = None
         self._failing_since: float | None = None
         self._failed_at = 0.0
 
@@ -50,20 +51,34 @@ class Saver:
 
     def answered(self, run: Run, call: CallId) -> None:
         del self._calls[call]
-        if not self._calls:
+        if self._failure is not None:
+            self._settle(run)
+        elif not self._calls:
             self._order = run.new_order()
             run.order(WriteManifest(self._order, self._seen.directory, self._seen.step))
 
-    def failed(self, run: Run, kind: FailKind, text: str) -> None:
-        self._fail(run, text, lost=kind in (FailKind.GONE, FailKind.ABORTED))
+    def failed(self, run: Run, call: CallId, kind: FailKind, text: str) -> None:
+        """One could not write its part. The others are waited for: what they still write would stay behind."""
+        del self._calls[call]
+        self._failure = self._failure or (text, kind in (FailKind.GONE, FailKind.ABORTED))
+        self._settle(run)
 
     def look(self, run: Run) -> None:
         """Whoever still writes a part of it may be lost."""
         if self._calls and (dead := run.dead(self._calls.values())):
-            self._fail(run, f"{dead[0]}: its process or node was lost", lost=True)
+            self._calls = {call: member for call, member in self._calls.items() if member not in dead}
+            self._failure = self._failure or (f"{dead[0]}: its process or node was lost", True)
+            self._settle(run)
 
     def late(self, run: Run) -> None:
-        self._fail(run, f"not written within {run.bounds.files:g} s", lost=False)
+        self._calls.clear()
+        self._failure = self._failure or (f"not written within {run.bounds.files:g} s", False)
+        self._settle(run)
+
+    def _settle(self, run: Run) -> None:
+        if not self._calls:
+            (text, lost), self._failure = self._failure, None
+            self._fail(run, text, lost=lost)
 
     def stored(self, run: Run, order: int) -> None:
         if order == self._order:
@@ -113,7 +128,7 @@ class Saver:
 
     def _drop(self, run: Run) -> None:
         self._discard(run, self._seen)
-        self._seen, self._calls, self._order, self.deadline = None, {}, None, None
+        self._seen, self._calls, self._order, self.deadline, self._failure = None, {}, None, None, None
 
     def _discard(self, run: Run, seen: Seen) -> None:
         order = run.new_order()
