@@ -162,7 +162,8 @@ class Trainer:
             Change(found.first_step, tables.layout_ref(found.config, found.layout), tables.placement_ref(found.placement))
             for found in replay.changes)
         return Goal(training.steps if replay is None else min(training.steps, replay.steps), save_every=config.checkpoint.every,
-                    validate_every=training.validate_every, place_every=0 if replay else config.placement.every,
+                    validate_every=training.validate_every if validate else 0,
+                    place_every=0 if replay else config.placement.every,
                     keep=config.checkpoint.keep, validate=validate, replay=changes, folder=self._folder.checkpoints)
 
     # --- the run -------------------------------------------------------------------------------------------------
