@@ -7,6 +7,7 @@ An explorer that finds nothing proves something only if it would have found thes
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,17 +19,20 @@ from orchestrator.protocol.events import Ending, FailKind
 from orchestrator.protocol.run import Run
 from tests.simulation.explore import Explored, explore, seeds, tried
 from tests.simulation.rank_model import RankModel
+from tests.simulation.settings import Fault, Scenario
 
 Change = tuple[Any, str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """rank, machine: what is run instead. changes: of what belongs to the machine: where, which name, what instead."""
+    """rank, machine: what is run instead. changes: of what belongs to the machine: where, which name, what instead. scenarios: in which
+    it is looked for; by default any."""
 
     rank: type[RankModel] = RankModel
     machine: type[Run] = Run
     changes: tuple[Change, ...] = ()
+    scenarios: Callable[[int], Iterator[Scenario]] = seeds
 
     @contextlib.contextmanager
     def there(self) -> Iterator[None]:
@@ -98,6 +102,14 @@ def _no_older_checkpoint(the_run: Run, faults: Mapping[Member, Any]) -> bool:
     return False
 
 
+def _all_memory_and_the_newest_checkpoint(first: int) -> Iterator[Scenario]:
+    """Of random runs too few lose both at once."""
+    for seed in itertools.count(first):
+        at = 120 + 20 * (seed % 8)
+        yield Scenario(seed=seed, nodes=(1, 1), steps=8, save_every=2, faults=(
+            Fault(at, "damage"), Fault(at + 2, "end node"), Fault(at + 2, "end node", 1)))
+
+
 def _own_fault_ends(faults: Mapping[Member, Any], *rest: Any) -> Any:
     """Newcomers have no trial."""
     own = [fault.text for fault in faults.values() if fault.kind in (FailKind.OWN, FailKind.NO_MEMORY)]
@@ -161,7 +173,8 @@ DEFECTS: dict[str, Defect] = {
     "blame by index": Defect(machine=BlamesByIndex),
     "adopt bound shorter than silence": Defect(machine=HurriesToAdopt),
     "release bound shorter than silence": Defect(machine=HurriesToRelease),
-    "a damaged checkpoint ends the run": Defect(changes=((recovering, "_unreadable", _no_older_checkpoint),)),
+    "a damaged checkpoint ends the run": Defect(changes=((recovering, "_unreadable", _no_older_checkpoint),),
+                                                scenarios=_all_memory_and_the_newest_checkpoint),
     "a newcomer's own fault ends the run": Defect(changes=((suspicion, "by_fault", _own_fault_ends),)),
     "links are not probed": Defect(changes=((suspicion, "by_links", _always(None)),)),
     "a hung rank is not noticed": Defect(changes=((recovering.Recalling, "answered", _never_busy),)),
@@ -176,7 +189,7 @@ DEFECTS: dict[str, Defect] = {
 def find(name: str, seconds: float, first: int = 0) -> Explored:
     """Try seeds until the defect shows: in a run in which nothing is wrong without it."""
     defect = DEFECTS[name]
-    sound = (scenario for scenario in seeds(first) if tried(scenario)[0] is None)
+    sound = (scenario for scenario in defect.scenarios(first) if tried(scenario)[0] is None)
     return explore(sound, seconds, defect.machine, defect.rank, defect.there, enough=lambda violation: True)
 
 

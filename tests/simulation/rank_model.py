@@ -236,6 +236,8 @@ class RankModel:
         yield self.world.delay()
         content = self.world.storage.read(request.directory, request.step, self.state.content)
         if content is None:
+            if self.world.now < self.world.storage.unread_until:
+                raise Refused(FailKind.AWAY, f"{request.directory} cannot be read now")
             raise Refused(FailKind.UNREADABLE, f"{request.directory} is damaged")
         yield from self._load(content, request.step)
         return Done()
