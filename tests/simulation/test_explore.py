@@ -71,7 +71,7 @@ def test_a_correction_that_is_undone_is_found(name):
 
 
 def test_a_violation_is_shrunk_to_what_it_needs():
-    name = "a damaged checkpoint ends the run"
+    name = "a newcomer's own fault ends the run"
     defect, explored = DEFECTS[name], find(name, SECONDS_OF_A_DEFECT)
     (scenario, violation), = explored.found["L2"]
 
