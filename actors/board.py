@@ -59,7 +59,8 @@ class Board:
         layout, now = self._layout(), time.time()
         with self._lock:
             return {
-                "run": self._config.run.name, "folder": join(self._config.run.directory, self._config.run.name), "now": round(now, 3), "steps": self._config.training.steps, "newest": self._newest,
+                "run": self._config.run.name, "folder": join(self._config.run.directory, self._config.run.name),
+                "now": round(now, 3), "steps": self._config.training.steps, "newest": self._newest,
                 "layout": layout.describe() if layout else None, "grid": _grid(layout, self._slow_ranks()) if layout else [],
                 "lost": [{"node": node, "seconds_ago": round(now - when, 1)} for node, when in self._lost.items()],
                 "goodput": goodput.goodput(self._spent), "spent": {kind: round(s, 3) for kind, s in self._spent.items()},

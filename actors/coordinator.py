@@ -1,7 +1,7 @@
 """The Ray actor of a run: it conducts the ranks, and tells whoever asks how it goes.
 
-The process that started the run, its driver, may go: the run goes on. Who asks for `updates` is the driver, and each time shows that
-it lives. Without it for `elastic.orphan_seconds` the run is saved and ended, and everything with it.
+The process that started the run, its driver, may go: the run goes on. Who asks for `updates` is the driver, and shows each time
+that it lives. Without it for `elastic.orphan_seconds` the run is saved and ended, and everything with it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ TAKEN_OVER = "another process has taken this run over"
 
 @dataclass(frozen=True)
 class Present:
-    """A run under way. address: of its page and metrics. begun: whether it was told to begin. stopping: it was asked to save and end.
-    over: it has ended; its outcome is kept."""
+    """A run under way. address: of its page and metrics. begun: whether it was told to begin. stopping: it was asked to save and
+    end. over: it has ended; its outcome is kept."""
 
     config: RunConfig
     layout: Layout
@@ -72,11 +72,11 @@ class Present:
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"control": 4, "waiting": 8})
 class Coordinator:
-    """ranks: StageActors in the order of `start.members`, or else of the ranks of `layout`. data: the folder that jobs.tokenize wrote.
-    run: as whose its actors are found by name; none: they have no names, and end with whoever created them.
+    """ranks: StageActors in the order of `start.members`, or else of the ranks of `layout`. data: the folder that jobs.tokenize
+    wrote. run: as whose its actors are found by name; none: they have no names, and end with whoever created them.
 
-    Ranks that are wanted later it creates itself. What is left when the run is over it ends, all but itself: the outcome is kept for
-    the driver, who ends this actor; where there is none, it ends itself after `elastic.orphan_seconds`.
+    Ranks that are wanted later it creates itself. What is left when the run is over it ends, all but itself: the outcome is kept
+    for the driver, who ends this actor; where there is none, it ends itself after `elastic.orphan_seconds`.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, ranks: Sequence[Any], data: str, start: Start = Start(), run: str = ""):
@@ -88,7 +88,8 @@ class Coordinator:
         self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
         self._count = 0
         self._lock = threading.Lock()
-        self._metrics, self._board = RunMetrics(config.training.steps, config.checkpoint.every), Board(config, lambda: self._trainer.layout if self._trainer else None)
+        self._metrics = RunMetrics(config.training.steps, config.checkpoint.every)
+        self._board = Board(config, lambda: self._trainer.layout if self._trainer else None)
         self._trainer: Trainer | None = None
         self._stop_requested = False
         self._event_files = _event_files(config)
@@ -135,8 +136,8 @@ class Coordinator:
 
     @ray.method(concurrency_group="waiting")
     def outcome(self, seconds: float) -> Outcome | Failure | None:
-        """How the run ended. What Trainer.run foresees comes back as a Failure, and so does anything else. None: it has not, within
-        so many seconds."""
+        """How the run ended. What Trainer.run foresees comes back as a Failure, and so does anything else. None: it has not,
+        within so many seconds."""
         self._over.wait(seconds)
         return self._outcome
 

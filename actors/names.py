@@ -34,6 +34,6 @@ def meaning(name: str, run: str) -> int | Member | None:
     match name.split(_BETWEEN):
         case [before, kind, epoch] if before == run and kind == _COORDINATOR and epoch.isdigit():
             return int(epoch)
-        case [before, kind, node, local, incarnation] if before == run and kind == _RANK and local.isdigit() and incarnation.isdigit():
+        case [before, kind, node, local, incarnation] if before == run and kind == _RANK and (local + incarnation).isdigit():
             return Member(node, int(local), int(incarnation))
     return None

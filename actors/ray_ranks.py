@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class RayRanks:
-    """actors: StageActors of the first layout, in the order of its ranks. ask: have one created for a member, which is to be answered by
-    `admit` or `not_made`. watch: of the nodes. Safe to be told of actors from any thread.
+    """actors: StageActors of the first layout, in the order of its ranks. ask: have one created for a member, which is to be
+    answered by `admit` or `not_made`. watch: of the nodes. Safe to be told of actors from any thread.
 
     Answers of `send` are posted from Ray's own thread, as they come: nothing here polls.
     """

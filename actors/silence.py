@@ -1,4 +1,4 @@
-"""How long somebody has not shown up, counted only while this process runs: one that was frozen must not think that others were."""
+"""How long somebody has not shown up, counted only while this process runs: one that was frozen must not think others were."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class StageActor:
 
 
 def create(config: RunConfig, member: Member, run: str = "", anywhere: bool = False) -> Any:
-    """A StageActor on its member's node, or wherever there is room. run: whose it is found as, and outlives whoever creates it; none:
-    it does not. Raises ValueError: it is there already; RayError: Ray does not answer."""
+    """A StageActor on its member's node, or wherever there is room. run: as whose it is found by name, and outlives whoever
+    creates it; none: it does not. Raises ValueError: it is there already; RayError: Ray does not answer."""
     options = actor_options(config, None if anywhere else member.node) | (outliving(names.of_rank(run, member)) if run else {})
     return StageActor.options(**options).remote(config)

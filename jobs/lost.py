@@ -1,7 +1,7 @@
 """Notices that this process's own raylet, or Ray's control store, is gone, and ends the process with one line.
 
-Ray's client would go on trying for a minute and more, and whoever waits for it hangs as long; so nothing here waits for Ray. Ranks and
-coordinator are not asked: they go on by themselves as long as they can, and as long as `elastic.orphan_seconds` says.
+Ray's client would go on trying for a minute and more, and whoever waits for it hangs as long; so nothing here waits for Ray.
+Ranks and coordinator are not asked: they go on by themselves as long as they can, and as long as `elastic.orphan_seconds` says.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ _LOOK_SECONDS, _ANSWER_SECONDS = 0.5, 2.0
 
 
 class ClusterWatch:
-    """While the `with` block runs. consequence: what follows for the user, told after what happened. lost: called with the line, on
-    a thread of this watch; whoever waits for Ray goes on waiting.
+    """While the `with` block runs. consequence: what follows for the user, told after what happened. lost: called with the line,
+    on a thread of this watch; whoever waits for Ray goes on waiting.
 
     raylet: its socket; store: a client of the control store. None: of the Ray that this process is connected to.
     """
 
-    def __init__(self, consequence: str, lost: Callable[[str], object] | None = None, raylet: str | None = None, store: Any = None):
+    def __init__(self, consequence: str, lost: Callable[[str], object] | None = None, raylet: str | None = None,
+                 store: Any = None):
         self._consequence, self._lost = consequence, lost or end_process
         self._raylet_address, self._store = raylet, store
         self._closed = threading.Event()

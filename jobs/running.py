@@ -66,8 +66,8 @@ class RunActors:
     """The actors of a run: they end with the `with` block, however it ends; but with another driver they go on, and for
     `elastic.orphan_seconds` without one, should this process be killed.
 
-    Ranks do not end with the coordinator. Where that dies, another one goes on with them. left: ranks of this run that live already,
-    without a coordinator. evaluate: a checkpoint to be evaluated only: nobody can take that over.
+    Ranks do not end with the coordinator. Where that dies, another one goes on with them. left: ranks of this run that live
+    already, without a coordinator. evaluate: a checkpoint to be evaluated only: nobody can take that over.
     """
 
     def __init__(self, config: RunConfig, layout: Layout, data: str, replay: Replay | None = None, evaluate: str | None = None,
@@ -132,7 +132,8 @@ class RunActors:
         """Show what happens until the run ends. moved: told where another coordinator exports. Raises JobFailed with the reason;
         TakenOver.
 
-        Once it is asked to stop, the trainer bounds its step and its save (training.step_timeout_seconds); a second signal ends it.
+        Once it is asked to stop, the trainer bounds its step and its save (training.step_timeout_seconds); a second signal ends
+        it.
         """
         stopping, idle = False, 0
         if not self._begun:
@@ -200,8 +201,8 @@ class RunActors:
         self._begin()
 
     def _updates(self) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
-        """What happened since the last time, and whether the run is over. Raises RayActorError: the coordinator does not live, or does
-        not answer; TakenOver."""
+        """What happened since the last time, and whether the run is over. Raises RayActorError: the coordinator does not live, or
+        does not answer; TakenOver."""
         errors = self._ray.exceptions
         try:
             found = self._ray.get(self._coordinator.updates.remote(self._driver, self._told), timeout=ANSWER_TIMEOUT_SECONDS)

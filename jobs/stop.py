@@ -1,5 +1,5 @@
-"""`python -m jobs.stop RUN [--now]`: ask a run that is under way to save and end, whether its driver lives or not, from any host of
-its cluster; returns when it has ended. `--now`: without a save. RUN is a run's folder, a path or a URI, or its name.
+"""`python -m jobs.stop RUN [--now]`: ask a run that is under way to save and end, whether its driver lives or not, from any host
+of its cluster; returns when it has ended. `--now`: without a save. RUN is a run's folder, a path or a URI, or its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _END_SECONDS = 15.0
 
 def main() -> int:
     """Raises JobFailed: no such run is under way, or it does not end."""
-    parser = cli.Parser(prog="python -m jobs.stop", description=__doc__.split(":")[0])
+    parser = cli.Parser(prog="python -m jobs.stop", description="Ask a run that is under way to save and end; returns when it has.")
     parser.add_argument("folder", metavar="RUN", help="a run's folder, a path or a URI, or its name")
     parser.add_argument("--now", action="store_true", help="end it at once, without a save")
     cli.arguments(parser)
@@ -90,7 +90,8 @@ def _connect(folder: str, live: Mapping[str, Any]) -> None:
         session.connect()
     except (cli.JobFailed, ConnectionError, RuntimeError, ValueError) as error:
         text = str(error).strip().splitlines()[0]
-        raise cli.JobFailed(f"{folder}: its Ray at {os.environ['RAY_ADDRESS']} cannot be reached from this host ({text})") from None
+        address = os.environ["RAY_ADDRESS"]
+        raise cli.JobFailed(f"{folder}: its Ray at {address} cannot be reached from this host ({text})") from None
 
 
 def _coordinator(actors: str) -> Any | None:

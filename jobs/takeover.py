@@ -27,7 +27,7 @@ _REFUSED_SECONDS = 5.0
 
 _FREE = ("telemetry",)
 _FREE_OF_RANKS = ("telemetry", "checkpoint", "elastic", "placement", "training.steps", "training.validate_every")
-"""What may be another thing than before: of a run under way nothing but how it is watched, of its ranks what only a coordinator uses."""
+"""What may differ from before: of a run under way nothing but how it is watched, of its ranks what only a coordinator uses."""
 
 
 def coordinator_of(folder: RunFolder) -> tuple[int, Any] | None:
@@ -40,8 +40,8 @@ def coordinator_of(folder: RunFolder) -> tuple[int, Any] | None:
 
 def taken_over(folder: RunFolder, config: RunConfig, data: str, replay: Replay | None, progress: Progress,
                interrupt: Interrupt) -> RunActors | None:
-    """The run under way in this folder; None: there is none (any more). The folder must be held. Raises ConfigError: it has another
-    configuration. JobFailed: another process is its driver."""
+    """The run under way in this folder; None: there is none (any more). The folder must be held. Raises ConfigError: it has
+    another configuration. JobFailed: another process is its driver."""
     import ray
 
     found = coordinator_of(folder)
@@ -60,7 +60,7 @@ def taken_over(folder: RunFolder, config: RunConfig, data: str, replay: Replay |
         _check_same(config, present.config, _FREE, "stop it first (python -m jobs.stop)")
         driver = uuid.uuid4().hex
         told = _accepted(coordinator, driver, folder, interrupt)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # it has died, or will never answer: another one replaces it
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # it is dead, or as good as that
         ray.kill(coordinator)
         return None
     progress.say("took over the run: its driver was lost")

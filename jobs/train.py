@@ -71,9 +71,11 @@ def main() -> int:
 
 def _when_lost(config: RunConfig) -> str:
     """What follows when this process loses its Ray."""
-    again = "the same command continues from the newest checkpoint"
-    return again if session.is_local() else (f"ranks that can go on do so for elastic.orphan_seconds = {config.elastic.orphan_seconds:g}; "
-                                             f"until then the same command takes them over, later {again.removeprefix('the same command ')}")
+    newest = "continues from the newest checkpoint"
+    if session.is_local():
+        return f"the same command {newest}"
+    return (f"ranks that can go on do so for elastic.orphan_seconds = {config.elastic.orphan_seconds:g}; until then the same "
+            f"command takes them over, later it {newest}")
 
 
 def dry_run(config: RunConfig) -> int:
@@ -187,7 +189,8 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 def _followed(run: RunActors, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
     """To its end. Where it can be asked stands in the folder meanwhile."""
     def show(address: str) -> str:
-        return folder.write(LIVE, json.dumps({"address": address, "actors": run_of(folder.path), "ray": session.ray_address(), "local": session.is_local()}))
+        return folder.write(LIVE, json.dumps({"address": address, "actors": run_of(folder.path), "ray": session.ray_address(),
+                                              "local": session.is_local()}))
 
     progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
     progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")

@@ -151,7 +151,8 @@ def test_a_driver_that_was_killed_is_replaced_by_the_same_command(driven, undist
     run.kill_driver()
     run.until_steps(3, driven=False)  # it goes on by itself
     refused = run.job("train", *run.command[1:], "--set", "optimizer.learning_rate=0.5")
-    assert refused.returncode == 2 and "optimizer.learning_rate = 0.5: 0.001, as in the run under way" in refused.stderr, refused.stderr
+    assert refused.returncode == 2, refused.stderr
+    assert "optimizer.learning_rate = 0.5: 0.001, as in the run under way" in refused.stderr
     run.start()
     run.until_said("took over the run: its driver was lost")
     run.until_steps(3)
@@ -264,7 +265,7 @@ def test_the_death_of_the_drivers_raylet_is_told_in_one_line_and_leaves_nothing_
 
 
 def test_the_death_of_rays_control_store_is_told_in_one_line_and_leaves_nothing_behind(driven, cluster):
-    """The last one: there is no cluster any more afterwards. The driver is connected to the raylet of another node than the head."""
+    """The last one: there is no cluster any more afterwards. The driver is connected to the raylet of another node."""
     run = driven("store", elastic={"orphan_seconds": 5.0})
     run.until_steps(2)
     os.kill(only(cluster, 0, b"/gcs/gcs_server\0"), signal.SIGKILL)
