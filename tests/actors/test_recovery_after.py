@@ -66,10 +66,11 @@ def once(action):
     return lambda: left.pop()() if left else None
 
 
-def test_a_file_written_after_its_rank_was_given_up_spoils_no_checkpoint(stage):
+def test_a_file_written_after_its_rank_was_given_up_spoils_no_checkpoint(stage, monkeypatch):
     """It thaws in the middle of a checkpoint's writing, and finishes its piece. That checkpoint does not count; a later one of
     the same run is whole."""
-    more, run, frozen_one = (STEPS, *FROZEN, "checkpoint.every=3", "elastic.cool_down_seconds=60"), Run(), []
+    more, run, frozen_one, to_end = (STEPS, *FROZEN, "checkpoint.every=3", "elastic.cool_down_seconds=60"), Run(), [], []
+    monkeypatch.setattr(stage.company, "dismiss", to_end.append)  # it is ended as soon as it is heard from: not before it has written
 
     def freeze() -> None:
         frozen_one.append(stage.company._processes[stage.company._seats[2]])
@@ -79,6 +80,9 @@ def test_a_file_written_after_its_rank_was_given_up_spoils_no_checkpoint(stage):
         os.kill(frozen_one[0].handle.pid, signal.SIGCONT)
         checkpoints = run.folder.checkpoints
         until(lambda: any("generation-1-rank-00002" in name for *_, names in os.walk(checkpoints) for name in names), "its file")
+        monkeypatch.undo()
+        for member in to_end:
+            stage.company.dismiss(member)
 
     run = stage.run("EP4", *more, before={2: once(freeze), 5: thaw}, run=run)
     stage.check(run, "EP4", *more)
