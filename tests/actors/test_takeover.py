@@ -103,10 +103,15 @@ def test_it_goes_on_without_a_rank_that_died_meanwhile(stage, monkeypatch):
     assert not second.told("state_lost")
 
 
-@pytest.mark.parametrize("when", [lambda command: isinstance(command, Append) and isinstance(command.line, CutLine), asks(Restore)])
+def cuts(command) -> bool:
+    return isinstance(command, Append) and isinstance(command.line, CutLine)
+
+
+@pytest.mark.parametrize("when", [cuts, asks(Restore)], ids=["cut", "restore"])
 @pytest.mark.parametrize("carried_out", [False, True])
 def test_one_that_dies_on_the_way_back_to_a_checkpoint(stage, monkeypatch, when, carried_out):
-    """Two neighbours are lost with state that nobody else has; then the coordinator, before and after the ledger says so."""
+    """Two neighbours are lost with state that nobody else has; then the coordinator, before and after the ledger says so. What was
+    loaded by then is in memory, and counts once the ledger has been cut."""
     more = ("training.steps=9", "checkpoint.every=4", "elastic.copies=1")
     dies(monkeypatch, when, carried_out)
 
@@ -118,7 +123,7 @@ def test_one_that_dies_on_the_way_back_to_a_checkpoint(stage, monkeypatch, when,
     assert isinstance(first.error, Died)
     second = taken_over(stage, "EP4", first, *more)
     check(stage, "EP4", second, *more)
-    assert [event["step"] for event in second.told("resumed")] == [4]
+    assert [event["step"] for event in second.told("resumed")] == ([] if when is cuts and carried_out else [4])
     assert checkpoint.read_manifest(checkpoint.complete(second.folder.checkpoints)[-1]).step == 9
 
 
