@@ -24,7 +24,7 @@ from actors import storage
 from actors.board import Board
 from actors.checkpoint import CheckpointError
 from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
-from actors.dataset import Dataset, DatasetError
+from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
 from actors.messages import Failure, Outcome, Start
@@ -229,7 +229,7 @@ class Coordinator:
         folder = RunFolder(self._config.run.directory, self._config.run.name)
         dataset = Dataset.open(self._data)
         sources = Sources(lambda step: Feed(dataset, self._config, step, self._config.training.steps),
-                          lambda: _validation(dataset, self._config))
+                          lambda: _validation(dataset, self._config), lambda: _answers(self._data))
         self._trainer = Trainer(self._config, self._layout, self._ranks, folder, sources, self._host, self._watch,
                                 start=self._start)
         if self._stop_requested:
@@ -286,6 +286,14 @@ def _event_files(config: RunConfig) -> Any:
     from actors.tensorboard import FOLDER, EventFiles
 
     return EventFiles(join(config.run.directory, config.run.name, FOLDER))
+
+
+def _answers(data: str) -> bool:
+    """Whether the storage of the data does."""
+    try:
+        return bool(storage.read_bytes(join(data, MANIFEST)))
+    except StorageError:
+        return False
 
 
 def _validation(dataset: Dataset, config: RunConfig) -> Batch | None:

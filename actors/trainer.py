@@ -117,7 +117,8 @@ class Trainer:
         held_out = self._sources.validation()
         with Lifelines(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
                        told=lambda: self._conductor.post(Listened())) as lines:
-            reader, clerk = Reader(self._sources.training, self._conductor.post), Clerk(self._folder, self._conductor.post)
+            reader = Reader(self._sources.training, self._conductor.post, self._sources.answers)
+            clerk = Clerk(self._folder, self._conductor.post)
             try:
                 shell = self._shell(found, held_out, lines, reader, clerk)
                 end = self._conduct(found, held_out is not None, shell)

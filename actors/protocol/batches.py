@@ -27,17 +27,20 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Sources:
-    """`training(first_step)` opens the batches from a step on; `validation()` gives the held-out batch, or None."""
+    """`training(first_step)` opens the batches from a step on; `validation()` gives the held-out batch, or None. `answers()`: whether
+    the storage of the data does: then what cannot be read is missing or damaged, else it is tried again."""
 
     training: Callable[[int], Batches]
     validation: Callable[[], Batch | None]
+    answers: Callable[[], bool] = lambda: False
 
 
 class Reader:
     """Answers `need(step)` by posting BatchReady or BatchFailed; the batch is then there to be taken. From one thread."""
 
-    def __init__(self, open_at: Callable[[int], Batches], post: Callable[[object], None]):
-        self._open_at, self._post = open_at, post
+    def __init__(self, open_at: Callable[[int], Batches], post: Callable[[object], None],
+                 answers: Callable[[], bool] = lambda: False):
+        self._open_at, self._post, self._answers = open_at, post, answers
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._lock, self._read = threading.Lock(), {}
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
@@ -80,7 +83,7 @@ class Reader:
             except Exception as error:  # of whatever the data is read with: it is told, and tried again
                 logger.exception("the batch of step %d cannot be read", step)
                 source = _closed(source)
-                self._post(BatchFailed(step, _one_line(error), isinstance(error, _LASTING)))
+                self._post(BatchFailed(step, _one_line(error), isinstance(error, _LASTING) or self._answers()))
                 continue
             due = step + 1
             with self._lock:
@@ -90,7 +93,7 @@ class Reader:
 
 
 _LASTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
-"""What no second try mends; storage that is away is an OSError, or an error of whoever reads from it."""
+"""What no second try mends, wherever the data is."""
 
 
 def _closed(source: Batches | None) -> None:
