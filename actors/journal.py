@@ -80,6 +80,21 @@ class Journal:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Raises Overtaken: somebody else has written since this one did, or read. StorageError: nobody can tell."""
+        try:
+            if not self._local:
+                self._refuse_overtaken(storage.size(self._uri) if storage.exists(self._uri) else 0)
+            elif self._stream is not None:
+                with _locked(self._stream, self._uri):
+                    self._checked(self._stream)
+        except OSError as error:
+            raise error if isinstance(error, storage.StorageError) else storage.StorageError(self._uri, str(error)) from error
+
+    def _refuse_overtaken(self, found: int) -> None:
+        if self._size is not None and found not in (self._size, self._size + len(self._doubtful)):
+            raise Overtaken(self._uri)
+
     def _expect(self, size: int) -> None:
         """What the file was when it was first read; what is read later changes nothing about who wrote it."""
         if self._size is None:
@@ -137,9 +152,7 @@ class Journal:
     def _put(self, lines: list[str]) -> None:
         content = _content(lines)
         if self._alone:
-            found = storage.size(self._uri) if storage.exists(self._uri) else 0
-            if self._size is not None and found not in (self._size, self._size + len(self._doubtful)):
-                raise Overtaken(self._uri)
+            self._refuse_overtaken(storage.size(self._uri) if storage.exists(self._uri) else 0)
             self._doubtful = content[self._size or 0 :]
         storage.write_atomic(self._uri, content)
         self._size, self._doubtful = len(content), b""

@@ -82,6 +82,10 @@ class RunFolder:
         self._ledger.append(line)
         self._newest = ledger.line_hash(line)
 
+    def check(self) -> None:
+        """Raises Overtaken: another coordinator writes the ledger now. StorageError."""
+        self._ledger.check()
+
     def metrics(self, values: dict[str, Any]) -> None:
         self._metrics.append(json.dumps(values))
 

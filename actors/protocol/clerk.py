@@ -83,9 +83,13 @@ class Clerk:
             job()
 
     def _ordered(self, order: int, job: Callable[[], None]) -> None:
+        """Unless another coordinator writes by now: checkpoints are its business then."""
         def carry_out() -> None:
             try:
+                self._folder.check()
                 job()
+            except Overtaken as error:
+                self._post(LineRefused(order, Ending.SUPERSEDED, str(error)))
             except (CheckpointError, StorageError, OSError) as error:
                 self._post(StoreFailed(order, str(error)))
             else:

@@ -312,7 +312,7 @@ class StoreFailed:
 @dataclass(frozen=True, slots=True)
 class LineRefused:
     """The step's line must not be written: what the ranks reported forbids it (not finite, other sequences, another loss than the one
-    that is repeated)."""
+    that is repeated). Or, as SUPERSEDED, nothing that was ordered: another coordinator writes now."""
 
     order: int
     ending: Ending

@@ -119,7 +119,7 @@ class Clerk:
     def _outcome(self, order: Order) -> Event:
         if self.world.now < self.storage.fails_until:
             return StoreFailed(order.order, "storage is away")
-        if type(order) is Append and self.storage.version != self.expected:
+        if self.storage.version != self.expected:
             return LineRefused(order.order, Ending.SUPERSEDED, "the ledger has lines of another coordinator")
         if type(order) is Append and type(order.line) is StepLine and order.line.step == self.world.not_finite:
             return LineRefused(order.order, Ending.NOT_FINITE, f"step {order.line.step} is not finite")
@@ -127,8 +127,8 @@ class Clerk:
         return Stored(order.order)
 
     def _may_write(self, order: Order) -> bool:
-        lost = type(order) is Append and (self.storage.version != self.expected or type(order.line) is StepLine
-                                          and order.line.step == self.world.not_finite)
+        lost = self.storage.version != self.expected or (
+            type(order) is Append and type(order.line) is StepLine and order.line.step == self.world.not_finite)
         return not lost and self.world.now >= self.storage.fails_until
 
     def _write(self, order: Order) -> None:

@@ -70,6 +70,13 @@ def test_a_coordinator_that_was_superseded_is_told_so(clerk, posted, tmp_path):
     clerk.append(2, step(0))
     refused = posted.get(timeout=SECONDS)
     assert isinstance(refused, LineRefused) and (refused.order, refused.ending) == (2, Ending.SUPERSEDED)
+    kept = tmp_path / "run" / "checkpoints" / "step-00000004"
+    kept.mkdir(parents=True)
+    for order, ordered in ((3, lambda: clerk.discard(3, str(kept))), (4, lambda: clerk.manifest(4, str(kept), Manifest(4, {}, "float32", ())))):
+        ordered()
+        refused = posted.get(timeout=SECONDS)
+        assert isinstance(refused, LineRefused) and (refused.order, refused.ending) == (order, Ending.SUPERSEDED)
+    assert kept.is_dir() and not list(kept.iterdir()), "checkpoints are the other's business now"
     assert RunFolder(str(tmp_path), "run").ledger().committed == 0
 
 
