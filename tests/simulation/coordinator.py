@@ -273,7 +273,6 @@ class Coordinator:
         self.clerk.order(order)
 
     def _discard(self, order: orders.Discard) -> None:
-        self.world.invariants.discard(self, order)
         self.clerk.order(order)
 
     def _need_batch(self, order: orders.NeedBatch) -> None:

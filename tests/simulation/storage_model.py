@@ -143,6 +143,7 @@ class Clerk:
             found.step, found.damaged, found.unreadable = order.step, False, False
             found.epoch = self.coordinator.epoch
         else:
+            self.world.invariants.discard(self.coordinator, order)
             storage.checkpoints.pop(order.directory, None)
 
     def _line(self, line: Line) -> None:
