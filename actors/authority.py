@@ -6,7 +6,6 @@ import threading
 
 from actors.comm.groups import Generation
 from actors.comm.waiting import Aborted
-from actors.messages import ANY_GENERATION
 
 
 class Superseded(RuntimeError):
@@ -27,11 +26,6 @@ class Authority:
         self.epoch = self.given_up = 0
         self.serving: int | None = None
         self.generation: Generation | None = None
-
-    def begin_anew(self) -> None:
-        """As if nobody had ever told this rank anything: numbers of another run may be lower than those of the last."""
-        with self._lock:
-            self.epoch = self.given_up = 0
 
     def attached(self, run: str, epoch: int) -> None:
         """A coordinator of this run takes over. Raises Superseded."""
@@ -82,10 +76,10 @@ class Authority:
         return generation
 
     def give_up(self, number: int | None) -> None:
-        """End all communication of generations up to this one, and refuse what comes for them later. None, ANY_GENERATION: of the
-        present one, whatever its number."""
+        """End all communication of generations up to this one, and refuse what comes for them later. None: of the present
+        one, whatever its number."""
         with self._lock:
-            if number is None or number == ANY_GENERATION:
+            if number is None:
                 self._end()
                 return
             self.given_up = max(self.given_up, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -43,7 +44,8 @@ class Board:
             self._since = time.time()
         for kind, found in (("event", events), ("step", steps)):
             for values in found:
-                self.observe(kind, values)
+                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # a line that is none of this program's
+                    self.observe(kind, values)
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
         with self._lock:

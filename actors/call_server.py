@@ -20,6 +20,7 @@ import torch
 from actors.authority import Superseded
 from actors.checkpoint import CheckpointError
 from actors.comm.waiting import Aborted
+from actors.errors import named_line
 from actors.hugging_face import FolderError
 from actors.lifeline_wire import Address
 from actors.messages import Recollection
@@ -44,6 +45,7 @@ class CallServer:
         self._prober = Prober()
         self._changed = threading.Condition()  # guards the following; held for moments only
         self._busy: CallId | None = None
+        self._method = ""
         self._fault: Fault | None = None
 
     def serve(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
@@ -76,8 +78,8 @@ class CallServer:
         with self._changed:
             while self._busy is not None and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
-            busy, fault = self._busy, self._fault
-        return replace(self._rank.recall(), busy=busy, fault=fault)
+            busy, fault, forming = self._busy, self._fault, self._busy is not None and self._method == "form"
+        return replace(self._rank.recall(), busy=busy, fault=fault, forming=forming)
 
     def probe(self, peers: Mapping[Member, Address], seconds: float) -> tuple[Member, ...]:
         """Those with whom no bytes could be exchanged, both ways, in that time."""
@@ -85,14 +87,15 @@ class CallServer:
 
     def _compute(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
         with self._changed:
-            self._busy, self._fault = call, None  # what failed before was told before
+            self._busy, self._method, self._fault = call, method, None  # what failed before was told before
         fault = None
         try:
             self._authority.serve(call.epoch, generation)
             self._check_place(generation, method)
             answer: Reply | Fault = Reply(getattr(self._rank, method)(*arguments))
         except Exception as error:
-            answer = fault = fault_of(error, method)
+            answer = fault_of(error, method)
+            fault = replace(answer, call=call)
         finally:
             self._authority.serving = None
             with self._changed:
@@ -114,8 +117,7 @@ def fault_of(error: BaseException, method: str) -> Fault:
     kind = _kind_of(error)
     if kind is FailKind.OWN:
         logger.error("%s failed", method, exc_info=error)
-    text = str(error).strip().splitlines()
-    return Fault(kind, f"{type(error).__name__}: {text[0] if text else ''}")
+    return Fault(kind, named_line(error))
 
 
 def _kind_of(error: BaseException) -> FailKind:

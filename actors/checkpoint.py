@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from actors import storage
+from actors.errors import first_line
 from actors.messages import SavedPiece
 from actors.optimizer import OwnedShard, owned_by_name
 from actors.tensor_files import TensorFiles
@@ -52,7 +53,7 @@ class PieceWriter:
     def __init__(self, directory: str, rank: int, shards: Iterable[OwnedShard], biases: Mapping[int, torch.Tensor],
                  generation: int = 0):
         self._file = f"generation-{generation}-rank-{rank:05d}.safetensors"
-        self._path = storage.join(directory, self._file)
+        self.directory, self._path = directory, storage.join(directory, self._file)
         self._tensors: dict[tuple[str, str, int, int], torch.Tensor] = {}
         for owned in shards:
             if owned.bucket.owners[owned.shard][0] == rank:
@@ -106,6 +107,8 @@ def restore_shards(directory: str, pieces: Iterable[SavedPiece], shards: Iterabl
     for owned in shards:
         if steps:
             owned.set_moments(*moments[id(owned)], steps)
+        else:
+            owned.forget()
     for layer, bias in biases.items():
         _fill(bias, 0, index.get((bias_name(layer), BIAS), []), reader, bias_name(layer))
 
@@ -193,13 +196,6 @@ def complete(root: str) -> list[str]:
     return [name for name in _folders(root) if storage.exists(storage.join(name, MANIFEST))]
 
 
-def prune(root: str, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and whatever is unfinished. Raises StorageError."""
-    clear_unfinished(root)
-    for directory in complete(root)[:-keep]:
-        discard(directory)
-
-
 def clear_unfinished(root: str) -> None:
     """Delete what interrupted saves left behind; nothing may be saving. Raises StorageError."""
     if storage.exists(root):
@@ -267,6 +263,4 @@ def _sha256_of(body: dict) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return (getattr(error, "reason", None) or getattr(error, "strerror", None)
-            or (text.splitlines()[0] if text else type(error).__name__))
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or first_line(error)

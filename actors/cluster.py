@@ -11,12 +11,13 @@ from typing import Any
 import ray
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import names
+from actors.errors import named_line
 from actors.ranks import News
+from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config import RunConfig, TopologySection
 from orchestrator.membership import Member
 from orchestrator.topology import Node, selects
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 RANK_RESOURCE = "rank"
 WATCH_SECONDS = 0.25
+AWAY_SECONDS = 10.0
+"""How long Ray's control store may not answer until that is told: one on a busy host takes its time."""
 _LOOK_SECONDS = 0.05
 
 
@@ -154,17 +157,20 @@ def ask_for_no_more(config: RunConfig) -> None:
 
 class NodeWatch:
     """Asks Ray a few times a second who is there and who drains, on a thread of its own: that may take as long as it takes. An
-    autoscaler, if there is one, is told first how many nodes are wanted."""
+    autoscaler, if there is one, is told first how many nodes are wanted.
 
-    def __init__(self, config: RunConfig):
+    told: of events in which Ray's control store has a part, with their details; on a thread of this watch.
+    """
+
+    def __init__(self, config: RunConfig, told: Callable[[str, dict[str, Any]], None] = lambda kind, details: None):
         self._config, self._lock, self._news = config, threading.Lock(), []
         self._told: Callable[[News], None] | None = None
         self._known: dict[str, Node] = {}
         self._draining: dict[str, int] = {}
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+        self._closed, self._tell, self._unanswered = threading.Event(), told, Silence()
         if not config.topology.virtual_nodes:
-            self._thread.start()
+            for name, watch in (("nodes", self._watch), ("store", self._watch_store)):
+                threading.Thread(target=watch, name=name, daemon=True).start()
 
     def listen(self, told: Callable[[News], None]) -> None:
         """From now on news is told, on this watch's thread, and not kept for `news`; what was kept is told first."""
@@ -189,17 +195,32 @@ class NodeWatch:
                 if not asked:
                     ask_for_nodes(self._config)
                     asked = True
-                table, draining = ray.nodes(), dict(state.get_draining_nodes())
-            except (RayError, RuntimeError) as error:  # Ray's control store is away; ranks do not need it
-                logger.warning("cannot ask Ray for its nodes: %s", error)
-                continue
-            found = self._compared({node.name: node for node in _offered(table, self._config.topology)}, draining)
-            with self._lock:
-                told = self._told
-                if told is None:
-                    self._news += found
-            for news in found if told is not None else ():
-                told(news)
+                self._look()
+            except Exception as error:  # mostly the control store is away, which ranks do not need; and nobody else looks for nodes
+                logger.warning("cannot ask Ray for its nodes: %s", named_line(error))
+
+    def _look(self) -> None:
+        table, draining = ray.nodes(), dict(state.get_draining_nodes())
+        self._unanswered.broken()
+        found = self._compared({node.name: node for node in _offered(table, self._config.topology)}, draining)
+        with self._lock:
+            told = self._told
+            if told is None:
+                self._news += found
+        for news in found if told is not None else ():
+            told(news)
+
+    def _watch_store(self) -> None:
+        """Who asks it waits, and cannot tell."""
+        since = None
+        while not self._closed.wait(LOOK_SECONDS):
+            silent = self._unanswered.look()
+            if since is None and silent > AWAY_SECONDS:
+                since = time.monotonic() - silent
+                self._tell("control_store_away", {"seconds": round(silent, 3)})
+            elif since is not None and silent < AWAY_SECONDS:
+                self._tell("control_store_back", {"seconds": round(time.monotonic() - silent - since, 3)})
+                since = None
 
     def _compared(self, present: dict[str, Node], draining: Mapping[str, int]) -> list[News]:
         found = [News("joined", node) for name, node in present.items() if self._known.get(name) != node]

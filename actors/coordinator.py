@@ -7,6 +7,7 @@ that it lives. Without it for `elastic.orphan_seconds` the run is saved and ende
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from actors.messages import Failure, Outcome, Start
 from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
-from actors.run_folder import IN_USE, LIVE, RunFolder
+from actors.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.silence import LOOK_SECONDS, Silence
 from actors.stage_actor import FIRST_SECONDS, create
 from actors.storage import StorageError, join
@@ -39,6 +40,7 @@ from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
+from orchestrator.protocol.events import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ _DRIVER_SECONDS = 3.0
 """Whoever has asked within this time is there still."""
 
 _END_SECONDS = 5.0
+_TOKEN = ".seen"
 TAKEN_OVER = "another process has taken this run over"
 
 
@@ -82,7 +85,9 @@ class Coordinator:
     def __init__(self, config: RunConfig, layout: Layout, ranks: Sequence[Any], data: str, start: Start = Start(), run: str = ""):
         self._config, self._layout, self._start, self._name = config, layout, start, run
         self._host = ray.util.get_node_ip_address()
-        self._nodes = NodeWatch(config)
+        self._trainer: Trainer | None = None
+        self._nodes = NodeWatch(config, self._tell)
+        self._written: Token | None = None
         self._wanted: queue.SimpleQueue[Member] = queue.SimpleQueue()
         self._ranks, self._data = RayRanks(ranks, self._wanted.put, self._nodes), data
         self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
@@ -90,7 +95,6 @@ class Coordinator:
         self._lock = threading.Lock()
         self._metrics = RunMetrics(config.training.steps, config.checkpoint.every)
         self._board = Board(config, lambda: self._trainer.layout if self._trainer else None)
-        self._trainer: Trainer | None = None
         self._stop_requested = False
         self._event_files = _event_files(config)
         self._driver, self._silence = "", Silence()
@@ -191,6 +195,8 @@ class Coordinator:
 
     def _leave(self) -> None:
         """What a driver does when a run is over; then end this process."""
+        if self._superseded:
+            os._exit(0)
         self._ranks.close(_END_SECONDS)
         with contextlib.suppress(StorageError, ValueError, KeyError, TypeError):
             live = join(self._config.run.directory, self._config.run.name, LIVE)
@@ -210,7 +216,10 @@ class Coordinator:
     def _conduct(self) -> None:
         try:
             outcome: Outcome | Failure = self._run()
-        except (TrainingFailed, StorageError, CheckpointError, DatasetError, ConfigError) as error:
+        except TrainingFailed as error:
+            logger.exception("the run failed")
+            outcome = Failure(str(error), error.ending)
+        except (StorageError, CheckpointError, DatasetError, ConfigError) as error:
             logger.exception("the run failed")
             outcome = Failure(str(error))
         except Exception as error:
@@ -222,14 +231,20 @@ class Coordinator:
         """The first one counts."""
         with self._lock:
             self._outcome = self._outcome or outcome
-        self._ranks.close(_END_SECONDS)
+        if not self._superseded:
+            self._ranks.close(_END_SECONDS)
         self._over.set()
+
+    @property
+    def _superseded(self) -> bool:
+        """Ranks, the page's address and what an autoscaler is asked for are another coordinator's by now."""
+        return isinstance(self._outcome, Failure) and self._outcome.ending is Ending.SUPERSEDED
 
     def _run(self) -> Outcome:
         folder = RunFolder(self._config.run.directory, self._config.run.name)
-        dataset = Dataset.open(self._data)
-        sources = Sources(lambda step: Feed(dataset, self._config, step, self._config.training.steps),
-                          lambda: _validation(dataset, self._config), lambda: _answers(self._data))
+        dataset = functools.cache(lambda: Dataset.open(self._data))
+        sources = Sources(lambda step: Feed(dataset(), self._config, step, self._config.training.steps),
+                          lambda: _validation(dataset(), self._config), lambda: _answers(self._data))
         self._trainer = Trainer(self._config, self._layout, self._ranks, folder, sources, self._host, self._watch,
                                 start=self._start)
         if self._stop_requested:
@@ -237,20 +252,33 @@ class Coordinator:
         try:
             return self._trainer.run()
         finally:
-            if self._event_files:
-                self._event_files.close()
+            self._close_event_files()
             self._metrics.ended()
             self._exporter.last_words(_LAST_WORDS_OF_A_STOP_SECONDS if self._stop_requested else _LAST_WORDS_SECONDS)
 
     def _create_ranks(self) -> None:
-        """Those that are wanted, on a thread for it: Ray may have to be waited for."""
+        """Those that are wanted, on a thread for it: while Ray's control store is away it waits in here."""
         while not self._over.is_set():
             member = self._wanted.get()
+            if not self._ranks.wanted(member):  # it was given up while another one was waited for
+                continue
             try:
-                self._ranks.admit(member, create(self._config, member, self._name))
+                self._ranks.admit(member, create(self._config, member, self._name), self._token())
             except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
                 logger.exception("cannot create %s", member)
                 self._ranks.not_made(member, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def _token(self) -> Token | None:
+        """That every process reads which joins. None: there is none to be had now, or none is needed: of processes of one machine, and
+        where nothing is written."""
+        if self._written is None and not self._config.topology.virtual_nodes and self._start.evaluate is None:
+            with contextlib.suppress(StorageError):
+                self._written = RunFolder(self._config.run.directory, self._config.run.name).token(_TOKEN)
+        return self._written
+
+    def _tell(self, kind: str, details: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            self._trainer.tell(kind, details)
 
     def _watch(self, kind: str, values: dict[str, Any]) -> None:
         if kind == "history":
@@ -260,9 +288,20 @@ class Coordinator:
         self._board.observe(kind, values)
         self._metrics.observe(kind, values)
         if self._event_files:
-            self._event_files.observe(kind, values)
+            self._trainer.chore("tensorboard", lambda: self._event_files.observe(kind, values))
         if kind in _SHOWN:
             self._update(kind, values)
+
+    def _close_event_files(self) -> None:
+        """Within a bound: their writer waits for the disk."""
+        def close() -> None:
+            with contextlib.suppress(Exception):  # it has failed before, and that was logged
+                self._event_files.close()
+
+        if self._event_files:
+            closing = threading.Thread(target=close, name="tensorboard", daemon=True)
+            closing.start()
+            closing.join(_END_SECONDS)
 
     def _update(self, kind: str, values: dict[str, Any]) -> None:
         with self._lock:

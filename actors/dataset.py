@@ -34,7 +34,8 @@ COLUMN = "tokens"
 
 
 class DatasetError(RuntimeError):
-    """A corpus that is missing, incomplete or damaged. `str()` is one line that names the manifest or shard."""
+    """A corpus that is missing, incomplete or damaged. `str()` is one line that names the manifest or shard. Its cause is a StorageError
+    where it was not read at all."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Dataset:
         file = storage.join(path, MANIFEST)
         try:
             if not storage.exists(file):
-                raise DatasetError(f"{file}: does not exist; make the data with: python -m jobs.tokenize --output {path}")
+                raise DatasetError(f"{file}: does not exist; make the data with: python -m jobs.tokenize --output "
+                                   f"{path}") from storage.StorageError(file, "does not exist")
             manifest = json.loads(storage.read_bytes(file))
             if not isinstance(manifest, dict) or "format" not in manifest:
                 raise DatasetError(f"{file}: corrupt (no format version)")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from actors.comm.waiting import OutOfStep
 from actors.messages import Assignment, Recollection
 from actors.optimizer import OwnedShard
 from orchestrator.ownership import Bucket
@@ -65,6 +66,20 @@ class Held:
             self._states = {known: state for known, state in self._states.items() if known == generation}
             self.generation = generation if self._states else None
             return self._states.get(generation)
+
+    def brought_into(self, assignment: Assignment) -> State | None:
+        """The state that goes on in this place; None: none does, whatever there is. All others are let go of.
+
+        Raises OutOfStep: it is not what it is expected to be.
+        """
+        former = assignment.former
+        state = self.base(former.generation if former else None)
+        if former is None or former.came_from[assignment.rank] is None:
+            return None
+        if state is None or state.applied != former.applied:
+            raise OutOfStep(f"a state after {former.applied} updates in generation {former.generation} is not here, "
+                            f"but {state and state.applied}")
+        return state
 
     def add(self, generation: int, state: State) -> None:
         """Of a generation that forms. Working weights are to be published."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -39,8 +40,8 @@ class Journal:
         self._stream = None
         self._size: int | None = None
         self._doubtful = b""
-        self._lines = [] if self._local else self.lines()
         self._unwritten, self._written_at = False, 0.0
+        self._lines = [] if self._local else self.lines()
 
     def append(self, line: str) -> None:
         """Raises StorageError (no space, read-only, ...): then the line does not count, and is not in the file; Overtaken."""
@@ -56,6 +57,8 @@ class Journal:
 
     def lines(self) -> list[str]:
         """All whole lines; one that a crash cut off is left out."""
+        if self._unwritten:
+            self._put(self._lines)
         if not storage.exists(self._uri):
             self._expect(0)
             return []
@@ -72,9 +75,7 @@ class Journal:
         self._lines, self._size = [] if self._local else list(lines), len(content)
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        self._let_go()
         if self._unwritten:
             self._put(self._lines)
 
@@ -84,12 +85,16 @@ class Journal:
         """Raises Overtaken: somebody else has written since this one did, or read. StorageError: nobody can tell."""
         try:
             if not self._local:
-                self._refuse_overtaken(storage.size(self._uri) if storage.exists(self._uri) else 0)
-            elif self._stream is not None:
-                with _locked(self._stream, self._uri):
-                    self._checked(self._stream)
+                self._refuse_overtaken(self._found())
+            elif self._size is not None:
+                with self._at_its_end():
+                    pass
         except OSError as error:
             raise error if isinstance(error, storage.StorageError) else storage.StorageError(self._uri, str(error)) from error
+
+    def _found(self) -> int:
+        """Bytes of the object. Raises StorageError: it was there, and is not."""
+        return storage.size(self._uri) if self._size or storage.exists(self._uri) else 0
 
     def _refuse_overtaken(self, found: int) -> None:
         if self._size is not None and found not in (self._size, self._size + len(self._doubtful)):
@@ -101,21 +106,46 @@ class Journal:
             self._size = size
 
     def _append_local(self, content: bytes) -> None:
-        if self._stream is None:
-            self._stream = self._open()
-        with _locked(self._stream, self._uri) if self._alone else contextlib.nullcontext():
-            before = self._checked(self._stream)
+        with self._at_its_end() as (stream, before):
             whole, self._doubtful = content, content
             try:
                 while content:  # a disk that is nearly full takes a part without an error
-                    content = content[self._stream.write(content) :]
+                    content = content[stream.write(content) :]
                 if self._durable:
-                    os.fsync(self._stream.fileno())
+                    os.fsync(stream.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
-                    self._stream.truncate(before)
+                    stream.truncate(before)
                 raise
             self._size, self._doubtful = before + len(whole), b""
+
+    @contextlib.contextmanager
+    def _at_its_end(self) -> Iterator[tuple[BinaryIO, int]]:
+        """The file that is at the path now, locked where there is one writer, and its size. After an error the next one opens it anew:
+        a handle of a file system that was away may be of no use for ever."""
+        if self._stream is not None and not self._is_at_the_path(self._stream):
+            self._let_go()
+        if self._stream is None:
+            self._stream = self._open()
+        try:
+            with _locked(self._stream, self._uri) if self._alone else contextlib.nullcontext():
+                yield self._stream, self._checked(self._stream)
+        except OSError:
+            self._let_go()
+            raise
+
+    def _is_at_the_path(self, stream: BinaryIO) -> bool:
+        """What was deleted takes lines still, and nobody ever reads them."""
+        try:
+            return os.path.samestat(os.fstat(stream.fileno()), os.stat(self._path))
+        except OSError:
+            return False
+
+    def _let_go(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):  # each line was written when `append` returned
+                self._stream.close()
+            self._stream = None
 
     def _checked(self, stream: BinaryIO) -> int:
         """The file's size, as it should be. What an append of ours that failed has left is cut off. Raises Overtaken."""
@@ -136,8 +166,11 @@ class Journal:
         self._lines.append(line)
 
     def _open(self) -> BinaryIO:
-        """Open for appending, on a line of its own: what a crash left of a line is cut off."""
+        """Open for appending, on a line of its own: what a crash left of a line is cut off. What was there and is not is not begun anew
+        where it is a record: lines without those before them would be another's."""
         folder = os.path.dirname(self._path)
+        if self._alone and self._size and not os.path.exists(self._path):
+            raise FileNotFoundError(errno.ENOENT, "it was there, and is not any more")
         os.makedirs(folder, exist_ok=True)
         stream = open(self._path, "ab+", buffering=0)
         with _locked(stream, self._uri) if self._alone else contextlib.nullcontext():
@@ -152,7 +185,7 @@ class Journal:
     def _put(self, lines: list[str]) -> None:
         content = _content(lines)
         if self._alone:
-            self._refuse_overtaken(storage.size(self._uri) if storage.exists(self._uri) else 0)
+            self._refuse_overtaken(self._found())
             self._doubtful = content[self._size or 0 :]
         storage.write_atomic(self._uri, content)
         self._size, self._doubtful = len(content), b""

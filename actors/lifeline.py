@@ -37,14 +37,11 @@ _RETRY_SECONDS = (0.05, 1.0)  # between attempts to connect: the first, doubling
 
 
 class Lifeline:
-    """A rank's end: a thread of its own, which connects, beats, and lets go when told to.
+    """A rank's end: a thread of its own, which connects, beats, and lets go when told to. Where the connection ends it tries again;
+    where it is refused, since somebody newer is in this member's place or the coordinator is another run's, it rests until closed.
 
     abort: called with a generation, on this thread; it is to end all communication of that generation, quickly: no beat goes out
         meanwhile. Where it raises, no answer is given.
-    orphaned: called, on this thread, once for each coordinator lost. From then on this tries to connect again, to the same
-        address or to where `move` says.
-    refused: called with the reason when the coordinator has someone newer in this member's place, or is another run's. This then
-        rests until `move`.
     about: what to say of oneself at each hello besides pid and host; it must be fit for JSON.
     epoch: of the newest coordinator that is known here. Aborts of one that is older are neither obeyed nor answered.
     finished: how much has been done so far; each beat says it.
@@ -53,30 +50,20 @@ class Lifeline:
     """
 
     def __init__(self, address: Address, member: Member, abort: Callable[[int], None], beat_seconds: float,
-                 orphaned: Callable[[], None] = lambda: None, *, refused: Callable[[str], None] = lambda reason: None,
-                 about: Callable[[], Mapping[str, Any]] = dict, run: str = "",
-                 epoch: Callable[[], int] = lambda: 0, finished: Callable[[], int] = lambda: 0):
+                 *, about: Callable[[], Mapping[str, Any]] = dict, run: str = "", epoch: Callable[[], int] = lambda: 0,
+                 finished: Callable[[], int] = lambda: 0):
         self._address, self._member, self._run = address, member, run
-        self._abort, self._orphaned, self._refused, self._about = abort, orphaned, refused, about
+        self._abort, self._about = abort, about
         self._beat_seconds, self._epoch, self._finished = beat_seconds, epoch, finished
         self._their_epoch = self._most_finished = 0
-        self.connected = False
-        self._lock = threading.Lock()
-        self._moved = self._closing = False
+        self.connected = self._closing = False
         self._bell, self._rope = bell_and_rope()
         self._thread = threading.Thread(target=self._live, name="lifeline", daemon=True)
         self._thread.start()
 
-    def move(self, address: Address) -> None:
-        """Leave the coordinator for the one at `address`, though it be the same. Returns at once."""
-        with self._lock:
-            self._address, self._moved = address, True
-        ring(self._rope)
-
     def close(self) -> None:
         """Leave, and end the thread. To be called from any thread but its own."""
-        with self._lock:
-            self._closing = True
+        self._closing = True
         ring(self._rope)
         self._thread.join()
 
@@ -94,25 +81,22 @@ class Lifeline:
         with selectors.DefaultSelector() as selector, self._bell, self._rope:
             selector.register(self._bell, selectors.EVENT_READ)
             while not self._closing:
-                with self._lock:
-                    address, self._moved = self._address, False
-                welcome = self._meet(selector, address)
+                welcome = self._meet(selector)
                 if welcome:
                     pause = _RETRY_SECONDS[0]
                 elif welcome is None:
                     self._rest(selector, None)
-                elif self._rest(selector, pause):
-                    pause = _RETRY_SECONDS[0]
                 else:
+                    self._rest(selector, pause)
                     pause = min(2 * pause, _RETRY_SECONDS[1])
 
-    def _meet(self, selector: selectors.BaseSelector, address: Address) -> bool | None:
-        """Connect, and stay until the connection ends or somebody wants otherwise. Whether we were welcome; None: refused."""
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    def _meet(self, selector: selectors.BaseSelector) -> bool | None:
+        """Connect, and stay until the connection ends or this is closed. Whether we were welcome; None: refused."""
+        family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as connection:
             try:
                 wire = Wire(connection)
-                if connection.connect_ex(address) not in (0, errno.EINPROGRESS):
+                if connection.connect_ex(self._address) not in (0, errno.EINPROGRESS):
                     return False
                 selector.register(connection, selectors.EVENT_WRITE)
             except OSError:  # no such address, or no way there
@@ -129,14 +113,13 @@ class Lifeline:
         except Ended:
             return False
         except _Refused as refused:
-            self._refused(str(refused))
+            logger.warning("refused by the coordinator: %s", refused)
             return None
         self.connected = True
         try:
             self._beat_on(selector, wire, lines)
         except Ended as ended:
             logger.info("the coordinator's lifeline ended: %s", ended.how)
-            self._orphaned()
         finally:
             self.connected = False
         return True
@@ -147,7 +130,7 @@ class Lifeline:
         Raises Ended, _Refused.
         """
         deadline, said = time.monotonic() + INTRODUCTION_SECONDS, False
-        while self._wanted() and (left := deadline - time.monotonic()) > 0:
+        while not self._closing and (left := deadline - time.monotonic()) > 0:
             ready = self._wait(selector, left)
             if not ready & (selectors.EVENT_READ | selectors.EVENT_WRITE):
                 continue
@@ -173,7 +156,7 @@ class Lifeline:
         due = time.monotonic()
         for line in lines:
             self._let_go(wire, read_message(line))
-        while self._wanted():
+        while not self._closing:
             selector.modify(wire.socket, wanted_events(wire))
             ready = self._wait(selector, max(0.0, due - time.monotonic()))
             if ready & selectors.EVENT_READ:
@@ -201,11 +184,8 @@ class Lifeline:
             return
         wire.send({"aborted": generation, "seconds": time.monotonic() - started})
 
-    def _wanted(self) -> bool:
-        return not (self._closing or self._moved)
-
     def _wait(self, selector: selectors.BaseSelector, seconds: float | None) -> int:
-        """Events of the connection, waiting no longer than this, or until somebody wants something."""
+        """Events of the connection, waiting no longer than this, or until this is to close."""
         ready = 0
         for key, events in selector.select(seconds):
             if key.fileobj is self._bell:
@@ -214,15 +194,10 @@ class Lifeline:
                 ready |= events
         return ready
 
-    def _rest(self, selector: selectors.BaseSelector, seconds: float | None) -> bool:
-        """Wait this long, None: for ever, for somebody to want something; whether somebody did."""
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while self._wanted():
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return False
-            self._wait(selector, left)
-        return True
+    def _rest(self, selector: selectors.BaseSelector, seconds: float | None) -> None:
+        """Wait this long, None: for ever; or until this is to close."""
+        if not self._closing:
+            self._wait(selector, seconds)
 
 
 class _Refused(Exception):

@@ -48,7 +48,6 @@ class Lifelines:
     host: the address of this node that members can reach; port: by default any. run: members of other runs are refused.
     An incarnation older than one that has been seen at its place is refused; a newer one takes the place of an older one that is
     still connected (`End.REPLACED`). A member that comes again from the same process (its link was cut) is told by `hello` again.
-    `wake` is set on every hello and end. Clear it, then ask, then wait; so none is missed.
     epoch: of this coordinator, said in each welcome; nobody is refused for having another. told: called on every hello, end and answer
     to an abort, from the thread that serves members: it must return at once, and not raise.
     Raises OSError: no such address here.
@@ -61,7 +60,6 @@ class Lifelines:
         self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         self._listener.setblocking(False)
         self.address: Address = self._listener.getsockname()[:2]
-        self.wake = threading.Event()
         self._changed = threading.Condition()  # guards all below
         self._peers: dict[Member, _Peer] = {}
         self._hellos: list[tuple[Member, dict[str, Any]]] = []
@@ -80,13 +78,8 @@ class Lifelines:
         self._thread = threading.Thread(target=self._serve, name="lifelines", daemon=True)
         self._thread.start()
 
-    def heard(self) -> dict[Member, float]:
-        """When each connected member was last heard from: time.monotonic(), seconds."""
-        with self._changed:
-            return {member: peer.heard for member, peer in self._peers.items()}
-
     def beats(self) -> dict[Member, Beat]:
-        """The same, with how much each member had finished by then."""
+        """When each connected member was last heard from, and how much it had finished by then."""
         with self._changed:
             return {member: Beat(peer.heard, peer.finished) for member, peer in self._peers.items()}
 
@@ -233,7 +226,7 @@ class Lifelines:
                 self._introduce(peer, message)
                 return
             answer = int(message["aborted"]), float(message["seconds"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise Ended(End.MALFORMED) from None
         with self._changed:
             self._answers[peer.member] = answer
@@ -260,7 +253,6 @@ class Lifelines:
             self._peers[member] = peer
             self._hellos.append((member, about))
             self._answers.pop(member, None)
-        self.wake.set()
         peer.wire.send({"welcome": VERSION, "epoch": self._epoch})  # now it is one of us
         self._told()
 
@@ -304,7 +296,6 @@ class Lifelines:
                 if told:
                     self._ended.append((peer.member, time.monotonic(), how))
                 self._changed.notify_all()
-            self.wake.set()
             self._told()
 
 

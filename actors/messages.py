@@ -12,13 +12,10 @@ from orchestrator.config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.placement import Placement
-from orchestrator.protocol.events import CallId, Fault
+from orchestrator.protocol.events import CallId, Ending, Fault
 from orchestrator.replay import Replay
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import Figures, Span
-
-ANY_GENERATION = -1
-"""For an abort by a coordinator that does not know which one there is."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Assignment:
     """A rank's place in one generation, shipped once. `store`: (host, port) of a TCPStore that outlives generations;
     `prefix`: of this formation's keys there. `placement`: of experts, at first. `config`: the run's, as it is from now on.
     `rank`: beyond the layout for those that leave. `former`: None: there is no state yet.
-    `form_seconds`: bound on making one process group.
+    `meeting_seconds`: bound on everybody's arrival, before any group is made. `epoch`: of the coordinator.
 
     Programs follow when a number of microbatches comes up for the first time (`Rank.learn`).
     """
@@ -57,7 +54,8 @@ class Assignment:
     store: tuple[str, int]
     prefix: str
     former: Former | None = None
-    form_seconds: float = 60.0
+    meeting_seconds: float = 60.0
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Formed:
 class Recollection:
     """What a rank holds. held: its places in generations, oldest first, and the updates in the state that it has of each; None: it
     was never initialised, restored or carried over. reduced, published: as of Standing. busy: the call that its compute thread
-    carries out. fault: how the last one failed, if it did.
+    carries out; forming: that is to take its place in a generation. fault: how the last one failed, if it did.
     """
 
     held: tuple[tuple[Assignment, int | None], ...]
@@ -82,6 +80,7 @@ class Recollection:
     published: bool
     busy: CallId | None = None
     fault: Fault | None = None
+    forming: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,9 +196,11 @@ class SavedPiece:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended, in one line: what a coordinator answers instead of raising what another process could not read."""
+    """Why a run ended, in one line: what a coordinator answers instead of raising what another process could not read. ending: in a
+    word, where the state machine has said it."""
 
     reason: str
+    ending: Ending | None = None
 
 
 @dataclass(frozen=True)

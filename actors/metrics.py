@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import json
@@ -241,7 +242,8 @@ class RunMetrics:
         """Of a run that goes on: what it saved and scored last."""
         newest = {event["event"]: event for event in events if event.get("event") in ("checkpoint", "validation")}
         for event in newest.values():
-            self.observe("event", event)
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that is none of this program's
+                self.observe("event", event)
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
         """Take what a trainer's `watch` is told."""

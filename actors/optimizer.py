@@ -38,6 +38,10 @@ class OwnedShard:
     def set_moments(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, steps: int) -> None:
         self._moments, self.steps = (exp_avg.to(self.kept), exp_avg_sq.to(self.kept)), steps
 
+    def forget(self) -> None:
+        """As before the first update."""
+        self._moments, self.steps = None, 0
+
     def update(self, gradient: torch.Tensor, learning_rate: float, settings: OptimizerSection) -> None:
         """One step of AdamW. torch's function, not its class: that imports torch._dynamo, which takes a new process seconds."""
         exp_avg, exp_avg_sq = self._exact()
@@ -106,8 +110,9 @@ class Optimizer:
         return [ranks for b in buckets for ranks in (tuple(sorted(b.members)), tuple(sorted(b.holders)))]
 
     def initialise(self, value_of: Callable[[ParameterSpec], torch.Tensor]) -> None:
-        """Fill the owned master weights. value_of: a whole weight, the same on any layout."""
+        """The owned state before the first update. value_of: a whole weight, the same on any layout."""
         for owned in self.shards:
+            owned.forget()
             for spec, start, stop, offset in owned.bucket.pieces(owned.shard):
                 whole = value_of(spec).flatten()
                 owned.master[offset : offset + stop - start] = whole[start:stop].to(owned.master)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from actors.errors import named_line
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId
 
@@ -77,7 +78,7 @@ class _Host:
         try:
             answer = True, getattr(self._rank, method)(*arguments)
         except Exception as error:
-            answer = False, _in_one_line(error)
+            answer = False, named_line(error)
         self._answer(connection, key, answer)
 
     def _answer(self, connection: Connection, key: Key, answer: Any) -> None:
@@ -106,7 +107,3 @@ def _received(connection: Connection) -> Request | None:
     except Exception:
         logger.exception("a request that cannot be read")
         os._exit(1)  # whoever called learns that this process is gone, instead of waiting for an answer
-
-
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

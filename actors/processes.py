@@ -22,12 +22,12 @@ from typing import Any, Self
 from actors import process_host
 from actors.lifeline_wire import bell_and_rope, ring, silence
 from actors.pipes import Inbox, Outbox
-from actors.ranks import LOST, Arrived, News, RankFailed, as_event
-from actors.seated_answers import SeatedAnswers
+from actors.ranks import LOST, News, answered, as_event
+from actors.seated_answers import RankFailed, SeatedAnswers
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
-from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NotMade
+from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
 
 logger = logging.getLogger(__name__)
 
@@ -374,7 +374,7 @@ class ProcessRanks:
                 if isinstance(key, CallId):
                     member = process.open.pop(key, None)
                     if member is not None and self._post is not None:
-                        self._to_post.append(_event_of(key, member, answer))
+                        self._to_post.append(answered(key, member, answer))
                 elif key in self._awaited:
                     self._mail[process.number, key] = answer
             self._changed.notify_all()
@@ -394,9 +394,3 @@ class ProcessRanks:
     def _lost(self, number: int) -> tuple[bool, str] | None:
         process = self._processes.get(number)
         return (False, LOST) if process is None or process.gone else None
-
-
-def _event_of(call: CallId, member: Member, answer: Any) -> Arrived | Failed:
-    if isinstance(answer, Fault):
-        return Failed(call, member, answer.kind, answer.text)
-    return Arrived(call, member, answer.value)

@@ -120,16 +120,16 @@ class Rank:
         self.configure(assignment.config)
         former, layout, config = assignment.former, assignment.layout, self._config
         generation = Generation(assignment.generation, assignment.rank, self._device, self._host,
-                                config.training.step_timeout_seconds, assignment.form_seconds, self._progress)
+                                config.training.step_timeout_seconds, config.elastic.form_seconds, self._progress)
         self.authority.enter(generation)
-        state = self._former_state(assignment)
+        state = self._held.brought_into(assignment)
         published = state is None or self._held.published
         self._assignment, self._layout = assignment, layout
         buckets = self._buckets_of(assignment.placement)
         store = dist.PrefixStore(assignment.prefix, self._meeting_place.at(assignment.store))
         groups, seconds = groups_of(layout, buckets, config.layout.hops)
         everybody = tuple(range(layout.size + len(former.leaving))) if former else groups[0]
-        generation.meet(store, len(everybody))
+        generation.meet(store, len(everybody), assignment.meeting_seconds)
         generation.create(store, [everybody, *groups], seconds)
         grouped = time.perf_counter()
         carried = Carried(0, 0)
@@ -159,7 +159,7 @@ class Rank:
                               self._blocks)
         self._lane = lane_for(self._device) if config.schedule.overlap else None
         self._set_up(assignment.placement)
-        self._programs: dict[tuple[bool, int], Program] = {}
+        self._programs: dict[tuple[bool, int], Program] = {}  # (for training, microbatches)
         if former is not None:
             self._publish(None if former.publish else fresh, whole=former.publish or published)
         return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
@@ -199,14 +199,12 @@ class Rank:
         """What this rank holds; from any thread."""
         return self._held.recollect()
 
-    def learn(self, program: Program, training: bool) -> None:
-        """Keep a program of this rank's position for steps with its number of microbatches."""
-        self._programs[training, program.microbatches] = program
-
     def initialise(self) -> None:
         """State of step 0, the same on any layout: random weights, or those of a folder. Raises FolderError."""
         self._loading()
         config, model = self._config, self._config.model
+        for bias in self.biases.values():
+            bias.zero_()
         if config.training.init_from is None:
             self.optimizer.initialise(lambda spec: initial_value(spec.name, spec.shape, config.run.seed, model.initializer_range))
         else:
@@ -244,7 +242,7 @@ class Rank:
         """Apply the step committed before, then compute and reduce this one. Raises ActionFailed, Aborted."""
         started = time.perf_counter()
         if request.program is not None:
-            self.learn(request.program, training=True)
+            self._programs[True, request.microbatches] = request.program
         state = self._settled()
         if request.apply is not None:
             self.apply(request.apply)
@@ -302,7 +300,7 @@ class Rank:
     def evaluate(self, request: StepRequest) -> LossSums:
         """Loss sums over a batch, forward only; changes nothing."""
         if request.program is not None:
-            self.learn(request.program, training=False)
+            self._programs[False, request.microbatches] = request.program
         self._blocks.clear()
         tapes = microbatches(request, self._chunks, self._layout, self._config, self._device, keep=False)
         work = StepWork(tapes, self._links(request), lambda: None)
@@ -318,11 +316,12 @@ class Rank:
         biases = state.biases if rank == self._stage_group.ranks[0] else {}
         self._writer = PieceWriter(directory, rank, state.shards, biases, self._assignment.generation)
 
-    def saved(self) -> list[SavedPiece]:
-        """Wait, as long as storage takes, for what `snapshot` began; the bound is the caller's. Raises CheckpointError."""
-        writer, self._writer = self._writer, None
-        if writer is None:
-            raise CheckpointError("nothing is being written")
+    def saved(self, directory: str) -> list[SavedPiece]:
+        """Wait, as long as storage takes, for what `snapshot` began there; the bound is the caller's. Raises CheckpointError."""
+        writer = self._writer
+        if writer is None or writer.directory != directory:
+            raise CheckpointError(f"nothing is being written to {directory}")
+        self._writer = None
         return writer.finish()
 
     # --- what a rank is made of ----------------------------------------------------------------------------------
@@ -347,17 +346,6 @@ class Rank:
                              state.biases if state else {}, new.biases if new else {})
         return carried, plan.fresh
 
-    def _former_state(self, assignment: Assignment) -> State | None:
-        """What this rank brings into a generation; None: nothing, whatever it may have. Raises OutOfStep: not what it is expected
-        to."""
-        former = assignment.former
-        state = self._held.base(former.generation if former else None)
-        brings = former is not None and former.came_from[assignment.rank] is not None
-        if brings and (state is None or state.applied != former.applied):
-            raise OutOfStep(f"a state after {former.applied} updates in generation {former.generation} is not here, "
-                            f"but {state and state.applied}")
-        return state if brings else None
-
     def _loading(self) -> State:
         """The state, which counts as none until it is whole."""
         state = self._settled()
@@ -375,7 +363,7 @@ class Rank:
         see the same ones missing, in the same order. Raises Aborted."""
         assignment, generation = self._assignment, self._generation
         store = dist.PrefixStore(f"{assignment.prefix}/{generation.number}", self._meeting_place.at(assignment.store))
-        generation.meet(store, self._layout.size)
+        generation.meet(store, self._layout.size, self._config.elastic.form_seconds)
         had, needed = (dict.fromkeys(Optimizer.groups(of)) for of in (former, buckets))
         for ranks in had:
             if ranks not in needed and ranks not in self._lasting and assignment.rank in ranks:

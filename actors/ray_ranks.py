@@ -5,21 +5,29 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError, ActorUnschedulableError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError)
 
 from actors.cluster import NodeWatch
-from actors.ranks import LOST, NO_ANSWER, POLL_SECONDS, Arrived, Check, News, RankFailed, as_event
+from actors.errors import named_line
+from actors.ranks import LOST, Arrived, answered, as_event
+from actors.run_folder import Token
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
-from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NotMade
+from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
 
 logger = logging.getLogger(__name__)
+
+_NOT_REACHED = "Ray cannot reach its process now"
+_ATTEMPTS, _AGAIN_SECONDS = 10, 1.0
+"""To attach a process that Ray cannot reach: it may live, and its connection may be made anew."""
+_GONE = (RayActorError, ActorUnschedulableError, NodeDiedError, ObjectLostError)
+"""What is said of a process that is no more, or cannot be made any more because its node is none."""
 
 
 class RayRanks:
@@ -31,10 +39,10 @@ class RayRanks:
 
     def __init__(self, actors: Sequence[Any], ask: Callable[[Member], None], watch: NodeWatch):
         self._first, self._ask, self._watch = list(actors), ask, watch
-        self._seats: list[Any] = list(actors)
         self._lock = threading.Lock()
         self._actors: dict[Member, Any] = {}
         self._to_attach: dict[Member, tuple] = {}
+        self._tokens: dict[Member, Token] = {}
         self._dismissed: set[Member] = set()
         self._closed = False
         self._post: Callable[[object], None] = lambda event: None
@@ -42,23 +50,16 @@ class RayRanks:
         self._ending: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._end, name="endings", daemon=True).start()
 
-    @property
-    def size(self) -> int:
-        return len(self._seats)
-
     def enlist(self, members: Sequence[Member]) -> None:
         with self._lock:
             self._actors |= dict(zip(members, self._first))
-        self.seat(members)
 
-    def seat(self, members: Sequence[Member]) -> None:
-        with self._lock:
-            self._seats = [self._actors[member] for member in members]
-
-    def admit(self, member: Member, actor: Any) -> None:
-        """What was asked for has been created."""
+    def admit(self, member: Member, actor: Any, token: Token | None = None) -> None:
+        """What was asked for has been created. token: one who does not see that is not made."""
         with self._lock:
             waiting = self._to_attach.pop(member, None)
+            if token is not None:
+                self._tokens[member] = token
             wanted = not self._closed and member not in self._dismissed
             if wanted:
                 self._actors[member] = actor
@@ -66,6 +67,11 @@ class RayRanks:
             self._ending.put(actor)
         elif waiting is not None:
             self._attach(actor, member, waiting)
+
+    def wanted(self, member: Member) -> bool:
+        """Whether what was asked for is still to be created: it was not given up meanwhile."""
+        with self._lock:
+            return not self._closed and member not in self._dismissed
 
     def not_made(self, member: Member, reason: str) -> None:
         """What was asked for cannot be created."""
@@ -92,13 +98,51 @@ class RayRanks:
             self._attach(actor, member, (address, beat_seconds, run, epoch))
 
     def _attach(self, actor: Any, member: Member, wanted: tuple) -> None:
-        """One that has ended is told of: it will never say hello."""
-        def attached(future: Future) -> None:
+        def attach() -> None:
+            self._call(actor, member, "attach", (member, *wanted), lambda _: None)
+
+        def seen(sees: bool) -> None:
+            if sees:
+                attach()
+            else:  # on a thread for it: storage may have to be waited for
+                threading.Thread(target=self._not_seen, args=(member, token, attach), name="token", daemon=True).start()
+
+        with self._lock:
+            token = self._tokens.pop(member, None)
+        if token is None:
+            attach()
+        else:
+            self._call(actor, member, "reads", (token.path, token.content), seen)
+
+    def _not_seen(self, member: Member, token: Token, attach: Callable[[], None]) -> None:
+        if token.read():
+            self.dismiss(member)
+            self._post(NotMade(member, f"its node does not see run.directory = {token.directory}"))
+        else:  # nobody does, at present
+            attach()
+
+    def _call(self, actor: Any, member: Member, method: str, arguments: tuple, then: Callable[[Any], None],
+              attempts: int = _ATTEMPTS) -> None:
+        """Of a process that has not said hello. One that has ended, or stays out of reach, is told of: it never will."""
+        def over(future: Future) -> None:
             self._open.pop(member, None)
-            if isinstance(future.exception(), RayActorError | NodeDiedError | ObjectLostError):
+            error = future.exception()
+            if error is None:
+                then(future.result())
+            elif isinstance(error, ActorUnavailableError) and attempts > 1:
+                again = threading.Timer(_AGAIN_SECONDS, self._call, (actor, member, method, arguments, then, attempts - 1))
+                again.daemon = True
+                again.start()
+            elif isinstance(error, _GONE):
                 self._post(Ended(member, LOST))
-        self._open[member] = future = actor.attach.remote(member, *wanted).future()
-        future.add_done_callback(attached)
+            else:
+                logger.warning("%s of %s: %s", method, member, named_line(error))
+
+        with self._lock:
+            if self._actors.get(member) is not actor:  # it was given up meanwhile
+                return
+        self._open[member] = future = getattr(actor, method).remote(*arguments).future()
+        future.add_done_callback(over)
 
     def spawn(self, member: Member) -> bool:
         with self._lock:
@@ -112,12 +156,10 @@ class RayRanks:
         with self._lock:
             actor = self._actors.pop(member, None)
             self._to_attach.pop(member, None)
+            self._tokens.pop(member, None)
             self._dismissed.add(member)
         if actor is not None:
             self._ending.put(actor)
-
-    def news(self) -> list[News]:
-        return self._watch.news()
 
     def listen(self, post: Callable[[object], None]) -> None:
         """As RankCalls says."""
@@ -154,61 +196,20 @@ class RayRanks:
             except (RayError, ValueError, RuntimeError) as error:
                 logger.warning("cannot end an actor: %s", error)
 
-    def start(self, method: str, arguments: Sequence[tuple]) -> RayPending:
-        return RayPending([getattr(actor, method).remote(*values) for actor, values in zip(self._seats, arguments)])
-
     def abort(self) -> None:
-        for actor in self._seats:
+        with self._lock:
+            actors = list(self._actors.values())
+        for actor in actors:
             actor.abort.remote()
 
 
 def _event_of(call: CallId, member: Member, future: Future) -> Arrived | Failed:
     error = future.exception()
     if error is None:
-        answer = future.result()
-        return Failed(call, member, answer.kind, answer.text) if isinstance(answer, Fault) else Arrived(call, member, answer.value)
-    if isinstance(error, RayActorError | NodeDiedError | ObjectLostError):
+        return answered(call, member, future.result())
+    if isinstance(error, ActorUnavailableError):  # of the errors that follow the only one of which nobody has ended
+        return Failed(call, member, FailKind.ABORTED, _NOT_REACHED)
+    if isinstance(error, _GONE):
         return Failed(call, member, FailKind.GONE, LOST)
     cause = error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
-    text = str(cause).strip().splitlines()
-    return Failed(call, member, FailKind.OWN, f"{type(cause).__name__}: {text[0] if text else ''}")
-
-
-class RayPending:
-    def __init__(self, references: list[ray.ObjectRef]):
-        self._references = references
-        self._rank_of = {reference: rank for rank, reference in enumerate(references)}
-
-    def done(self) -> bool:
-        return len(ray.wait(self._references, num_returns=len(self._references), timeout=0)[0]) == len(self._references)
-
-    def results(self, timeout_seconds: float, check: Check | None = None) -> list[Any]:
-        deadline = time.monotonic() + timeout_seconds
-        waiting, found = list(self._references), {}
-        while waiting:
-            left = max(0.0, deadline - time.monotonic())
-            ready, waiting = ray.wait(waiting, num_returns=1, timeout=left if check is None else min(left, POLL_SECONDS))
-            if ready:
-                more, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
-                found |= {reference: self._get(reference, timeout_seconds) for reference in (*ready, *more)}
-                continue
-            if check is not None and (failed := check()) is not None:
-                raise failed
-            if left <= 0:
-                raise RankFailed(self._rank_of[waiting[0]], f"{NO_ANSWER} {timeout_seconds:g} s")
-        return [found[reference] for reference in self._references]
-
-    def _get(self, reference: ray.ObjectRef, timeout_seconds: float) -> Any:
-        """A result that is there already, or on its way from a node that may be lost meanwhile."""
-        rank = self._rank_of[reference]
-        try:
-            return ray.get(reference, timeout=timeout_seconds)
-        except RayTaskError as error:
-            cause = error.cause if error.cause is not None else error
-            raise RankFailed(rank, str(cause).splitlines()[0] if str(cause) else type(cause).__name__) from error
-        except RayActorError as error:
-            raise RankFailed(rank, LOST) from error
-        except GetTimeoutError:
-            raise RankFailed(rank, f"{NO_ANSWER} {timeout_seconds:g} s") from None
-        except RayError as error:
-            raise RankFailed(rank, str(error).splitlines()[0]) from error
+    return Failed(call, member, FailKind.OWN, named_line(cause))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs
@@ -20,14 +22,37 @@ from actors.journal import Journal
 from orchestrator import ledger
 
 CHECKPOINTS, LEDGER, LIVE = "checkpoints", "ledger.jsonl", "live.json"
+_PARTIAL_SECONDS = 600.0
+"""Nobody takes so long to write a file of this folder."""
 IN_USE = "another run with this name is under way; give one of them another run.name"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A file in a run's folder, with a content that only those know who see that folder. directory: of all runs."""
+
+    directory: str
+    path: str
+    content: str
+
+    def read(self) -> bool:
+        """Whether this process sees it, now."""
+        return reads(self.path, self.content)
+
+
+def reads(path: str, content: str) -> bool:
+    """Whether this process sees a file with this content."""
+    try:
+        return storage.read_bytes(path) == content.encode()
+    except storage.StorageError:
+        return False
 
 
 class RunFolder:
     """The folder of one run. Raises StorageError where it cannot be written."""
 
     def __init__(self, directory: str, name: str):
-        self.path = storage.join(directory, name)
+        self._directory, self.path = directory, storage.join(directory, name)
         self._ledger = Journal(storage.join(self.path, LEDGER), durable=True, alone=True)
         self._newest = ""
         self._metrics = Journal(storage.join(self.path, "metrics.jsonl"))
@@ -66,12 +91,21 @@ class RunFolder:
         storage.write_atomic(path, content.encode() if isinstance(content, str) else content)
         return path
 
+    def clear_partial(self) -> None:
+        """Delete what writers that were killed have left; others may be writing. Raises StorageError."""
+        storage.delete_partial(self.path, _PARTIAL_SECONDS)
+
+    def token(self, name: str) -> Token:
+        """A new one. Raises StorageError."""
+        content = uuid.uuid4().hex
+        return Token(self._directory, self.write(name, content), content)
+
     def ledger(self) -> ledger.Ledger:
         """What is committed. Raises StorageError: it cannot be read, or is not as it was written."""
         try:
             found = ledger.read(self._ledger.lines())
         except ledger.LedgerDamaged as error:
-            raise storage.StorageError(storage.join(self.path, LEDGER), str(error)) from None
+            raise storage.Damaged(storage.join(self.path, LEDGER), str(error)) from None
         self._newest = found.newest
         return found
 
@@ -100,26 +134,30 @@ class RunFolder:
     def trim_metrics(self, step: int) -> list[dict[str, Any]]:
         """Keep the metrics of steps before `step`. Returns the others."""
         lines = self._metrics.lines()
-        kept = [line for line in lines if (found := _step(line)) is not None and found < step]
+        steps = [values for values in _objects(lines) if type(values.get("step")) is int]
+        kept = [values for values in steps if values["step"] < step]
         if len(kept) == len(lines):
             return []
-        self._metrics.rewrite(kept)
-        return [json.loads(line) for line in lines if (found := _step(line)) is not None and found >= step]
+        self._metrics.rewrite([json.dumps(values) for values in kept])
+        return [values for values in steps if values["step"] >= step]
 
     def metric_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._metrics.lines()]
+        return _objects(self._metrics.lines())
 
     def event_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._events.lines()]
+        return _objects(self._events.lines())
 
     def close(self) -> None:
         for journal in (self._ledger, self._metrics, self._events):
             journal.close()
 
 
-def _step(line: str) -> int | None:
-    """Step of a journal line; None for a line that a crash cut off."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
+def _objects(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """What lines say, but for those that a crash or a disk has damaged: nothing depends on one of them."""
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [values for values in found if isinstance(values, dict)]

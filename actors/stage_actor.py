@@ -3,61 +3,33 @@ rank whose compute is blocked in communication still answers and can be aborted.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import ray
 
-from actors import names, storage
+from actors import names
 from actors.call_server import CallServer
 from actors.cluster import actor_options, many_hosts, outliving
-from actors.messages import (
-    Apply,
-    Assignment,
-    Formed,
-    LossSums,
-    Rearranged,
-    Rearrangement,
-    Recollection,
-    SavedPiece,
-    Standing,
-    StepReport,
-    StepRequest,
-)
+from actors.errors import named_line
+from actors.messages import StepReport
 from actors.metrics import Exporter, RankMetrics, listening, reachable
 from actors.rank import Rank
 from actors.ranks import Reply
 from actors.ray_token import wanted_token
+from actors.run_folder import reads
 from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, Fault
-from orchestrator.schedule.actions import Program
 
 logger = logging.getLogger(__name__)
 
 FIRST_SECONDS = 300.0
 """How long a rank waits at least for its first coordinator: that may be starting."""
-
-
-def _in_one_line(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise what a method raises as RuntimeError("Kind: first line"): any exception then travels, whatever it is made of.
-    The traceback stays in this actor's log."""
-
-    @functools.wraps(method)
-    def call(*arguments: Any) -> Any:
-        try:
-            return method(*arguments)
-        except Exception as error:
-            logger.exception("%s failed", method.__name__)
-            text = str(error).splitlines()
-            raise RuntimeError(f"{type(error).__name__}: {text[0] if text else ''}") from None
-    return call
 
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"compute": 1, "control": 4, "files": 1})
@@ -72,6 +44,7 @@ class StageActor:
         self._server = CallServer(self._rank)
         self._metrics = RankMetrics()
         self._exporter = Exporter(self._metrics.registry, self._listen, 0, token=wanted_token())
+        self._attaching, self._attached = threading.Lock(), ()
         threading.Thread(target=self._end_alone, name="alone", daemon=True).start()
 
     def _end_alone(self) -> None:
@@ -92,23 +65,29 @@ class StageActor:
 
     @ray.method(concurrency_group="control")
     def reads(self, path: str, token: str) -> bool:
-        """Whether this node sees the run folder: the token that the driver wrote there."""
-        try:
-            return storage.read_bytes(path).decode() == token
-        except storage.StorageError:
-            return False
+        """Whether this node sees the run folder: a token that was written there."""
+        return reads(path, token)
 
     @ray.method(concurrency_group="control")
-    @_in_one_line
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
-        target = f"{reachable(self._listen[0], self._host)}:{self._exporter.port}"
-        self._rank.attach(member, address, beat_seconds, run, target, epoch)
+        """Does nothing where that was done: only the answer was lost. Raises RuntimeError, whatever it was: not every error can be sent.
+        The traceback stays in this actor's log."""
+        target, wanted = f"{reachable(self._listen[0], self._host)}:{self._exporter.port}", (member, address, beat_seconds, run, epoch)
+        with self._attaching:
+            if wanted == self._attached:
+                return
+            try:
+                self._rank.attach(member, address, beat_seconds, run, target, epoch)
+            except Exception as error:
+                logger.exception("not attached")
+                raise RuntimeError(named_line(error)) from None
+            self._attached = wanted
 
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
         self._rank.abort()
 
-    # --- calls of the control protocol, one method for each lane -------------------------------------------------
+    # calls of the control protocol, one method for each lane
 
     @ray.method(concurrency_group="compute")
     def compute(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
@@ -124,70 +103,6 @@ class StageActor:
     @ray.method(concurrency_group="files")
     def files(self, call: CallId, generation: int, method: str, arguments: tuple) -> Reply | Fault:
         return self._server.serve(call, generation, method, arguments)
-
-    # --- others --------------------------------------------------------------------------------------------------
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def form(self, assignment: Assignment) -> Formed:
-        return self._rank.form(assignment)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def recall(self) -> Recollection:
-        return self._rank.recall()
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def finish(self, apply: Apply | None, base: int) -> Standing:
-        return self._rank.finish(apply, base)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def initialise(self) -> None:
-        self._rank.initialise()
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def restore(self, directory: str, pieces: tuple[SavedPiece, ...], steps: int) -> None:
-        self._rank.restore(directory, pieces, steps)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def rearrange(self, wanted: Rearrangement) -> Rearranged:
-        return self._rank.rearrange(wanted)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def learn(self, program: Program, training: bool) -> None:
-        self._rank.learn(program, training)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def step(self, request: StepRequest) -> StepReport:
-        report = self._rank.step(request)
-        self._metrics.observe(report)
-        return report
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def apply(self, apply: Apply) -> None:
-        self._rank.apply(apply)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def evaluate(self, request: StepRequest) -> LossSums:
-        return self._rank.evaluate(request)
-
-    @ray.method(concurrency_group="compute")
-    @_in_one_line
-    def snapshot(self, directory: str) -> None:
-        self._rank.snapshot(directory)
-
-    @ray.method(concurrency_group="files")
-    @_in_one_line
-    def saved(self) -> list[SavedPiece]:
-        return self._rank.saved()
 
 
 def create(config: RunConfig, member: Member, run: str = "", anywhere: bool = False) -> Any:

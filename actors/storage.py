@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,11 @@ class StorageError(OSError):
         return f"{self.uri}: {self.reason}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StorageError, (self.uri, self.reason)
+        return type(self), (self.uri, self.reason)
+
+
+class Damaged(StorageError):
+    """It was read, and is not as it was written: no second try mends that."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +173,12 @@ def move(source: str, destination: str) -> None:
         system.move(path, target)
 
 
-def delete_partial(folder: str) -> None:
-    """Delete the temporary files that writers killed in `write_atomic` left in a local folder."""
+def delete_partial(folder: str, least_seconds: float = 0.0) -> None:
+    """Delete the temporary files that writers killed in `write_atomic` left in a local folder, at least so long ago."""
     if is_folder(folder):
+        latest = (time.time() - least_seconds) * 1e9
         for entry in list_folder(folder):
-            if entry.name.startswith(".") and entry.name.endswith(_TEMPORARY):
+            if entry.name.startswith(".") and entry.name.endswith(_TEMPORARY) and entry.modified <= latest:
                 delete(entry.uri)
 
 

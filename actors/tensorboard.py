@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
+_AGAIN_SECONDS = 30.0
+"""Each try leaves a file."""
 _SCALARS = {
     "loss": "loss/training", "mtp_loss": "loss/mtp", "balance_loss": "loss/balance", "gradient_norm": "optimizer/gradient_norm",
     "learning_rate": "optimizer/learning_rate", "tokens_per_second": "speed/tokens_per_second", "seconds": "speed/step_seconds",
@@ -19,9 +22,19 @@ class EventFiles:
     """Fed by what a trainer's `watch` says. Where a run continues, what was written of the same steps before is hidden."""
 
     def __init__(self, folder: str):
-        self._folder, self._writer = folder, None
+        self._folder, self._writer, self._again_at = folder, None, 0.0
 
     def observe(self, kind: str, values: dict[str, Any]) -> None:
+        """Raises OSError and the like: it cannot be written, now."""
+        try:
+            self._observe(kind, values)
+        except Exception:  # the writer says so for ever from then on: a later step has another one
+            self._writer, self._again_at = None, time.monotonic() + _AGAIN_SECONDS
+            raise
+
+    def _observe(self, kind: str, values: dict[str, Any]) -> None:
+        if kind == "step" and self._writer is None and time.monotonic() >= self._again_at:
+            self._writer = SummaryWriter(self._folder, purge_step=values["step"])
         if kind == "event" and values["event"] in ("generation", "coordinator_restarted") and "seconds" not in values:
             self.close()  # state came from storage, or another coordinator wrote before
             self._writer = SummaryWriter(self._folder, purge_step=values["step"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from actors import checkpoint
 from actors.checkpoint import CheckpointError, Manifest
+from actors.dataset import DatasetError
 from actors.lifelines import Lifelines
 from actors.messages import Outcome, Start
 from actors.protocol.batches import Batches, Reader, Sources
@@ -25,6 +27,7 @@ from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling, Watch
 from actors.ranks import RankCalls
 from actors.run_folder import RunFolder
+from actors.storage import Damaged, StorageError
 from orchestrator import cost
 from orchestrator.config import RunConfig
 from orchestrator.layout import Layout, Place
@@ -39,6 +42,7 @@ __all__ = ["Batches", "Sources", "Trainer", "TrainingFailed"]
 
 logger = logging.getLogger(__name__)
 
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.1, 3.0
 _IN_ORDER = (Ending.DONE, Ending.STOPPED, Ending.WAITED)
 
 
@@ -81,9 +85,12 @@ class Trainer:
         self._sources, self._host, self._watch, self._store = sources, host, watch, store
         self._tables, self._abouts = Tables(), {}
         rules = Rules.of(config.elastic, one_host=config.topology.virtual_nodes > 0)
-        self._planner = RealPlanner(config, self._tables, layout)
+        first = layout if layout.meets(config.layout, config.stages) else None  # else it is found, and noted, as any later one is
+        self._planner = RealPlanner(config, self._tables, first)
         self._run = Run(rules, Deadlines.of(config), self._planner)
         self._conductor = Conductor(self._run, rules.silence_seconds)
+        self._telling: Telling | None = None
+        self._clerk: Clerk | None = None
 
     def stop(self) -> None:
         """Ask the run to save and end after the step under way. From any thread."""
@@ -92,6 +99,15 @@ class Trainer:
     def wait_until(self, predicate: Callable[[Run], bool], seconds: float) -> None:
         """As Conductor.wait_until."""
         self._conductor.wait_until(predicate, seconds)
+
+    def chore(self, what: str, job: Callable[[], None]) -> None:
+        """Files that whoever watches writes of what it is told, as Clerk.chore: they never hold the run up."""
+        self._clerk.chore(what, job)
+
+    def tell(self, kind: str, details: Mapping[str, Any]) -> None:
+        """An event that the state machine has no part in. From any thread; before and after the run nobody hears of it."""
+        if (telling := self._telling) is not None:
+            self._conductor.post(lambda: telling.event(kind, details))
 
     @property
     def layout(self) -> Layout:
@@ -104,6 +120,11 @@ class Trainer:
         """Who serves, by rank; from any thread."""
         return self._run.seated
 
+    @property
+    def protocol_seconds(self) -> float:
+        """That the state machine has taken so far; from any thread."""
+        return self._conductor.seconds
+
     def targets(self) -> list[tuple[Place, str]]:
         """host:port of the metrics of every rank that has any, with its place; from any thread."""
         base = self._run.base
@@ -113,19 +134,44 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train to the end, or until stopped. Raises TrainingFailed, StorageError, CheckpointError, DatasetError."""
-        found = self._storage()
-        held_out = self._sources.validation()
-        with Lifelines(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
-                       told=lambda: self._conductor.post(Listened())) as lines:
-            reader = Reader(self._sources.training, self._conductor.post, self._sources.answers)
-            clerk = Clerk(self._folder, self._conductor.post)
-            try:
-                shell = self._shell(found, held_out, lines, reader, clerk)
-                end = self._conduct(found, held_out is not None, shell)
-            finally:
-                reader.close()
-                clerk.close()
+        self._clerk = clerk = Clerk(self._folder, self._conductor.post)
+        clerk.chore("what writers that were killed have left", self._folder.clear_partial)
+        try:
+            found = self._patiently(self._storage)
+            held_out = self._patiently(self._sources.validation)
+            with Lifelines(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
+                           told=lambda: self._conductor.post(Listened())) as lines:
+                reader = Reader(self._sources.training, self._conductor.post, self._sources.answers)
+                try:
+                    shell = self._shell(found, held_out, lines, reader, clerk)
+                    end = self._conduct(found, held_out is not None, shell)
+                finally:
+                    reader.close()
+        finally:
+            clerk.close()
         return self._outcome(end, shell)
+
+    def _patiently(self, read: Callable[[], Any]) -> Any:
+        """Before the machine can wait for storage itself. Only where ranks were left behind, for they would end with this: a run that
+        begins is better refused at once."""
+        until, pause = time.monotonic() + self._config.elastic.storage_seconds, _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return read()
+            except (StorageError, DatasetError) as error:
+                if not self._start.left_behind or not _is_away(error) or time.monotonic() > until:
+                    raise
+                if pause == _FIRST_PAUSE_SECONDS:
+                    self._early("storage_away", reason=str(error))
+            time.sleep(pause)
+            pause = min(_LAST_PAUSE_SECONDS, 2 * pause)
+
+    def _early(self, kind: str, **details: Any) -> None:
+        """An event of before there is a shell."""
+        event = {"time": round(time.time(), 3), "event": kind, **details}
+        logger.warning("%s: %s", kind, details)
+        self._clerk.chore("events.jsonl", lambda: self._folder.told(event))
+        self._watch("event", event)
 
     # --- what there is -------------------------------------------------------------------------------------------
 
@@ -139,7 +185,7 @@ class Trainer:
             if not start.left_behind:
                 checkpoint.clear_unfinished(folder.checkpoints)
             directories = checkpoint.complete(folder.checkpoints)
-        seen, manifests = [], {}
+        seen, manifests, unreadable = [], {}, []
         for directory in directories:
             try:
                 manifests[directory] = checkpoint.read_manifest(directory)
@@ -147,8 +193,12 @@ class Trainer:
             except CheckpointError as error:
                 if start.evaluate is not None:
                     raise
-                logger.error("%s", error)
+                if isinstance(away := error.__cause__, StorageError) and _is_away(away):
+                    raise away from None  # an older one is not taken for that
                 seen.append(Seen(_step_of(directory), directory, readable=False))
+                unreadable.append({"step": seen[-1].step, "path": directory, "reason": str(error)})
+        for one in unreadable:  # once, though all this is read again where something is away
+            self._early("checkpoint_unreadable", **one)
         if manifests:
             newest = max(manifests, key=lambda directory: manifests[directory].step)
             checkpoint.check_model(manifests[newest], self._config.model, newest)
@@ -177,8 +227,9 @@ class Trainer:
                           manifests=found.manifests, traced=telling.traced, shows=telling.shows)
         shell = RealShell(Parts(config, tables, self._ranks, lines, clerk, reader, dresser, Book(config, self._start.replay), telling,
                                 found.manifests, self._abouts, held_out, self._conductor.post, found.ledger.epoch + 1), self._run)
-        if found.ledger.steps:  # what a coordinator that died could not cut off
+        if found.ledger.newest:  # what a coordinator that died could not cut off
             telling.undone(found.committed)
+        self._telling = telling
         return shell
 
     def _conduct(self, found: _Storage, validate: bool, shell: RealShell) -> EndRun:
@@ -187,10 +238,10 @@ class Trainer:
         self._ranks.listen(self._conductor.post)
         for member in members:
             shell.attach(member)
-        head = Head(found.committed, found.ledger.generation, found.ledger.epoch)
+        head = Head(found.committed, found.ledger.generation, found.ledger.epoch, found.ledger.furthest)
         first = Started(head.epoch + 1, members, head, found.checkpoints, self._goal(validate), self._start.left_behind)
         end = self._conductor.conduct(first, shell)
-        if end.ending not in _IN_ORDER:
+        if end.ending not in (*_IN_ORDER, Ending.SUPERSEDED):  # then they are another coordinator's
             self._ranks.abort()
         return end
 
@@ -208,6 +259,11 @@ class Trainer:
         peaks = [cost.peak_flops(self._abouts.get(member, {}).get("device")) if given == "auto" else given * 1e12
                  for member in self._run.seated]
         return cost.utilisation(config.model, config.data.sequence_length, tokens_per_second, peaks)
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether another try may do: it was not read, and not read to be damaged."""
+    return isinstance(error, StorageError) and not isinstance(error, Damaged) or isinstance(error.__cause__, StorageError)
 
 
 def _step_of(directory: str) -> int:

@@ -22,6 +22,7 @@ from jobs import cli
 from orchestrator.refusal import ConfigError, refusal
 
 BENCHES = {
+    "chaos": "runs on raylets and on processes that are struck again and again: what they lose, and how soon they go on",
     "churn": "useful time, speed and loss of a run whose nodes are killed, drain, freeze and join every half minute",
     "commit": "step time with two owners of every optimizer shard against one, on held lanes and shaped links",
     "overlap": "dispatch and combine under compute on slow links, against none of it and torch.distributed.pipelining",
@@ -44,9 +45,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object (the last line)")
     parser.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], dest="options",
                         help="one of the bench's own settings; repeatable")
+    parser.add_argument("--minutes", metavar="N", help="the same as --option minutes=N: how long, if the bench can be told")
     parser.add_argument("--trace", metavar="FILE", help="write what was measured as a trace for Perfetto, if the bench has one")
     parser.set_defaults(config=DEFAULT_CONFIG)
     options = parser.parse_args()
+    if options.minutes is not None:
+        options.options.append(f"minutes={options.minutes}")
     config = cli.configuration(options)
     os.environ["OMP_NUM_THREADS"] = "1"
     bench = importlib.import_module(f"jobs.benches.{options.name}")

@@ -7,12 +7,15 @@ allowed; 130 interrupted. An exception that nobody foresaw keeps its traceback (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
+from jobs import interrupted
 from orchestrator.config import ConfigError, RunConfig, load
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -55,6 +58,8 @@ def run(main: Callable[[], int | None]) -> int:
     A reader of our output that goes away (`| head`) ends the job quietly, as failed: it did not finish.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main() or DONE
         sys.stdout.flush()
         return code
@@ -70,13 +75,19 @@ def run(main: Callable[[], int | None]) -> int:
         return FAILED
 
 
+def discard(stream: TextIO) -> None:
+    """What is left in it, and what follows: nobody can read it any more, and the interpreter would complain at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _reader_gone() -> bool:
-    """Whether it is standard output that is broken; if so, drop what is left, or the interpreter complains at exit."""
+    """Whether it is standard output that is broken; if so, what is left in it is discarded."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard(sys.stdout)
     return True
 
 

@@ -65,8 +65,8 @@ def evaluate(config: RunConfig, dataset: Dataset, checkpoint: str, interrupt: In
     layout = choose(session.nodes(config), config.layout, config.model, config.stages)
     with tempfile.TemporaryDirectory(prefix="dualray-evaluate-") as folder:
         config = parse(config.model_dump(), [f"run.directory={folder}", "run.name=evaluate"])
-        with RunActors(config, layout, config.data.path, evaluate=checkpoint) as run:
-            outcome = run.follow(Progress(0, sys.stderr), interrupt)
+        with Progress(0, sys.stderr) as progress, RunActors(config, layout, config.data.path, evaluate=checkpoint) as run:
+            outcome = run.follow(progress, interrupt)
     if interrupt.requested:
         return None
     batch = read_validation(dataset, config.training.validation_sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import urllib.error
@@ -11,12 +12,38 @@ from http.client import HTTPException
 from typing import Any
 
 from actors import storage
+from actors.names import run_of
 from actors.ray_token import NoToken, wanted_token
-from actors.run_folder import LIVE
+from actors.run_folder import LIVE, RunFolder
 
-_ANSWER_SECONDS = 3.0
+_ANSWER_SECONDS, _AGAIN_SECONDS = 3.0, 5.0
 _MOST_NODES = 32
 """A terminal has no room for more."""
+
+
+class Announced:
+    """Where a run can be asked, in its folder. No run ends for want of that: storage that does not take it is offered it
+    again, and what it does not delete is an address where nobody answers.
+
+    ray: the cluster's address. local: whether that is in this process only.
+    """
+
+    def __init__(self, folder: RunFolder, ray: str, local: bool):
+        self._folder, self._about = folder, {"actors": run_of(folder.path), "ray": ray, "local": local}
+        self._written, self._again_at = "", 0.0
+
+    def __call__(self, address: str) -> None:
+        if address == self._written or time.monotonic() < self._again_at:
+            return
+        try:
+            self._folder.write(LIVE, json.dumps({"address": address} | self._about))
+            self._written = address
+        except storage.StorageError:
+            self._again_at = time.monotonic() + _AGAIN_SECONDS
+
+    def withdraw(self) -> None:
+        with contextlib.suppress(storage.StorageError):
+            storage.delete(storage.join(self._folder.path, LIVE))
 
 
 def ask(folder: str) -> dict[str, Any] | None:

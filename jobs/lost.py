@@ -21,7 +21,7 @@ from jobs import cli
 REFUSED_SECONDS, SILENT_SECONDS = 4.0, 20.0
 """How long nobody may listen where the control store was, and how long it may not answer: one on a busy host takes its time."""
 
-_LOOK_SECONDS, _ANSWER_SECONDS = 0.5, 2.0
+_LOOK_SECONDS, _ANSWER_SECONDS, _LAST_WORDS_SECONDS = 0.5, 2.0, 2.0
 
 
 class ClusterWatch:
@@ -101,10 +101,16 @@ class ClusterWatch:
 
 
 def end_process(line: str) -> None:
-    """At once, whatever else this process waits for."""
-    for stream in (sys.stdout, sys.stderr):
+    """At once, whatever else this process waits for: a terminal that is stopped, too."""
+    writing = threading.Thread(target=_last_words, args=(line,), daemon=True)
+    writing.start()
+    writing.join(_LAST_WORDS_SECONDS)
+    os._exit(cli.FAILED)
+
+
+def _last_words(line: str) -> None:
+    for stream in (sys.stderr, sys.stdout):
         with contextlib.suppress(OSError, ValueError):
             if stream is sys.stderr:
                 stream.write(f"{line}\n")
             stream.flush()
-    os._exit(cli.FAILED)

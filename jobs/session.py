@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from typing import IO, Any
 
@@ -26,6 +25,7 @@ _LOCAL = {"RAY_AUTH_MODE": "disabled"}
 _LOCAL_OBJECT_STORE_BYTES = 100_000_000
 _PREFIX, _LOCK = "/tmp/dualray-", ".lock"
 _folders: list[tuple[str, IO[bytes]]] = []  # of the Ray in this process and its lock, until `disconnect`
+_requests: list[RunConfig] = []  # for nodes, that this process is to take back: one at most
 
 
 def under_ray_job() -> bool:
@@ -127,20 +127,33 @@ def ask_for_nodes(config: RunConfig) -> None:
     if not config.topology.virtual_nodes:
         from actors.cluster import ask_for_nodes
 
+        answer_for(config)
         ask_for_nodes(config)
 
 
-def ask_for_no_more(config: RunConfig) -> None:
-    """The run has ended. Where Ray does not answer any more there is nothing to take back."""
-    if config.topology.virtual_nodes or "ray" not in sys.modules:
-        return
-    import ray
+def answer_for(config: RunConfig) -> None:
+    """A coordinator asks for nodes in the name of this process, its driver."""
+    if not config.topology.virtual_nodes:
+        _requests[:] = [config]
 
-    if ray.is_initialized():
-        from actors.cluster import ask_for_no_more
 
-        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-            ask_for_no_more(config)
+def leave_requests() -> None:
+    """They are those of a run that goes on without this process."""
+    _requests.clear()
+
+
+def ask_for_no_more() -> None:
+    """Take back what this process answers for, and nothing else: Ray keeps one request for the whole cluster, and it may be that
+    of another run. Where Ray does not answer any more there is nothing to take back."""
+    while _requests:
+        config = _requests.pop()
+        import ray
+
+        if ray.is_initialized():
+            from actors.cluster import ask_for_no_more
+
+            with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+                ask_for_no_more(config)
 
 
 def settled(config: RunConfig) -> RunConfig:

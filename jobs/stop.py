@@ -8,14 +8,16 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 from actors import checkpoint, storage
+from actors.errors import first_line
 from actors.messages import Failure, Outcome
 from actors.run_folder import LIVE, RunFolder
 from jobs import cli, session, status
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, parse
 
 ENDED_AT_ONCE = "ended at once by jobs.stop --now; the same command continues from the newest checkpoint"
 _ANSWER_SECONDS, _LOOK_SECONDS = 30.0, 0.2
@@ -32,7 +34,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         options.folder = status.named(options)
-        live, config = _live(options.folder), status.configuration(options)
+        live, config = _live(options.folder), _configuration(options)
         _connect(options.folder, live)
         print(stop(options.folder, str(live["actors"]), config, options.now))
     except storage.StorageError as error:
@@ -68,6 +70,14 @@ def stop(folder: str, actors: str, config: RunConfig, now: bool) -> str:
     return _left(folder) if not found.saved else f"stopped: saved after step {found.step}"
 
 
+def _configuration(options: Namespace) -> RunConfig:
+    """The run's; the defaults where storage has not taken it, for only bounds are wanted of it. Raises ConfigError."""
+    try:
+        return status.configuration(options)
+    except storage.StorageError:
+        return parse({}, options.overrides)
+
+
 def _live(folder: str) -> Mapping[str, Any]:
     """What the run says of itself. Raises JobFailed: no run is under way here."""
     path = storage.join(folder, LIVE)
@@ -89,9 +99,8 @@ def _connect(folder: str, live: Mapping[str, Any]) -> None:
     try:
         session.connect()
     except (cli.JobFailed, ConnectionError, RuntimeError, ValueError) as error:
-        text = str(error).strip().splitlines()[0]
         address = os.environ["RAY_ADDRESS"]
-        raise cli.JobFailed(f"{folder}: its Ray at {address} cannot be reached from this host ({text})") from None
+        raise cli.JobFailed(f"{folder}: its Ray at {address} cannot be reached from this host ({first_line(error)})") from None
 
 
 def _coordinator(actors: str) -> Any | None:
@@ -142,11 +151,19 @@ def _await_driver(actors: str) -> None:
 
 def _left(folder: str) -> str:
     """What the files say of a run that has ended."""
-    directory, _, name = folder.rstrip("/").rpartition("/")
+    directory, _, name = (folder if "://" in folder else os.path.abspath(folder)).rstrip("/").rpartition("/")
     found = RunFolder(directory, name)
     committed = found.ledger().committed
-    saved = max((checkpoint.read_manifest(path).step for path in checkpoint.complete(found.checkpoints)), default=0)
+    saved = next(filter(None, map(_saved, reversed(checkpoint.complete(found.checkpoints)))), 0)
     return f"stopped: saved after step {saved}" + ("" if saved == committed else f"; {committed} were done")
+
+
+def _saved(path: str) -> int | None:
+    """The step of a checkpoint that can be read."""
+    try:
+        return checkpoint.read_manifest(path).step
+    except checkpoint.CheckpointError:
+        return None
 
 
 if __name__ == "__main__":

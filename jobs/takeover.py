@@ -16,7 +16,7 @@ from actors.names import run_of
 from actors.run_folder import RunFolder
 from jobs import cli
 from jobs.progress import Progress
-from jobs.running import POLL_SECONDS, Interrupt, RunActors, newest
+from jobs.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.membership import Member
 from orchestrator.replay import Replay
@@ -38,10 +38,18 @@ def coordinator_of(folder: RunFolder) -> tuple[int, Any] | None:
     return max(found.items()) if found else None
 
 
+def has_begun(folder: RunFolder) -> bool:
+    """Whether there is anything of this run that it would go on from: committed steps, or ranks that live."""
+    from actors.cluster import named_actors
+
+    return bool(folder.ledger().steps or named_actors(run_of(folder.path))[1])
+
+
 def taken_over(folder: RunFolder, config: RunConfig, data: str, replay: Replay | None, progress: Progress,
-               interrupt: Interrupt) -> RunActors | None:
-    """The run under way in this folder; None: there is none (any more). The folder must be held. Raises ConfigError: it has
-    another configuration. JobFailed: another process is its driver."""
+               interrupt: Interrupt, locked: bool = True) -> RunActors | None:
+    """The run under way in this folder; None: there is none (any more). The folder must be held; locked: and there are locks, so
+    that no other process is about to begin the run. Raises ConfigError: it has another configuration. JobFailed: another process
+    is its driver."""
     import ray
 
     found = coordinator_of(folder)
@@ -49,7 +57,7 @@ def taken_over(folder: RunFolder, config: RunConfig, data: str, replay: Replay |
         return None
     epoch, coordinator = found
     try:
-        present = ray.get(coordinator.present.remote(), timeout=ANSWER_SECONDS)
+        present = _begun(coordinator, 0.0 if locked else _most_to_begin(config), progress, interrupt)
         if not present.begun:  # its driver died before it was told to
             ray.kill(coordinator)
             return None
@@ -99,6 +107,27 @@ def _value(reference: Any) -> Any:
         return ray.get(reference, timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
         return None
+
+
+def _most_to_begin(config: RunConfig) -> float:
+    """How long a driver that lives may take until it tells its coordinator to begin: its ranks look into the run's folder first. Less
+    than ranks wait that were left behind: should that driver have died, they are to be taken over still."""
+    return min(START_TIMEOUT_SECONDS, config.elastic.orphan_seconds / 2)
+
+
+def _begun(coordinator: Any, seconds: float, progress: Progress, interrupt: Interrupt) -> Any:
+    """What it says of itself (Present) when it has begun, or after so many seconds. Raises RayActorError, GetTimeoutError."""
+    import ray
+
+    until, told = time.monotonic() + seconds, False
+    while True:
+        present = ray.get(coordinator.present.remote(), timeout=ANSWER_SECONDS)
+        if present.begun or time.monotonic() >= until:
+            return present
+        if not told:
+            progress.say("another process is about to begin this run, or has died: waiting for it to")
+            told = True
+        interrupt.wait(POLL_SECONDS)
 
 
 def _accepted(coordinator: Any, driver: str, folder: RunFolder, interrupt: Interrupt) -> int:

@@ -7,25 +7,24 @@ shows what happens. Ctrl-C or SIGTERM saves and exits 130; the same command cont
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import time
-import uuid
 
 from actors import storage
 from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.messages import Outcome
-from actors.names import run_of
-from actors.run_folder import IN_USE, LIVE, RunFolder
+from actors.run_folder import IN_USE, RunFolder
 from jobs import cli, corpus, session, summary, takeover
-from jobs.live import ask
+from jobs.live import Announced, ask
 from jobs.lost import ClusterWatch
 from jobs.progress import Progress
-from jobs.running import POLL_SECONDS, Interrupt, RunActors, TakenOver
+from jobs.running import POLL_SECONDS, Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator import planner
 from orchestrator.config import ConfigError, RunConfig
 from orchestrator.layout import Layout, choose
+from orchestrator.protocol.deadlines import Deadlines
+from orchestrator.relayout import Relaid, relaid
 from orchestrator.replay import Replay, ReplayRefused
 from orchestrator.replay import read as read_ledger
 from orchestrator.topology import Node
@@ -41,6 +40,7 @@ def main() -> int:
                         "run.name of its own")
     options = parser.parse_args()
     config = cli.configuration(options)
+    Deadlines.of(config)  # refuses bounds that contradict each other, here before anything runs, or is taken over and ended
     replay = _replay(options.replay, config) if options.replay else None
     directory, data = session.run_directory(config), session.data_path(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
@@ -64,8 +64,7 @@ def main() -> int:
     except DatasetError as error:
         raise cli.JobFailed(str(error)) from error
     finally:
-        if not isinstance(sys.exception(), TakenOver):  # else there is somebody who wants them still
-            session.ask_for_no_more(config)
+        session.ask_for_no_more()
         session.disconnect()
 
 
@@ -95,10 +94,16 @@ def dry_run(config: RunConfig) -> int:
 
 def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | None = None) -> int:
     """Everything between a connected Ray and the exit code."""
-    progress, folder, outcome = Progress(config.training.steps), RunFolder(config.run.directory, config.run.name), None
+    with Progress(config.training.steps) as progress:
+        return _trained(config, data, interrupt, replay, progress)
+
+
+def _trained(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | None, progress: Progress) -> int:
+    folder, outcome = RunFolder(config.run.directory, config.run.name), None
     if takeover.coordinator_of(folder):
-        with folder.held():
-            outcome = _taken_over(config, data, folder, progress, interrupt, replay)
+        with folder.held() as locked:
+            outcome = _taken_over(config, data, folder, progress, interrupt, replay, locked)
+        session.answer_for(config)  # for what was left, and has ended by now
     if outcome is None:
         outcome = _from_start(config, data, folder, progress, interrupt, replay)
     if outcome.interrupted:
@@ -109,36 +114,48 @@ def train(config: RunConfig, data: str, interrupt: Interrupt, replay: Replay | N
 
 
 def _taken_over(config: RunConfig, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,
-                replay: Replay | None) -> Outcome | None:
+                replay: Replay | None, locked: bool) -> Outcome | None:
     """To the end of a run whose driver was lost; None: there is none (any more)."""
-    run = takeover.taken_over(folder, config, data, replay, progress, interrupt)
+    run = takeover.taken_over(folder, config, data, replay, progress, interrupt, locked)
     if run is None:
         return None
     with run:
         outcome = _followed(run, folder, progress, interrupt)
-    _summarise(config, folder, _checked_dataset(config, data), progress)
+    _summarise(config, folder, data, progress)
     return outcome
 
 
 def _from_start(config: RunConfig, data: str, folder: RunFolder, progress: Progress, interrupt: Interrupt,
                 replay: Replay | None) -> Outcome:
     """From the nodes that there are to the end of the run."""
-    if replay:
-        layout = replay.at(0).layout
-    else:
-        layout = choose(_nodes(config, progress, interrupt), config.layout, config.model, config.stages)
+    nodes = () if replay else _nodes(config, progress, interrupt)
     config = session.settled(config)
-    progress.say("\n".join(planner.describe(config, planner.plan(config, layout))))
+    found = Relaid(config, replay.at(0).layout) if replay else _laid_out(config, nodes, folder)
+    layout = found.layout
+    progress.say("\n".join([*planner.describe(found.config, planner.plan(found.config, layout)), *found.notes]))
     with folder.held() as locked:
         if (there := ask(folder.path)) and (not locked or there.get("folder") == folder.path):
             raise cli.JobFailed(f"{folder.path}: {IN_USE}")
         corpus.prepare(config, data)
-        dataset = _checked_dataset(config, data)
+        _checked_dataset(config, data)
         if replay and folder.ledger_lines():
             raise ConfigError("run.name", config.run.name, "a run that has no steps yet, with --replay")
         outcome = _run(config, layout, data, folder, progress, interrupt, replay)
-        _summarise(config, folder, dataset, progress)
+        _summarise(config, folder, data, progress)
     return outcome
+
+
+def _laid_out(config: RunConfig, nodes: tuple[Node, ...], folder: RunFolder) -> Relaid:
+    """As it is configured; of a run that has begun, where these nodes do not allow that, as it would be while it runs.
+
+    Raises ConfigError.
+    """
+    try:
+        return Relaid(config, choose(nodes, config.layout, config.model, config.stages))
+    except ConfigError:
+        if not takeover.has_begun(folder):
+            raise
+        return relaid(config, nodes, None)
 
 
 def _nodes(config: RunConfig, progress: Progress, interrupt: Interrupt) -> tuple[Node, ...]:
@@ -177,32 +194,21 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
     """From actors to the end of the run."""
     interrupt.check()
     with RunActors(config, layout, data, replay, left=takeover.left_ranks(folder, config, progress)) as run:
-        token = uuid.uuid4().hex
-        token_path = folder.write(".reachable", token)
-        try:
-            run.check_reachable(token_path, token)
-        finally:
-            storage.delete(token_path)
+        run.check_reachable()
         return _followed(run, folder, progress, interrupt)
 
 
 def _followed(run: RunActors, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
     """To its end. Where it can be asked stands in the folder meanwhile."""
-    def show(address: str) -> str:
-        return folder.write(LIVE, json.dumps({"address": address, "actors": run_of(folder.path), "ray": session.ray_address(),
-                                              "local": session.is_local()}))
-
+    announced = Announced(folder, session.ray_address(), session.is_local())
     progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
     progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
-    live = show(run.address)
+    announced(run.address)
     try:
-        return run.follow(progress, interrupt, show)
-    except TakenOver:
-        live = None  # somebody else's
-        raise
+        return run.follow(progress, interrupt, announced)
     finally:
-        if live is not None:
-            storage.delete(live)
+        if run.ends(sys.exception()):
+            announced.withdraw()
 
 
 def _check_tensorboard(config: RunConfig) -> None:
@@ -242,12 +248,17 @@ def _check_model_folder(config: RunConfig) -> None:
         raise ConfigError("training.init_from", config.training.init_from, f"a folder with this model ({error})") from None
 
 
-def _summarise(config: RunConfig, folder: RunFolder, dataset: Dataset, progress: Progress) -> None:
-    steps = folder.metric_lines()
-    validation = [(event["step"], event["loss"]) for event in folder.event_lines() if event["event"] == "validation"]
-    baselines = corpus.baselines(dataset, config.training.validation_sequences)
-    folder.write("summary.png", summary.picture(steps, validation, baselines))
-    progress.say("\n".join(summary.lines(steps, validation, baselines, folder.path)))
+def _summarise(config: RunConfig, folder: RunFolder, data: str, progress: Progress) -> None:
+    """Of a run that has ended: it has not failed for want of its summary."""
+    try:
+        steps, events = folder.metric_lines(), folder.event_lines()
+        validation = [(event["step"], event["loss"]) for event in events if event.get("event") == "validation"]
+        baselines = corpus.baselines(Dataset.open(data), config.training.validation_sequences)
+        told = summary.lines(steps, validation, baselines, folder.path)
+        folder.write("summary.png", summary.picture(steps, validation, baselines))
+    except (storage.StorageError, DatasetError) as error:
+        told = [f"no summary: {error}"]
+    progress.say("\n".join(told))
 
 
 if __name__ == "__main__":

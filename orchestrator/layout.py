@@ -82,6 +82,13 @@ class Layout:
                         local=first + (position % self.positions_per_node) * self.width + w))
         return tuple(found)
 
+    def meets(self, wanted: LayoutSection, folding: Stages) -> bool:
+        """Whether it is as configured: its pipeline, and all that is pinned."""
+        groups = {len(rows) * self.width for rows in self.replicas}
+        return (self.folding == folding and wanted.data in ("auto", len(self.replicas)) and
+                (wanted.expert == "auto" or groups == {wanted.expert}) and
+                wanted.shape in ("auto", (self.positions_per_node, self.width)))
+
     def rank_at(self, row: int, position: int, w: int) -> int:
         return (row * self.pipeline + position) * self.width + w
 

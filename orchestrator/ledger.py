@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 STEP, EPOCH, ORIGIN, CUT = "step", "epoch", "origin", "cut"
@@ -54,12 +54,14 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """What a ledger says. steps: lines of the committed steps that no cut has made void, in order. epoch, generation: the highest that
-    were used. newest: hash of the last line, for the one that follows it; empty where there is none."""
+    were used. newest: hash of the last line, for the one that follows it; empty where there is none. furthest: steps that were
+    committed before any cut."""
 
     steps: tuple[Mapping[str, Any], ...] = ()
     epoch: int = 0
     generation: int = 0
     newest: str = ""
+    furthest: int = 0
 
     @property
     def committed(self) -> int:
@@ -104,7 +106,7 @@ def entries(lines: Iterable[str]) -> Iterator[Entry]:
 def read(lines: Iterable[str]) -> Ledger:
     """What the whole lines of a ledger say. Raises LedgerDamaged."""
     steps: list[Mapping[str, Any]] = []
-    epoch = generation = 0
+    epoch = generation = furthest = 0
     newest = ""
 
     def hashed() -> Iterator[str]:
@@ -119,12 +121,13 @@ def read(lines: Iterable[str]) -> Ledger:
         generation = max(generation, entry.values.get("generation", 0))
         if entry.kind == STEP:
             steps.append(entry.values)
+            furthest = max(furthest, entry.values["step"] + 1)
         elif entry.kind == EPOCH:
             epoch = max(epoch, entry.values["epoch"])
         elif entry.kind == CUT:
             while steps and steps[-1]["step"] >= entry.values["step"]:
                 steps.pop()
-    return Ledger(tuple(steps), epoch, generation, newest)
+    return Ledger(tuple(steps), epoch, generation, newest, furthest)
 
 
 def committed_by(tail: Iterable[str]) -> int:
@@ -161,15 +164,10 @@ def digest_text(digest: int) -> str:
     return f"{digest:032x}"
 
 
-def to_json(line: LedgerLine, change: dict[str, Any] | None = None) -> str:
-    """One line of `ledger.jsonl`; `change`: layout, schedule and placement, where they are new with this step."""
-    return json.dumps(asdict(line) | (change or {}))
-
-
 def _entry(number: int, text: str) -> Entry:
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Entry(number, "", {}, "it is no JSON")
     if not isinstance(values, dict):
         return Entry(number, "", {}, "it is no object")
@@ -177,6 +175,7 @@ def _entry(number: int, text: str) -> Entry:
     key = _KEYS.get(kind) if isinstance(kind, str) else None
     if key is None:
         return Entry(number, "", values, f"its kind is {kind!r}")
-    if type(values.get(key)) is not int or values[key] < 0:
-        return Entry(number, kind, values, f"it has no {key}")
+    for name in (key, *values.keys() & {"generation"}):
+        if type(values.get(name)) is not int or values[name] < 0:
+            return Entry(number, kind, values, f"it has no {name}")
     return Entry(number, kind, values)

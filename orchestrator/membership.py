@@ -78,6 +78,7 @@ class Decision:
 
     lost: seated, gone: abort and plan anew. leaving: seated, their node drains: plan anew at the next step boundary.
     nodes: what the next layout may use, longest present first; `ranks` of each: its members 0..ranks-1 are ready.
+    draining: what could still be used until its deadline, if nothing else can.
     joining: `nodes` has more than was seated, or than was planned for.
     start: processes to start now, each in place of whatever is left of its earlier incarnations.
     fence: lost, yet heard from: to be told to let go.
@@ -88,6 +89,7 @@ class Decision:
     lost: tuple[Member, ...]
     leaving: tuple[Member, ...]
     nodes: tuple[Node, ...]
+    draining: tuple[Node, ...]
     joining: bool
     start: tuple[Member, ...]
     fence: tuple[Member, ...]
@@ -250,9 +252,9 @@ class Membership:
 
     # ---- what follows
 
-    def decide(self, seated: Collection[Member], now: float, planned: Iterable[Node] = ()) -> Decision:
+    def decide(self, seated: Collection[Member], now: float, planned: Iterable[Node] = (), barred: Collection[str] = ()) -> Decision:
         """`seated`: the members of the present layout. `planned`: the nodes it was made for, so that those that it leaves idle
-        are not `joining`; none: the seated."""
+        are not `joining`; none: the seated. `barred`: nodes on which nothing is started any more."""
         state = self._at(now)
         lost = tuple(sorted(member for member in seated if not state.trusts(member)))
         gone = set(lost)
@@ -263,24 +265,22 @@ class Membership:
         most = self.rules.max_nodes if self.rules.max_nodes is not None else len(ranks)
         by_age = sorted(ranks, key=lambda name: state.hosts[name].since)
         usable = sorted((name for name in by_age if ranks[name]), key=lambda name: name not in with_seats)[:most]
-        wanted = sorted(by_age, key=lambda name: (name not in with_seats, not ranks[name]))[:most]
+        startable = [name for name in by_age if ranks[name] or name not in barred and state._may_start(name, now)]
+        wanted = sorted(startable, key=lambda name: (name not in with_seats, not ranks[name]))[:most]
         chosen = set(usable)
         reasons: dict[Member | str, str] = {member: state._place(member.node, member.local).reason for member in lost}
         reasons |= {member: f"{member.node} drains" for member in leaving}
         reasons |= {name: state._why_unused(name, now) for name in state.hosts if name not in chosen}
         nodes = tuple(Node(name, ranks[name]) for name in by_age if name in chosen)
-        return Decision(lost, leaving, nodes, _more(nodes, planned, alive), state._to_start(wanted, now), state._fenced(now),
+        staying = tuple(Node(name, state._ready_ranks(name)) for name, host in state.hosts.items()
+                        if host.present and host.draining and not host.expired and state._ready_ranks(name))
+        return Decision(lost, leaving, nodes, staying, _more(nodes, planned, alive), state._to_start(wanted, now), state._fenced(now),
                         state._waits(nodes, reasons), reasons)
 
     def trusts(self, member: Member) -> bool:
         """Whether it is ready and was never lost."""
         place = self._place(member.node, member.local)
         return place.warm and place.running == member.incarnation
-
-    def member(self, node: str, local: int) -> Member | None:
-        """The one that is ready there."""
-        place = self._place(node, local)
-        return Member(node, local, place.running) if place.warm else None
 
     def trusted_from(self, node: str, local: int) -> int:
         """The least incarnation at a place that has not been lost."""
@@ -325,6 +325,11 @@ class Membership:
     def _ready_ranks(self, name: str) -> int:
         ranks = self.hosts[name].ranks
         return next((local for local in range(ranks) if not self._place(name, local).warm), ranks)
+
+    def _may_start(self, name: str, now: float) -> bool:
+        """Whether something starts there, or may be started: else another node is better asked."""
+        places = [self._place(name, local) for local in range(self.hosts[name].ranks)]
+        return any(place.running is not None or now >= place.until for place in places)
 
     def _to_start(self, names: Iterable[str], now: float) -> tuple[Member, ...]:
         found = []

@@ -27,6 +27,9 @@ class ConfigError(ValueError):
         self.key, self.value, self.allowed = key, value, allowed
         super().__init__(f"{_shown(key)} = {_shown(value)}: {allowed}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str]]:
+        return type(self), (self.key, self.value, self.allowed)  # an exception is pickled by its text alone, for which this takes more
+
 
 def refusal(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:
     """The one complaint to show about `tree`, which is no `root`. An unknown key goes first: it is what the user typed,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from actors.comm.waiting import Aborted, Collective, Operation, Progress, Receive, first_line
+from actors.comm.waiting import Aborted, Collective, Operation, Progress, Receive
+from actors.errors import first_line
 
 CREATE_TIMEOUT_SECONDS = 60.0
 _UNUSED_TAG = 999_999
@@ -156,19 +157,19 @@ class Generation:
         self._groups: dict[tuple[tuple[int, ...], bool], Group] = {}
         self._aborted = False
 
-    def meet(self, store: dist.Store, members: int) -> None:
+    def meet(self, store: dist.Store, members: int, seconds: float) -> None:
         """Wait until so many ranks are here: once one makes a group with somebody who does not come, only time ends that.
 
         Raises Aborted: not all came in time, or `abort` was called.
         """
         if store.add("arrived", 1) == members:
             store.set("complete", "")
-        deadline, pause = time.monotonic() + self._create_timeout.total_seconds(), _FIRST_PAUSE_SECONDS
+        deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE_SECONDS
         while not self._aborted:
             if store.check(["complete"]):
                 return self._progress.finished()
             if time.monotonic() > deadline:
-                raise Aborted(f"generation {self.number}: not all of {members} ranks came within {self._create_timeout}")
+                raise Aborted(f"generation {self.number}: not all of {members} ranks came within {seconds:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE_SECONDS)
         raise Aborted(f"generation {self.number} was given up before its ranks had met")

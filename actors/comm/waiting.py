@@ -14,6 +14,8 @@ import threading
 
 import torch.distributed as dist
 
+from actors.errors import first_line
+
 _SLICE = datetime.timedelta(milliseconds=100)
 """How late an abort may be noticed by a wait that it does not end itself: one for a message of which a part has come."""
 _GRACE = datetime.timedelta(milliseconds=50)
@@ -140,7 +142,3 @@ def _keep(work: dist.Work, backend: dist.Backend) -> None:
     """Ending a backend waits for its threads, and one of them is stuck."""
     _kept[:] = [entry for entry in _kept if not entry[0].is_completed()]
     _kept.append((work, backend))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from actors.dealing import Batch
+from actors.errors import named_line
 from orchestrator.protocol.events import BatchFailed, BatchReady
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Batches(Protocol):
 @dataclass(frozen=True)
 class Sources:
     """`training(first_step)` opens the batches from a step on; `validation()` gives the held-out batch, or None. `answers()`: whether
-    the storage of the data does: then what cannot be read is missing or damaged, else it is tried again."""
+    the storage of the data does: then what cannot be read again and again is missing or damaged, else it is waited for."""
 
     training: Callable[[int], Batches]
     validation: Callable[[], Batch | None]
@@ -67,7 +68,7 @@ class Reader:
     # --- on its own thread ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        source, due = None, None
+        source, due, failures = None, None, 0
         while (step := self._wanted.get()) is not None:
             with self._lock:
                 known = step in self._read
@@ -82,16 +83,19 @@ class Reader:
                 batch = source.next()
             except Exception as error:  # of whatever the data is read with: it is told, and tried again
                 logger.exception("the batch of step %d cannot be read", step)
-                source = _closed(source)
-                self._post(BatchFailed(step, _one_line(error), isinstance(error, _LASTING) or self._answers()))
+                source, failures = _closed(source), failures + 1
+                lasting = isinstance(error, _LASTING) or failures >= _MOST_FAILURES and self._answers()
+                self._post(BatchFailed(step, named_line(error), lasting))
                 continue
-            due = step + 1
+            due, failures = step + 1, 0
             with self._lock:
                 self._read[step] = batch
             self._post(BatchReady(step))
         _closed(source)
 
 
+_MOST_FAILURES = 3
+"""In a row, of a storage that answers: one may have been a moment's."""
 _LASTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
 """What no second try mends, wherever the data is."""
 
@@ -102,8 +106,3 @@ def _closed(source: Batches | None) -> None:
             source.close()
         except Exception:  # it has failed already, or is not needed any more
             logger.exception("batches cannot be closed")
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")

@@ -16,9 +16,10 @@ from orchestrator.protocol.commands import Command, EndRun
 from orchestrator.protocol.events import Event, Heard, StopAsked, Tick
 from orchestrator.protocol.run import Run
 
-RECORDED = 100_000
-"""Events that are kept, for whoever wants to repeat what happened."""
+RECORDED = 200_000
+"""Events that are kept, for whoever wants to repeat what happened; each beat counts as one."""
 _LOOKS_IN_SILENCE = 4
+_AFTER = 0.001  # seconds; a silence has to be longer than the bound
 
 
 class NotReached(RuntimeError):
@@ -36,6 +37,10 @@ class Shell(Protocol):
         """Of everybody connected."""
         ...
 
+    def returned(self, seconds: float) -> Event | None:
+        """This side was away: whether somebody else conducts the run by now, as far as that is found out within so long."""
+        ...
+
     def before(self, event: Event) -> None:
         """The machine is about to be told this."""
         ...
@@ -50,7 +55,8 @@ class Shell(Protocol):
 
 
 class Conductor:
-    """run: the machine. silence_seconds: beats are told to it four times in it. `recorded`: (event, time) of the newest events."""
+    """run: the machine. silence_seconds: beats are told to it four times in it. `recorded`: (event, time) of the newest events.
+    `seconds`: spent in the machine, all events together."""
 
     def __init__(self, run: Run, silence_seconds: float, clock: Callable[[], float] = time.monotonic):
         self.run, self._clock, self._every = run, clock, silence_seconds / _LOOKS_IN_SILENCE
@@ -58,8 +64,11 @@ class Conductor:
         self._stop, self._stop_told = threading.Event(), False
         self._lock, self._waiting = threading.Lock(), []
         self._end: EndRun | None = None
+        self._last = float("inf")
         self._over = False
-        self.recorded: deque[tuple[Event, float]] = deque(maxlen=RECORDED)
+        self.recorded: deque[tuple[Event, float]] = deque()
+        self._recorded = 0
+        self.seconds = 0.0
 
     # --- from any thread -----------------------------------------------------------------------------------------
 
@@ -94,14 +103,17 @@ class Conductor:
         """The whole run, from its first event."""
         try:
             self._feed(first, shell)
-            listened = self._clock()
+            listen = self._clock() + self._every
             while self._end is None:
                 now = self._clock()
-                if now - listened >= self._every:
-                    listened = now
-                    self._feed(shell.heard(), shell)
-                    continue
-                for event in self._next(listened + self._every - now, shell):
+                if now >= listen:
+                    heard = shell.heard()
+                    events, listen = [heard], self._next_look(heard, now)
+                else:
+                    events = list(self._next(listen - now, shell))
+                if self._was_away() and (superseded := shell.returned(4 * self._every)) is not None:
+                    events = [superseded]  # whatever else there is: it is another coordinator's by now
+                for event in events:
                     self._feed(event, shell)
             return self._end
         finally:
@@ -109,6 +121,15 @@ class Conductor:
                 self._over, waiting, self._waiting = True, self._waiting, []
             for waiter in waiting:
                 waiter.done.set()
+
+    def _next_look(self, heard: Heard, now: float) -> float:
+        """When to listen again: as soon as the silence of somebody may be too long, if nothing comes."""
+        too_long = (beat.at + _LOOKS_IN_SILENCE * self._every + _AFTER for beat in heard.beats.values())
+        return min((at for at in too_long if now < at < now + self._every), default=now + self._every)
+
+    def _was_away(self) -> bool:
+        """Whether this process stood still, while it waited or before; nothing that came meanwhile has been looked at."""
+        return self._clock() - self._last > 2 * self._every
 
     def _next(self, seconds: float, shell: Shell) -> Iterable[Event]:
         """What has happened, waiting for it until something is due."""
@@ -138,15 +159,24 @@ class Conductor:
         self._handle(event, shell)
 
     def _handle(self, event: Event, shell: Shell) -> None:
-        now = self._clock()
-        self.recorded.append((event, now))
-        for command in self.run.handle(event, now):
+        now = self._last = self._clock()
+        self._record(event, now)
+        began = time.perf_counter()
+        commands = self.run.handle(event, now)
+        self.seconds += time.perf_counter() - began
+        for command in commands:
             if isinstance(command, EndRun):
                 self._end = command
             shell.carry_out(command)
         shell.after(self.run)
         if self._waiting:
             self._look()
+
+    def _record(self, event: Event, now: float) -> None:
+        self.recorded.append((event, now))
+        self._recorded += _weight(event)
+        while self._recorded > RECORDED:
+            self._recorded -= _weight(self.recorded.popleft()[0])
 
     def _look(self) -> None:
         with self._lock:
@@ -157,6 +187,10 @@ class Conductor:
                 with self._lock:
                     self._waiting.remove(waiter)
                 waiter.done.set()
+
+
+def _weight(event: Event) -> int:
+    return 1 + len(event.beats) if isinstance(event, Heard) else 1
 
 
 class _Waiter:

@@ -30,7 +30,8 @@ from orchestrator.recipe import learning_rate
 _KEPT = 8
 OF_NONE = (commands.Recall, commands.Finish, commands.Probe, commands.Collect)
 """Requests that belong to no generation: they are served whatever was given up."""
-_FIRST_FORM_SECONDS = 60.0
+_FIRST_MEETING_SECONDS = 60.0
+"""Of ranks without state, as a run begins or a checkpoint is loaded: they may be long in coming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Dresser:
             commands.Rearrange: self._rearrange,
             commands.Evaluate: self._evaluate,
             commands.Snapshot: lambda call: Dressed("snapshot", (call.request.directory,)),
-            commands.Collect: lambda call: Dressed("saved", ()),
+            commands.Collect: lambda call: Dressed("saved", (call.request.directory,)),
             commands.Probe: self._probe,
         }
 
@@ -96,8 +97,10 @@ class Dresser:
         plan, tables = self._groupings[generation].plan, self._tables
         return tables.config(plan.layout), tables.layout(plan.layout), tables.placement(plan.placement)
 
-    def rank(self, generation: int, member: Member) -> int:
-        return self._groupings[generation].ranks[member]
+    def rank(self, generation: int, member: Member) -> int | None:
+        """None: the generation is not known any more, or the member has no place in it."""
+        grouping = self._groupings.get(generation)
+        return None if grouping is None else grouping.ranks.get(member)
 
     def requests(self, generation: int, step: int, *, training: bool) -> list[messages.StepRequest]:
         """One for each rank, without programs."""
@@ -129,10 +132,10 @@ class Dresser:
             former.base.generation, tables.config(former.base.layout), tables.layout(former.base.layout),
             tables.placement(former.base.placement), former.applied, former.came_from, tuple(member.node for member in plan.leaving),
             former.publish)
-        seconds = _FIRST_FORM_SECONDS if former is None else config.elastic.form_seconds
+        seconds = _FIRST_MEETING_SECONDS if former is None else config.elastic.form_seconds
         return Dressed("form", (messages.Assignment(
             call.generation, grouping.ranks[call.member], config, tables.layout(plan.layout), tables.placement(plan.placement),
-            self._meeting_place(), grouping.prefix, carried, seconds),))
+            self._meeting_place(), grouping.prefix, carried, seconds, call.call.epoch),))
 
     def _rearrange(self, call: Call) -> Dressed:
         placement = call.request.placement
@@ -219,8 +222,8 @@ class Reading:
         tables = self._tables
         held = tuple(events.Holding(
             assignment.generation, tables.layout_ref(assignment.config, assignment.layout),
-            tables.placement_ref(assignment.placement), assignment.rank, applied) for assignment, applied in found.held)
-        return events.Recalled(held, found.reduced, found.published, found.busy, found.fault)
+            tables.placement_ref(assignment.placement), assignment.rank, applied, assignment.epoch) for assignment, applied in found.held)
+        return events.Recalled(held, found.reduced, found.published, found.busy, found.fault, found.forming)
 
 
 def _ranks(plan: Plan) -> dict[Member, int]:

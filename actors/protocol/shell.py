@@ -73,7 +73,7 @@ class RealShell:
         self._open: dict[CallId, Call] = {}
         self._accounts: dict[int, StepAccount] = {}
         self._cuts: dict[int, int] = {}
-        self._pieces: dict[str, dict[int, Iterable[Any]]] = {}
+        self._pieces: dict[CallId, Iterable[Any]] = {}
         self._sums: dict[int, LossSums] = {}
         self._validating: tuple[tuple[int, int] | None, float] = None, 0.0
         self._prepared = 0
@@ -102,6 +102,9 @@ class RealShell:
 
     def heard(self) -> Heard:
         return Heard(self._parts.lines.beats())
+
+    def returned(self, seconds: float) -> Event | None:
+        return self._parts.clerk.superseded(seconds)
 
     def before(self, event: Event) -> None:
         if isinstance(event, Stored):
@@ -141,8 +144,8 @@ class RealShell:
 
     def _call(self, call: Call) -> None:
         match call.request:
-            case commands.Snapshot(directory):
-                self._pieces.setdefault(directory, {}).clear()
+            case commands.Snapshot():
+                self._pieces.clear()
             case commands.Evaluate(step) if self._validating[0] != (call.generation, step):
                 self._validating = (call.generation, step), time.perf_counter()
                 self._sums.clear()
@@ -155,13 +158,14 @@ class RealShell:
         call = self._open.pop(number, None)
         if call is None:
             return ()
+        rank = self._parts.dresser.rank(call.generation, member)  # None: of a generation that is long gone
         match call.request:
-            case commands.Step():
-                self._parts.book.reported(call.generation, self._parts.dresser.rank(call.generation, member), value)
-            case commands.Evaluate():
-                self._sums[self._parts.dresser.rank(call.generation, member)] = value
-            case commands.Collect(directory):
-                self._pieces.setdefault(directory, {})[number.number] = value
+            case commands.Step() if rank is not None:
+                self._parts.book.reported(call.generation, rank, value)
+            case commands.Evaluate(step) if rank is not None and self._validating[0] == (call.generation, step):
+                self._sums[rank] = value
+            case commands.Collect():
+                self._pieces[number] = value
         return (Answered(number, member, self._reading.answer(call, value)),)
 
     # --- what is written -----------------------------------------------------------------------------------------
@@ -203,9 +207,10 @@ class RealShell:
             dresser.prepare(generation, step + 1)
 
     def _write_manifest(self, command: commands.WriteManifest) -> None:
-        config, pieces = self._parts.config, self._pieces.pop(command.directory)
-        manifest = Manifest(command.step, config.model.model_dump(mode="json"), config.training.dtype,
-                            tuple(piece for number in sorted(pieces) for piece in pieces[number]))
+        config = self._parts.config
+        pieces = tuple(piece for call in sorted(command.collected, key=lambda call: call.number) for piece in self._pieces[call])
+        self._pieces.clear()
+        manifest = Manifest(command.step, config.model.model_dump(mode="json"), config.training.dtype, pieces)
         self._parts.manifests[command.directory] = manifest
         self._parts.clerk.manifest(command.order, command.directory, manifest)
 

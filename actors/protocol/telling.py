@@ -52,7 +52,7 @@ class Telling:
         self._phase, self._step_since, self._shown_at = "", time.perf_counter(), 0.0
         self._slow: tuple[int, SlowWatch] | None = None
         self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
-        self._configured = False
+        self._stands = self._configured = False
         self._since: dict[str, list[dict[str, Any]]] | None = None
         self._untrimmed: tuple[int, dict[str, list[dict[str, Any]]]] | None = None  # of the clerk's thread
         self.load = ExpertLoad(max(1, config.placement.every))
@@ -77,9 +77,9 @@ class Telling:
             self._spending.step_lost()
             return
         details = self._details.get(told.kind, dict)(told.details)
-        if told.kind == "generation" and not self._configured:  # not before: a refused run leaves that of the last one
-            self._configured = True
-            self._write("config.yaml", dump(self._config))
+        if told.kind == "generation":
+            self._stands = True
+            self._configure()
         self.event(told.kind, details)
 
     def event(self, kind: str, details: Mapping[str, Any]) -> None:
@@ -108,6 +108,7 @@ class Telling:
         values["spent"] = self._spending.step_done(reports)
         values["redone"] = round(self._spending.take_redone(), 6)
         values["mfu"] = self._utilisation(values["tokens_per_second"])
+        self._configure()
         self._clerk.chore("metrics.jsonl", lambda: self._write_metrics(values))
         self._tell("step", values)
         self._watch("load", loads_of(reports))
@@ -130,7 +131,12 @@ class Telling:
             self._trim()
         self._clerk.chore("metrics.jsonl", trim)
 
-    # --- on the clerk's thread -----------------------------------------------------------------------------------
+    # --- on a thread of the clerk's ------------------------------------------------------------------------------
+
+    def _write_configuration(self) -> None:
+        if not self._configured:
+            self._folder.write("config.yaml", dump(self._config))
+            self._configured = True
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
         """Not before what is void is gone from there: else a step would stand in it twice."""
@@ -164,8 +170,10 @@ class Telling:
         for kind, details in self._slow[1].after(requests, account.reports):
             self.event(kind, {"step": account.step, **details})
 
-    def _write(self, name: str, content: str) -> None:
-        self._clerk.chore(name, lambda: self._folder.write(name, content))
+    def _configure(self) -> None:
+        """Not before a generation stands, for a refused run leaves the configuration of the last one; then until it is written."""
+        if self._stands and not self._configured:
+            self._clerk.chore("config.yaml", self._write_configuration)
 
     def _of_layout(self, details: Mapping[str, Any]) -> dict[str, Any]:
         layout = self._tables.layout(details["layout"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from actors.processes import ProcessRanks
-from actors.ranks import call
+from actors.seated_answers import call
 from jobs.benches.networks import Network
 from jobs.benches.overlap_held import Seconds
 from jobs.benches.overlap_rank import Ours, Step, Torch, overlap_rank

@@ -19,8 +19,8 @@ import numpy
 from actors import checkpoint
 from actors.dealing import Batch
 from actors.processes import ProcessRanks
-from actors.ranks import call
 from actors.run_folder import RunFolder
+from actors.seated_answers import call
 from actors.trainer import Sources, Trainer
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text

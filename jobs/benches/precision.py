@@ -73,6 +73,7 @@ def _base(config: RunConfig, settings: Settings, data: str) -> RunConfig:
     return parse(config.model_dump(), [
         f"data.path={data}", f"training.steps={settings.steps}", f"training.batch_sequences={settings.sequences}",
         "training.microbatch_sequences=8", "training.validate_every=0", "training.validation_sequences=0", "checkpoint.every=0", "elastic.silence_seconds=600",
+        "elastic.give_up_seconds=7200",
         "training.dtype=bfloat16", "layout.pipeline=1", "layout.expert=1", "layout.data=1", "topology.virtual_nodes=1",
         "topology.ranks_per_node=1", f"optimizer.learning_rate={settings.learning_rate}",
         f"optimizer.final_learning_rate={settings.learning_rate / 10}"])

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from actors.processes import ProcessRanks
-from actors.ranks import call
+from actors.seated_answers import call
 from jobs.benches.routing_expected import Reach, limited, published_packing, unlimited
 from jobs.benches.routing_gate import measure, peer_is_here
 from jobs.benches.routing_move import MoveFound, MoveTask

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from actors.processes import ProcessRanks
-from actors.ranks import call
+from actors.seated_answers import call
 from actors.trace import trace_json
 from jobs.benches.schedule_held import expected_sums
 from jobs.benches.schedule_rank import Ours, Step, schedule_rank

@@ -1,4 +1,5 @@
-"""What it costs to be watched: step time while every rank and the coordinator are scraped each second, against nobody asking.
+"""What it costs to be watched, and to be conducted: step time while every rank and the coordinator are scraped each second, against
+nobody asking; and what the state machine of the run takes of a step.
 
 Ranks are processes with held compute lanes (`churn_rank.py`), driven by the product's trainer, each with its exporter, and so is the
 trainer; a process of its own asks all of them over HTTP, as Prometheus does, spread over the interval. The run is one: stretches
@@ -34,7 +35,7 @@ from orchestrator.config import Real, RunConfig, Section
 from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
 
-BAR = 0.01
+BAR, PROTOCOL_BAR = 0.01, 1e-3
 _SETTLE_SECONDS = 3.0
 
 
@@ -79,12 +80,13 @@ class Cycled:
 
 
 class Alternating:
-    """Runs beside the training. times: of the steps of each stretch, by whether it was scraped, in turn."""
+    """Runs beside the training. times: of the steps of each stretch, by whether it was scraped, in turn.
+    protocol: seconds of the run's state machine for a step."""
 
     def __init__(self, settings: Settings, ports: Sequence[int], metrics: RunMetrics):
         self._settings, self._ports, self._metrics = settings, ports, metrics
         self.times: dict[bool, list[list[float]]] = {True: [], False: []}
-        self.scrapes, self.scrape_seconds, self.bytes = 0, [], 0
+        self.scrapes, self.scrape_seconds, self.bytes, self.protocol = 0, [], 0, float("inf")
 
     def __call__(self, trainer: Trainer, told: Told) -> None:
         context = multiprocessing.get_context("spawn")
@@ -94,6 +96,7 @@ class Alternating:
         try:
             while len(told.steps) < 3:
                 pause.wait(0.05)
+            first, spent = len(told.steps), trainer.protocol_seconds
             for stretch in range(2 * self._settings.pairs):
                 scraped = stretch % 4 in (1, 2)  # without, with, with, without: a drift meets both
                 (asking.set if scraped else asking.clear)()
@@ -107,6 +110,7 @@ class Alternating:
                 print(f"stretch {stretch}, {'scraped' if scraped else 'not scraped'}: {statistics.median(self.times[scraped][-1]):.5f} s",
                       file=sys.stderr, flush=True)
                 self._take(answers)
+            self.protocol = (trainer.protocol_seconds - spent) / (len(told.steps) - first)
         finally:
             scraper.terminate()
             scraper.join()
@@ -140,9 +144,10 @@ def _judged(found: Alternating, settings: Settings, size: int) -> dict[str, Any]
     planned = settings.pairs * settings.seconds / settings.interval * (size + 1)
     checks = {f"scraped every {settings.interval:g} s, a step takes less than {BAR:.0%} longer": ratio - 1 < BAR,
               f"the ratio is known to {BAR:.0%} (standard error of the pairs)": error < BAR,
+              f"the state machine takes at most {1000 * PROTOCOL_BAR:g} ms of a step": found.protocol <= PROTOCOL_BAR,
               "at least nine tenths of the scrapes were made": found.scrapes >= 0.9 * planned}
     return {"settings": settings.model_dump(), "ranks": size, "seconds": {"scraped": medians[True], "not scraped": medians[False]},
-            "ratio": ratio, "ratios": ratios, "standard_error": error, "scrapes": found.scrapes,
+            "protocol_seconds_a_step": found.protocol, "ratio": ratio, "ratios": ratios, "standard_error": error, "scrapes": found.scrapes,
             "scrape_seconds": statistics.median(found.scrape_seconds), "largest_answer_bytes": found.bytes,
             "checks": checks, "valid": all(checks.values())}
 

@@ -51,8 +51,8 @@ def choose(recalled: Mapping[Member, Recalled], committed: int, checkpoints: Seq
     """
     generations = _generations(recalled)
     lost = "no rank holds any state"
-    for number in sorted(generations, reverse=True):
-        base, applied = generations[number]
+    for key in sorted(generations, reverse=True):
+        base, applied = generations[key]
         having = {member for member, count in applied.items()
                   if count == committed or count == committed - 1 == recalled[member].reduced}
         missing = planner.covered(base, having)
@@ -72,29 +72,33 @@ def choose(recalled: Mapping[Member, Recalled], committed: int, checkpoints: Seq
     return Begin(lost)
 
 
-def _generations(recalled: Mapping[Member, Recalled]) -> dict[int, tuple[Base, dict[Member, int]]]:
-    """By number: the generation, and how many updates the state of each of its members has; those without state are left out."""
-    found: dict[int, tuple[Base, dict[Member, int]]] = {}
-    places: dict[int, dict[int, Member]] = {}
+_Generations = dict[tuple[int, int], tuple[Base, dict[Member, int]]]
+
+
+def _generations(recalled: Mapping[Member, Recalled]) -> _Generations:
+    """By epoch and number: the generation, and how many updates the state of each of its members has; those without are left out."""
+    found: _Generations = {}
+    places: dict[tuple[int, int], dict[int, Member]] = {}
     for member in sorted(recalled):
         for holding in recalled[member].held:
-            places.setdefault(holding.generation, {})[holding.rank] = member
+            key = holding.epoch, holding.generation
+            places.setdefault(key, {})[holding.rank] = member
             base = Base(holding.generation, holding.layout, holding.placement, ())
-            _, applied = found.setdefault(holding.generation, (base, {}))
+            _, applied = found.setdefault(key, (base, {}))
             if holding.applied is not None:
                 applied[member] = holding.applied
-    for number, (base, applied) in found.items():
-        size = 1 + max(places[number])
-        members = tuple(places[number].get(rank) for rank in range(size))
-        found[number] = Base(number, base.layout, base.placement, members), applied
+    for key, (base, applied) in found.items():
+        size = 1 + max(places[key])
+        members = tuple(places[key].get(rank) for rank in range(size))
+        found[key] = Base(base.generation, base.layout, base.placement, members), applied
     return found
 
 
-def _older(generations: Mapping[int, tuple[Base, Mapping[Member, int]]], committed: int, least: int, planner: Planner) -> Carry | None:
+def _older(generations: _Generations, committed: int, least: int, planner: Planner) -> Carry | None:
     """State of fewer steps than are committed, yet more than `least`."""
     best = None
-    for number in sorted(generations, reverse=True):
-        base, applied = generations[number]
+    for key in sorted(generations, reverse=True):
+        base, applied = generations[key]
         for count in sorted({count for count in applied.values() if least < count < committed}, reverse=True):
             having = frozenset(member for member, its in applied.items() if its == count)
             if (best is None or count > best.applied) and planner.covered(base, having) is None:

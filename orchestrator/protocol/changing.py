@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
-from orchestrator.protocol.commands import CutLine, Fence, Finish, Form, Former, Initialise, OriginLine, Restore
-from orchestrator.protocol.events import Base, Plan, Seen
+from orchestrator.protocol.commands import CutLine, Finish, Form, Former, Initialise, OriginLine, Probe, Restore
+from orchestrator.protocol.events import Base, Failed, Plan, Seen
 from orchestrator.protocol.phases import Phase, Recording
 
 if TYPE_CHECKING:
@@ -40,7 +40,74 @@ class Finishing(Phase):
         if plan is None:
             return run.wait_for_nodes(formed=False)
         publish = not all(standing.published for standing in self.answers.values())
-        return run.enter(Moving(plan, good, publish))
+        return greet(run, plan, good, lambda run: run.enter(Moving(plan, good, publish)),
+                     lambda run, member, reason: run.trouble(member, reason))
+
+
+class Greeting(Phase):
+    """Newcomers try whether they reach everybody, before anybody waits for them: over a link that is cut process groups are made until
+    time ends that. Whom they do not reach is asked, too, for it may have been asleep."""
+
+    name = "greeting"
+
+    def __init__(self, newcomers: Collection[Member], everybody: Collection[Member], then: Callable[[Run], None],
+                 otherwise: Callable[[Run, Member, str], None], may_go: Collection[Member]):
+        super().__init__()
+        self._newcomers, self._everybody, self._then, self._otherwise = newcomers, everybody, then, otherwise
+        self._may_go, self._second = may_go, False
+
+    def enter(self, run: Run) -> None:
+        run.taking_part = set(self._everybody)
+        run.trials.begin(self._newcomers)
+        self._probe(run, {member: [peer for peer in self._everybody if peer != member] for member in self._newcomers})
+
+    def involved(self, run: Run) -> Iterable[Member]:
+        return dict.fromkeys([*run.seated, *self.calls.values()])
+
+    def failed(self, run: Run, event: Failed) -> None:
+        self.without(run, [event.member])
+
+    def lost(self, run: Run, dead: Sequence[Member]) -> None:
+        if set(dead) & set(run.seated):
+            return super().lost(run, dead)
+        return self.without(run, dead)
+
+    def late(self, run: Run) -> None:
+        self.calls.clear()
+        self.done(run)
+
+    def done(self, run: Run) -> None:
+        if dead := run.dead(self._newcomers):
+            return self._otherwise(run, dead[0], run.membership.why_lost(dead[0]))
+        if deaf := [member for member in self._newcomers if member not in self.answers]:
+            return self._refuse(run, deaf[0], "it does not answer")
+        said = {member: answer.not_reached for member, answer in self.answers.items()}
+        doubted = {peer for member in self._newcomers for peer in said.get(member, ())} - said.keys()
+        if doubted and not self._second:
+            self._second = True
+            return self._probe(run, {peer: list(self._newcomers) for peer in sorted(doubted)})
+        found = run.by_links(said, self._newcomers, self._may_go)
+        return self._then(run) if found is None else self._refuse(run, found.member, found.reason)
+
+    def _refuse(self, run: Run, member: Member, reason: str) -> None:
+        if member in self._newcomers:  # a link may be cut for long, and trying it costs seconds
+            run.trials.excuse(member)
+        run.lose(member, reason, fence=True, cool=True)
+        self._otherwise(run, member, reason)
+
+    def _probe(self, run: Run, peers: Mapping[Member, Sequence[Member]]) -> None:
+        self.ask(run, peers, lambda member: Probe(tuple(peers[member]), run.bounds.probe), run.bounds.probe + run.release_seconds)
+
+
+def greet(run: Run, plan: Plan, having: Collection[Member], then: Callable[[Run], None],
+          otherwise: Callable[[Run, Member, str], None], *, costs_newcomers_only: bool = False) -> None:
+    """Go on to `then` if all who are new in a plan reach all others, to `otherwise` with the one that is to blame if not. So a join is
+    tried twice: before anything changes, and when all who serve have finished their step."""
+    newcomers = [member for member in plan.members if member not in having]
+    everybody = dict.fromkeys([*plan.members, *having])
+    if newcomers and len(plan.members) > 1:
+        return run.enter(Greeting(newcomers, everybody, then, otherwise, newcomers if costs_newcomers_only else everybody))
+    return then(run)
 
 
 class Moving(Phase):
@@ -71,7 +138,6 @@ class Moving(Phase):
 
     def done(self, run: Run) -> None:
         plan = self._plan
-        before = run.seated
         settle(run, plan)
         formed = self.answers.values()
         run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed,
@@ -80,9 +146,6 @@ class Moving(Phase):
                  moving_seconds=round(max(answer.moving_seconds for answer in formed), 4),
                  seconds=round(run.now - run.change_since, 4))
         run.interruption = None
-        for member in sorted({*before, *plan.leaving} - {*plan.members}):
-            if run.membership.drains(member.node) and run.trusts(member):
-                run.order(Fence(member, "its node drains"))
         run.go_on()
 
 
@@ -127,7 +190,7 @@ class Loading(Phase):
 
     def done(self, run: Run) -> None:
         step = self._seen.step if self._seen else 0
-        run.redone, run.away_since = run.committed - step, None
+        run.redone = run.committed - step
         if run.redone:
             cut(run, step, self._lost, self._begins)
         else:
@@ -145,7 +208,7 @@ class Loading(Phase):
         elif run.redone:
             run.tell("started_over", reason="no checkpoint", steps_to_redo=run.redone)
         run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed)
-        run.loaded, run.loading, run.redone, run.interruption = True, None, 0, None
+        run.redone, run.interruption = 0, None
         run.go_on()
 
 
@@ -156,7 +219,7 @@ def cut(run: Run, step: int, reason: str, then: Callable[[Run], None]) -> None:
         run.batches.clear()
         run.batch_again()
         run.due.clear()
-        run.saver.abandon(run)
+        run.saver.abandon(run, step)
         then(run)
     run.enter(Recording(CutLine(step, reason), cut_))
 
@@ -165,4 +228,5 @@ def settle(run: Run, plan: Plan) -> None:
     """All have arrived: this generation's state is the run's."""
     run.base = Base(run.generation, plan.layout, plan.placement, plan.members)
     run.seated, run.planned, run.pending, run.placement = plan.members, plan.planned, None, None
-    run.loaded = True
+    run.taking_part = set()
+    run.loaded, run.loading, run.away_since = True, None, None

@@ -217,11 +217,13 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class WriteManifest:
-    """Make a checkpoint count whose pieces all are there. Answered by Stored or StoreFailed."""
+    """Make a checkpoint count whose pieces all are there. collected: the calls that brought them: of others that were asked about the
+    same folder nothing counts. Answered by Stored or StoreFailed."""
 
     order: int
     directory: str
     step: int
+    collected: tuple[CallId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

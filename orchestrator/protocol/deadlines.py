@@ -10,13 +10,15 @@ from orchestrator.refusal import ConfigError
 
 _MARGIN_SECONDS = 30.0
 _LEAST_RELEASE_SECONDS = 10.0
+_TRIES_OF_A_CONNECTION = 5
+"""Of gloo, where a group is made over a link that carries nothing: each takes the bound on making it (measured, torch 2.13)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
     """silence: without a beat, a member is lost. start: from a process being asked for to its first beat. adopt: for processes that
     another coordinator left to say hello. release: from an abort until every compute lane is free; more than silence, so that a stall
-    which is tolerated is tolerated here, too. finish, form, load: of the calls of these names. step: on any call of a step. stuck:
+    which is tolerated is tolerated here, too. making: of process groups, which no abort ends. finish, form, load: of the calls of these names. step: on any call of a step. stuck:
     nobody finishes anything, where that is less than `stuck_times` the median step. files: for the pieces of a checkpoint. probe: of
     one link. storage: storage may be away so long. give_up: without a committed step. wait: for `elastic.min_nodes`; None: for ever.
     """
@@ -25,6 +27,7 @@ class Deadlines:
     start: float = 180.0
     adopt: float = 2.5
     release: float = 10.0
+    making: float = 25.0
     finish: float = 60.0
     form: float = 180.0
     load: float = 600.0
@@ -46,7 +49,8 @@ class Deadlines:
         elastic, timeout = config.elastic, config.training.step_timeout_seconds
         silence = Rules.of(elastic, one_host=config.topology.virtual_nodes > 0).silence_seconds
         release = max(_LEAST_RELEASE_SECONDS, 1.5 * silence + 2 * elastic.abort_seconds)
-        found = cls(silence=silence, adopt=silence + 1.0, release=release, finish=release + elastic.form_seconds,
+        found = cls(silence=silence, adopt=silence + 1.0, release=release,
+                    making=_TRIES_OF_A_CONNECTION * elastic.form_seconds, finish=release + elastic.form_seconds,
                     form=max(180.0, release + elastic.form_seconds), load=max(600.0, timeout), step=timeout + _MARGIN_SECONDS,
                     stuck=10.0 if elastic.stuck_seconds == "auto" else elastic.stuck_seconds,
                     stuck_times=10.0 if elastic.stuck_seconds == "auto" else 0.0, files=timeout,

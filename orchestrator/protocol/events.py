@@ -86,11 +86,13 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the ledger says. committed: steps. generation: the highest number used. epoch: the highest that began."""
+    """What the ledger says. committed: steps. generation: the highest number used. epoch: the highest that began. furthest: steps that
+    were ever committed, with those that a cut has made void."""
 
     committed: int = 0
     generation: int = 0
     epoch: int = 0
+    furthest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +107,15 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Holding:
     """State of one generation that a member has: as which rank, of which layout. applied: updates in it; None: it was never
-    initialised, restored or carried over."""
+    initialised, restored or carried over. epoch: of the coordinator that had it formed: one that took over may use a number again
+    that it was never told of."""
 
     generation: int
     layout: LayoutRef
     placement: PlacementRef
     rank: int
     applied: int | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,22 +145,25 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """How the last call on a member's compute lane failed, if it did."""
+    """How the last call on a member's compute lane failed, if it did. call: which one; None: whoever tells does not know."""
 
     kind: FailKind
     text: str
+    call: CallId | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
     """What a member holds. reduced: the step whose reduced gradients it has. published: whether its working weights are those of
-    the newest state. busy: the call that its compute lane still runs. fault: of the last one that it ran."""
+    the newest state. busy: the call that its compute lane still runs; forming: it is at making process groups. fault: of the last one
+    that it ran."""
 
     held: tuple[Holding, ...]
     reduced: int | None = None
     published: bool = False
     busy: CallId | None = None
     fault: Fault | None = None
+    forming: bool = False
 
 
 @dataclass(frozen=True, slots=True)

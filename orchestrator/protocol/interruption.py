@@ -15,7 +15,8 @@ _TOGETHER_SECONDS = 1.0  # losses of one node that are one
 @dataclass(slots=True)
 class Interruption:
     """since: when it was known. first, sign: who failed first, and how. faults: what members raised. told: of whose loss. aborted: how
-    long each took to let go. probed: links have been tried. understood: what follows has been told."""
+    long each took to let go. first_call: of what was interrupted, for faults of earlier calls say nothing of it. probed: links have been
+    tried. understood: what follows has been told."""
 
     since: float
     first: Member | None
@@ -24,6 +25,7 @@ class Interruption:
     told: set[Member] = field(default_factory=set)
     aborted: dict[Member, float] = field(default_factory=dict)
     silent: set[Member] = field(default_factory=set)
+    first_call: int = 0
     probed: bool = False
     understood: bool = False
 
@@ -36,7 +38,9 @@ class Interruption:
 class Trials:
     """Newcomers are on trial until a step is committed with them. What they do meanwhile costs them their place, never the run.
 
-    struck: who has gone for an error of its own, by step and node. unnamed: interruptions in a row that nobody explains.
+    struck: errors of those who were not on trial, by step and node. apart: nodes between which there was no way since the last step.
+    unnamed: interruptions in a row that nobody explains. wary: one of them has failed, so that nobody else is taken in before the next
+    step, either, if there are enough.
     """
 
     most = MOST_TRIALS
@@ -46,6 +50,7 @@ class Trials:
         self.suspected: set[str] = set()
         self.proven: set[Member] = set()
         self.struck: dict[int, dict[str, str]] = {}
+        self.apart: dict[str, set[str]] = {}
         self.unnamed = 0
         self.wary = False
         self._failures: dict[str, tuple[int, float]] = {}
@@ -63,6 +68,12 @@ class Trials:
         self.struck = {step: nodes for step, nodes in self.struck.items() if step >= committed}
         self.unnamed, self.wary = 0, False
         self.suspected.clear()
+        self.apart.clear()
+
+    def found_apart(self, links: Iterable[tuple[Member, Member]]) -> None:
+        for one, other in links:
+            self.apart.setdefault(one.node, set()).add(other.node)
+            self.apart.setdefault(other.node, set()).add(one.node)
 
     def failed(self, member: Member, now: float) -> bool:
         """A member is lost. Whether that bars its node: it has failed as often as it may, without a step in between."""
@@ -76,8 +87,15 @@ class Trials:
         self._failures[member.node] = count + 1, now
         return count + 1 == self.most
 
-    def bars(self, member: Member) -> bool:
-        return self._failures.get(member.node, (0, 0.0))[0] >= self.most
+    def excuse(self, member: Member) -> None:
+        """It goes, but that does not count against its node."""
+        self.on_trial.discard(member)
+        self.wary = True
+
+    @property
+    def barred(self) -> tuple[str, ...]:
+        """Nodes on which nothing is started any more."""
+        return tuple(node for node, (count, _) in self._failures.items() if count >= self.most)
 
     def forgive(self, node: str) -> None:
         """It has left, and joined again."""

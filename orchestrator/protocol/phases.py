@@ -1,12 +1,24 @@
 """What a run does at a time: what is waited for, what follows, and what it means when that takes too long.
 
+    opening      processes say hello, the ledger learns of this coordinator    -> recalling
+    fetching batch, stepping, committing          a step: read, computed, durable    -> the next thing
+    applying, placing, rearranging, evaluating, snapshotting    what is due between two steps    -> the next thing
+    waiting for nodes, awaiting save, awaiting checkpoint, pausing, recording    as they say    -> where they were
+
+    trouble, whatever the phase:
+    letting go -> recalling [-> probing] -> finishing [-> greeting] -> moving    with the state of the base
+                                         -> forming -> loading                   with a checkpoint, or initial values
+    and so for those who join and nodes that drain, from (greeting or) finishing on. All end at the next thing: stepping.next_step.
+
 A phase changes the run by its public methods only, and goes over to the next one by `run.enter`. Those here wait; the others are in
-recovering.py (trouble and take-over), changing.py (generations), stepping.py (steps) and saving.py (checkpoints).
+recovering.py (trouble and take-over), changing.py (generations), stepping.py (steps) and saving.py (checkpoints, which are written
+beside all others). A phase hears of the loss of those that it says are `involved`; most need all who serve, so that the default does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
@@ -17,8 +29,13 @@ if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
 
 
+_LEDGER_SECONDS = 10.0
+"""Storage that has not taken a line by then is said to be away."""
+
+
 class Phase:
-    """calls: open ones, by number. answers: that have come. deadline: when `late` is due. order: something is being written."""
+    """calls: open ones, by number. answers: that have come. deadline: when `late` is due. order: something is being written.
+    first_call: the least number that its calls may have."""
 
     name = "nothing"
 
@@ -27,7 +44,7 @@ class Phase:
         self.answers: dict[Member, Answer] = {}
         self.deadline: float | None = None
         self.order: int | None = None
-        self.since = 0.0
+        self.since, self.first_call = 0.0, 0
 
     def enter(self, run: Run) -> None:
         """The first thing that happens in it."""
@@ -68,6 +85,22 @@ class Phase:
         """The deadline has passed."""
         member = next(iter(self.calls.values()), None)
         run.trouble(member, f"no answer within {run.now - self.since:.0f} s")
+
+    def without(self, run: Run, members: Collection[Member]) -> None:
+        """Nobody waits for these any more."""
+        self.calls = {call: member for call, member in self.calls.items() if member not in members}
+        if not self.calls:
+            self.deadline = None
+            self.done(run)
+
+    def interrupted(self, run: Run) -> None:
+        """Trouble ends it."""
+
+    def put_off(self, seconds: float) -> None:
+        """This side was away: nothing of that counts."""
+        self.since += seconds
+        if self.deadline is not None:
+            self.deadline += seconds
 
     def let_go(self, run: Run, event: LetGo) -> None:
         pass
@@ -110,48 +143,78 @@ class Opening(Phase):
 
     def __init__(self, members: Sequence[Member], seconds: float):
         super().__init__()
-        self._waiting, self._seconds, self._written = set(members), seconds, False
+        self._waiting, self._seconds, self._written, self._text = set(members), seconds, False, ""
 
     def enter(self, run: Run) -> None:
-        self._end = self.deadline = run.now + self._seconds
-        self.order = run.append(EpochLine(run.epoch))
+        self._end, self._given_up = run.now + self._seconds, run.now + run.bounds.storage
+        self._told = min(run.now + _LEDGER_SECONDS, self._given_up)
+        self._write(run)
+
+    def put_off(self, seconds: float) -> None:
+        super().put_off(seconds)
+        self._end += seconds
+        self._given_up += seconds
+        self._told += seconds
+        self._again += seconds
 
     def involved(self, run: Run) -> Iterable[Member]:
         return ()
 
     def stored(self, run: Run) -> None:
         self._written, self.order = True, None
+        run.forget_told("storage")
         self._go_on(run)
 
     def not_stored(self, run: Run, text: str) -> None:
-        if run.now - self.since > run.bounds.storage:
+        self.order, self._text = None, text
+        if run.now >= self._given_up:
             return run.end(Ending.STORAGE, text)
-        self.order = None
         run.tell_once("storage_away", "storage", True, reason=text)
-        self.deadline = run.now + run.bounds.first_pause * 10
-        return None
+        self._again = run.now + run.bounds.first_pause * 10
+        return self._wait(run)
 
     def changed(self, run: Run) -> None:
         self._go_on(run)
 
     def late(self, run: Run) -> None:
-        if not self._written and self.order is None:
-            self.order = run.append(EpochLine(run.epoch))
-        if run.now < self._end:
-            self.deadline = self._end
-            return
+        if not self._written:
+            unanswered = f"the ledger does not answer for {run.now - self.since:.0f} s"
+            if run.now >= self._given_up:
+                return run.end(Ending.STORAGE, self._text or unanswered)
+            if self.order is None and run.now >= self._again:
+                self._write(run)
+            elif self.order is not None and run.now >= self._told:
+                run.tell_once("storage_away", "storage", True, reason=unanswered)
+                self._told = self._given_up
+        if run.now >= self._end:
+            self._without_those_who_wait(run)
+        return self._go_on(run)
+
+    def _write(self, run: Run) -> None:
+        self._again = run.now
+        self.order = run.append(EpochLine(run.epoch))
+        self._wait(run)
+
+    def _wait(self, run: Run) -> None:
+        """Until something is due: a hello, a line that was not written, one of which nothing is heard."""
+        due = [self._end] if self._waiting else []
+        if not self._written:
+            due.append(min(self._given_up, self._again if self.order is None else self._told))
+        self.deadline = min(due, default=None)
+
+    def _without_those_who_wait(self, run: Run) -> None:
         for member in sorted(self._waiting):
             if run.left_behind:  # it may only have been asked for just before
                 run.still_starts(member)
             else:
                 run.lose(member, f"did not say hello within {self._seconds:g} s", fence=True)
         self._waiting.clear()
-        self._go_on(run)
 
     def _go_on(self, run: Run) -> None:
         self._waiting = {member for member in self._waiting if not run.trusts(member) and run.membership.may_come(member)}
         if self._waiting or not self._written:
-            return
+            return self._wait(run)
+        run.roll_called = True
         from orchestrator.protocol.recovering import Recalling
         if run.left_behind:
             run.tell("coordinator_restarted", step=run.committed, members=len(run.membership.ready_members()))
@@ -165,24 +228,26 @@ class Recording(Phase):
 
     def __init__(self, line: Line, then: Callable[[Run], None]):
         super().__init__()
-        self._line, self._then, self._pause = line, then, None
+        self._line, self._then, self._pause, self._more = line, then, None, 0.0
 
     def enter(self, run: Run) -> None:
         self._write(run)
 
     def _write(self, run: Run) -> None:
         self.order = run.append(self._line)
+        told_after = min(_LEDGER_SECONDS, run.bounds.storage)
+        self.deadline, self._more = run.now + told_after, run.bounds.storage - told_after
 
     def lost(self, run: Run, dead: Sequence[Member]) -> None:
         pass  # ranks do nothing now; whether the line is there must be known first
 
     def stored(self, run: Run) -> None:
-        self.order = None
+        self.order = self.deadline = None
         run.forget_told("storage")
         self._then(run)
 
     def not_stored(self, run: Run, text: str) -> None:
-        self.order = None
+        self.order = self.deadline = None
         if run.now - self.since > run.bounds.storage:
             return self.give_up(run, text)
         run.tell_once("storage_away", "storage", True, reason=text)
@@ -194,7 +259,13 @@ class Recording(Phase):
         run.end(Ending.STORAGE, f"the ledger could not be written for {run.now - self.since:.0f} s: {text}")
 
     def late(self, run: Run) -> None:
-        self._write(run)
+        if self.order is not None and self._more > 0:
+            run.tell_once("storage_away", "storage", True, reason=f"the ledger does not answer for {run.now - self.since:.0f} s")
+            self.deadline, self._more = run.now + self._more, 0.0
+            return None
+        if self.order is not None:  # whether it is there nobody knows: nothing may follow
+            return run.end(Ending.STORAGE, f"the ledger does not answer for {run.now - self.since:.0f} s")
+        return self._write(run)
 
 
 class Pausing(Phase):
@@ -215,7 +286,7 @@ class Pausing(Phase):
 
 class WaitingForNodes(Phase):
     """There are fewer nodes than the run wants. formed: state is safe in a generation on those that there are; else it is where it was,
-    or nowhere."""
+    or nowhere. Only the time that it waits counts against `bounds.wait`: what is tried with enough nodes has bounds of its own."""
 
     name = "waiting for nodes"
 
@@ -225,22 +296,34 @@ class WaitingForNodes(Phase):
 
     def enter(self, run: Run) -> None:
         decision = run.decision
-        self._nodes = decision.nodes
-        run.tell("waiting", reason=decision.wait or "no layout for the nodes that can be used")
-        self.deadline = None if run.bounds.wait is None else run.now + run.bounds.wait
+        self._seen = decision.nodes, decision.draining
+        self._reason, most = decision.wait or "no layout for the nodes that can be used", run.bounds.wait
+        if not self._formed and run.to_end:
+            if run.base is None or run.newest_readable == run.committed:
+                return run.end(*run.to_end)
+            most = min(run.bounds.start, inf if most is None else most)  # who comes by then helps to save what is in memory
+        run.tell_once("waiting", "waiting", self._reason, reason=self._reason)
+        self.deadline = None if most is None else run.now + most - run.waited_seconds
+        return None
 
     def involved(self, run: Run) -> Iterable[Member]:
         return run.seated if self._formed else ()
 
     def changed(self, run: Run) -> None:
+        if self._formed:
+            run.release_drained()
         decision = run.decision
         if self._formed and (decision.wait is None or decision.leaving or decision.joining):
-            run.committed_at = run.now
+            self.interrupted(run)
             run.go_on()
-        elif not self._formed and decision.nodes != self._nodes:
+        elif not self._formed and (decision.nodes, decision.draining) != self._seen:
             from orchestrator.protocol.recovering import Recalling
-            run.committed_at = run.now
+            self.interrupted(run)
             run.enter(Recalling())
+
+    def interrupted(self, run: Run) -> None:
+        run.committed_at += run.now - self.since
+        run.waited_seconds += run.now - self.since
 
     def stop_asked(self, run: Run) -> None:
         if self._formed:
@@ -249,8 +332,8 @@ class WaitingForNodes(Phase):
             run.end(Ending.WAITED)
 
     def late(self, run: Run) -> None:
-        run.wind_up(Ending.NO_NODES, f"no more nodes within elastic.wait_seconds = {run.bounds.wait:g}: {run.decision.wait}")
-        if self._formed:
-            run.go_on()
-        else:
-            run.end(*run.ending)
+        if not self._formed and run.to_end:
+            return run.end(*run.to_end)
+        run.wind_up(Ending.NO_NODES, f"no more nodes within elastic.wait_seconds = {run.bounds.wait:g}: "
+                    f"{run.decision.wait or self._reason}")
+        return run.go_on() if self._formed else run.end(*run.ending)

@@ -7,7 +7,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
-from orchestrator.protocol.changing import Finishing
+from orchestrator.protocol.changing import Finishing, greet
 from orchestrator.protocol.commands import Apply, Evaluate, FindPlacement, Rearrange, Step, StepLine
 from orchestrator.protocol.events import Base, Beat, Ending, Heard, PlacementFound
 from orchestrator.protocol.phases import Phase, Recording
@@ -16,13 +16,17 @@ from orchestrator.protocol.saving import AwaitingSave, Snapshotting
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
 
+_DATA_SECONDS = 30.0
+"""Data that is not there by then is said to be away: what Ray Data does not bring in half of it is read without it."""
 PLACE, VALIDATE, SAVE = "place", "validate", "save"
 
 
 def next_step(run: Run) -> None:
-    """All ranks are idle and have the state of the base: what comes next."""
+    """All ranks are idle and have the state of the base: what comes next. The order matters: a checkpoint is begun before anybody is taken
+    in, so that no generation forms while state is copied."""
     if dead := run.dead(run.seated):
         return run.trouble(dead[0], "its process or node was lost")
+    run.release_drained()
     if run.ending is not None or run.stopping or run.committed >= run.goal.steps:
         return _toward_the_end(run)
     if PLACE in run.due:
@@ -35,7 +39,7 @@ def next_step(run: Run) -> None:
         return run.enter(Applying() if run.pending is not None else Snapshotting())
     if _meet_changes(run):
         return None
-    if run.decision.wait:
+    if run.decision.wait and not run.has_enough:
         return run.wait_for_nodes(formed=True)
     return run.enter(Stepping() if run.committed in run.batches else FetchingBatch())
 
@@ -91,8 +95,16 @@ def _meet_changes(run: Run) -> bool:
         known = {member.node for member in run.seated}
         run.tell("joining", nodes=sorted({node.name for node in nodes} - known))
     run.change_since = run.now
-    run.enter(Finishing([member for member in run.base.members if member is not None and run.trusts(member)]))
+    having = [member for member in run.base.members if member is not None and run.trusts(member)]
+    greet(run, plan, having, lambda run: run.enter(Finishing(having)), _refused, costs_newcomers_only=True)
     return True
+
+
+def _refused(run: Run, member: Member, reason: str) -> None:
+    """A newcomer is not taken in: nothing changes for those who serve."""
+    run.taking_part = set()
+    run.tell("lost", members=[str(member)], generation=run.generation, reasons=[reason])
+    run.go_on()
 
 
 class Working(Phase):
@@ -117,36 +129,42 @@ class Working(Phase):
 
 
 class FetchingBatch(Phase):
-    """The next step's sequences are not there yet."""
+    """The next step's sequences are not there yet. That a read fails, or does not end, is told, and lasts no longer than storage may
+    be away."""
 
     name = "fetching batch"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._failing_since: float | None = None
-
     def enter(self, run: Run) -> None:
         run.need_batch(run.committed)
+        self._asked, self.deadline = True, run.now + _DATA_SECONDS
 
     def batch_ready(self, run: Run) -> None:
         if run.committed in run.batches:
             run.forget_told("data")
+            run.data_away_since = None
             run.go_on()
 
     def batch_failed(self, run: Run, text: str) -> None:
+        self._asked = False
+        self._away(run, text, run.now)
+
+    def _away(self, run: Run, text: str, since: float) -> None:
         if run.ending is not None:
             return run.go_on()
-        if self._failing_since is None:
-            self._failing_since = run.now
-        if run.now - self._failing_since > run.bounds.storage:
-            run.wind_up(Ending.STORAGE, f"the data could not be read for {run.now - self._failing_since:.0f} s: {text}")
+        if run.data_away_since is None:
+            run.data_away_since = since
+        failing = run.now - run.data_away_since
+        if failing > run.bounds.storage:
+            run.wind_up(Ending.STORAGE, f"the data could not be read for {failing:.0f} s: {text}")
             return run.go_on()
         run.tell_once("data_away", "data", text, reason=text)
-        self.deadline = run.now + min(5.0, max(run.bounds.first_pause, (run.now - self._failing_since) / 2))
+        self.deadline = run.now + min(5.0, max(run.bounds.first_pause, failing / 2))
         return None
 
     def late(self, run: Run) -> None:
-        run.need_batch(run.committed)
+        if self._asked:
+            return self._away(run, "a read does not end", self.since)
+        return self.enter(run)
 
     def stop_asked(self, run: Run) -> None:
         run.go_on()
@@ -166,6 +184,11 @@ class Stepping(Working):
         request = Step(run.committed, run.pending)
         self.ask(run, run.seated, lambda member: request, run.bounds.step)
         run.need_batch(run.committed + 1)
+        run.waited_seconds = 0.0
+        run.forget_told("waiting")
+
+    def interrupted(self, run: Run) -> None:
+        run.tell("step_lost")
 
     def done(self, run: Run) -> None:
         run.step_seconds.append(run.now - self.since)

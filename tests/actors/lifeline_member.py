@@ -1,24 +1,40 @@
 """A process with a lifeline, for tests. Arguments: host, port, node, local, incarnation, beat seconds, what its main thread does.
 
-It prints a line for each thing that happens to it, and takes `move PORT` and `end` as lines of standard input.
+It prints a line for each thing that happens to it, and takes `move PORT` and `end` as lines of standard input. It moves as a rank
+does that another coordinator attaches: to a lifeline of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
+from collections.abc import Callable
 
 from actors.lifeline import Lifeline
 from orchestrator.membership import Member
 
 
-def listen(line: Lifeline, host: str) -> None:
+def listen(begin: Callable[[int], Lifeline], port: int) -> None:
+    line = begin(port)
     for words in map(str.split, sys.stdin):
+        line.close()
         if words[0] == "move":
-            line.move((host, int(words[1])))
+            line = begin(int(words[1]))
         elif words[0] == "end":
-            line.close()
             print("closed", flush=True)
+
+
+class Ends(logging.Handler):
+    """Says when a lifeline has lost its coordinator."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("the coordinator's lifeline ended"):
+            self._tell("orphaned")
 
 
 def work(how: str) -> None:
@@ -50,10 +66,14 @@ def main(host: str, port: str, node: str, local: str, incarnation: str, beat: st
         with say:
             print(*words, flush=True)
 
-    line = Lifeline((host, int(port)), Member(node, int(local), int(incarnation)), lambda generation: tell("abort", generation),
-                    float(beat), lambda: tell("orphaned"), refused=lambda reason: tell("refused", reason),
-                    about=lambda: {"generation": 7}, run="a run")
-    threading.Thread(target=listen, args=(line, host), daemon=True).start()
+    def begin(at: int) -> Lifeline:
+        return Lifeline((host, at), Member(node, int(local), int(incarnation)), lambda generation: tell("abort", generation),
+                        float(beat), about=lambda: {"generation": 7}, run="a run")
+
+    logger = logging.getLogger("actors.lifeline")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Ends(tell))
+    threading.Thread(target=listen, args=(begin, int(port)), daemon=True).start()
     work(how)
 
 

@@ -56,20 +56,23 @@ class Process:
 
 
 def expect(server, what, seconds=20.0):
-    """The next of `what` (server.hello or server.ended) that says anything, waiting for `wake` as a trainer does."""
+    """The next of `what` (server.hello or server.ended) that says anything."""
     deadline = time.monotonic() + seconds
-    while True:
-        server.wake.clear()
-        if found := what():
-            return found
-        left = deadline - time.monotonic()
-        assert left > 0 and server.wake.wait(left), "nothing happened in time"
+    while not (found := what()):
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(BEAT / 50)
+    return found
+
+
+def heard(server):
+    """When each connected member was last heard from."""
+    return {member: beat.at for member, beat in server.beats().items()}
 
 
 def beats_on(server, member, seconds=10.0, before=None):
     """Whether it is heard from again; `before`: what `heard` said until then."""
-    before = server.heard()[member] if before is None else before
+    before = heard(server)[member] if before is None else before
     deadline, pause = time.monotonic() + seconds, threading.Event()
-    while server.heard().get(member, before) <= before and time.monotonic() < deadline:
+    while heard(server).get(member, before) <= before and time.monotonic() < deadline:
         pause.wait(BEAT / 5)
-    return server.heard()[member] > before
+    return heard(server)[member] > before

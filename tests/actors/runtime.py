@@ -205,7 +205,7 @@ def forget(ranks: ProcessRanks) -> None:
 def _forget(host: Host) -> None:
     host.close()
     host._held = Held()
-    host.authority.begin_anew()
+    host.authority.attached("", 0)
 
 
 def owned_state(host: Host) -> list[tuple[str, str, int, int, torch.Tensor, bool]]:

@@ -58,7 +58,7 @@ class Rank:
         self.begun.set()
         assert self.go_on.wait(SECONDS)
 
-    def saved(self) -> str:
+    def saved(self, directory: str) -> str:
         assert self.go_on.wait(SECONDS)
         return "written"
 
@@ -166,7 +166,7 @@ def test_recall_waits_no_longer_than_it_is_told_and_says_who_is_busy(server, ran
 
 def test_recall_tells_how_the_last_call_failed(server):
     server.serve(CallId(1, 1), 0, "fail", ())
-    assert server.recall(0).fault == Fault(FailKind.OWN, "ValueError: first line")
+    assert server.recall(0).fault == Fault(FailKind.OWN, "ValueError: first line", CallId(1, 1))
     server.serve(CallId(1, 2), 0, "apply", (1,))
     assert server.recall(0).fault is None
 
@@ -182,7 +182,7 @@ def test_what_failed_before_is_not_told_of_a_call_under_way(server, rank):
 
 
 def test_files_are_waited_for_beside_the_lane(server, rank):
-    saved = in_a_thread(lambda: server.serve(CallId(1, 1), 0, "saved", ()))
+    saved = in_a_thread(lambda: server.serve(CallId(1, 1), 0, "saved", ("there",)))
     assert server.serve(CallId(1, 2), GENERATION, "apply", (1,)) == Reply(2) and server.recall(0).busy is None
     rank.go_on.set()
     assert saved() == Reply("written")

@@ -132,13 +132,20 @@ def test_another_format_is_refused(tmp_path):
         assert why in refused(directory)
 
 
+def prune(root, keep):
+    """What a run does away with at its begin, and after each save."""
+    checkpoint.clear_unfinished(root)
+    for directory in checkpoint.complete(root)[:-keep]:
+        checkpoint.discard(directory)
+
+
 def test_the_newest_are_kept_and_leftovers_go(tmp_path):
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     for unfinished in (3, 9):
         PieceWriter(checkpoint.folder(str(tmp_path), unfinished), 0, *owned(1)).finish()
     (tmp_path / "notes.txt").write_text("not ours")
-    checkpoint.prune(str(tmp_path), 2)
+    prune(str(tmp_path), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-00000006", "step-00000008"]
     checkpoint.clear_unfinished(str(tmp_path / "nowhere"))
 
@@ -190,7 +197,7 @@ def save_until_killed(root, kill_at):
     storage.delete_tree = one_by_one
     sys.addaudithook(audit)
     save(root, 2)
-    checkpoint.prune(str(root), 1)
+    prune(str(root), 1)
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
@@ -205,7 +212,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path):
         code = process.exitcode
         newest = [load(directory).step for directory in checkpoint.complete(str(root))][-1]
         seen.add(newest)
-        checkpoint.prune(str(root), 1)
+        prune(str(root), 1)
         assert [path.name for path in root.iterdir()] == [f"step-{newest:08d}"]
     assert code == 0 and kill_at > 12 and seen == {1, 2}
 
@@ -228,7 +235,7 @@ def test_any_layout_reads_what_any_layout_wrote(ranks, tmp_path):
         assert same(state(ranks, layout), original), name
         directory = f"{tmp_path}/{number}"
         ranks.start("snapshot", [(directory,)] * layout.size).results(60)
-        found = ranks.start("saved", [()] * layout.size).results(60)
+        found = ranks.start("saved", [(directory,)] * layout.size).results(60)
         checkpoint.commit(directory, Manifest(2, manifest.model, manifest.dtype, tuple(p for pieces in found for p in pieces)))
 
 
@@ -262,7 +269,7 @@ def test_an_object_store(memory, monkeypatch):
     monkeypatch.setattr(storage, "write_atomic", write_in_folder)
     for step in (1, 2, 3):
         save(memory, step)
-    checkpoint.prune(memory, 2)
+    prune(memory, 2)
     assert [load(directory).step for directory in checkpoint.complete(memory)] == [2, 3]
     storage.delete(f"{checkpoint.folder(memory, 3)}/manifest.json")
     assert [load(directory).step for directory in checkpoint.complete(memory)] == [2]

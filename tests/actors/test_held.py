@@ -26,7 +26,7 @@ def formed(ranks):
 
 
 def begin_anew(host) -> None:
-    host.authority.begin_anew()
+    host.authority.attached("", 0)
 
 
 def on_each(ranks, method: str, arguments: list[tuple]) -> list[Any]:

@@ -56,7 +56,7 @@ def test_it_has_no_memory(stage, monkeypatch):
 
     def tried() -> None:
         def all_there_or_barred(machine) -> bool:
-            return machine.trials.bars(place) or sum(node.ranks for node in machine.decision.nodes) == 4
+            return place.node in machine.trials.barred or sum(node.ranks for node in machine.decision.nodes) == 4
         run.trainer.wait_until(all_there_or_barred, TIMEOUT_SECONDS)
 
     with monkeypatch.context() as patch:
@@ -86,7 +86,7 @@ def test_whoever_comes_and_goes_leaves_nothing_behind(stage):
         (2 * turn + 2, strike), (2 * turn + 3, lambda: whole(run, 4)))}
     more = (f"training.steps={2 * rounds + 4}", "elastic.cool_down_seconds=0.02")
     run = stage.run("EP4", *QUICK, *more, before=once(before), run=run)
-    assert run.error is None and len(lost(run)) == rounds == len(seen)
+    assert run.error is None and len(lost(run)) == rounds == len(seen), run.told("lost")
     print(seen)
     for early, late in zip(seen[2], seen[-1]):
         assert late[0] <= early[0] + 2 and late[1] <= early[1] + 2

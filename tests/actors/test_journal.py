@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import errno
 import fcntl
 import json
@@ -118,7 +117,7 @@ def test_rewriting_is_atomic(tmp_path, monkeypatch):
 @pytest.fixture
 def memory(monkeypatch):
     system, resolve = _MockFileSystem(datetime.datetime(2020, 1, 1)), storage.resolve
-    system.create_dir("bucket")
+    system.create_dir("bucket/run")
     monkeypatch.setattr(storage, "resolve", lambda uri: (system, uri[7:]) if uri.startswith("mock://") else resolve(uri))
     return "mock://bucket/j"
 
@@ -157,6 +156,15 @@ def test_a_put_that_fails_leaves_the_line_out(memory, monkeypatch):
     assert journal.lines() == ["one", "three"]
 
 
+def test_an_object_that_was_deleted_is_missed(memory):
+    journal = Journal(memory, durable=True, alone=True)
+    journal.append("one")
+    storage.delete(memory)
+    for look in (journal.check, lambda: journal.append("two")):
+        with pytest.raises(StorageError, match="does not exist"):
+            look()
+
+
 def test_a_reader_that_closes_writes_nothing(memory):
     writer = Journal(memory, durable=True)
     writer.append("one")
@@ -181,6 +189,27 @@ def test_a_run_that_goes_back_stands_in_its_metrics_once(tmp_path):
     again.metrics({"step": 3})
     assert [line["step"] for line in again.metric_lines()] == [0, 1, 2, 3]
     assert again.trim_metrics(4) == []
+
+
+def test_nor_does_it_twice_in_an_object_store(memory):
+    """Where the newest lines are kept back for seconds."""
+    bucket = memory.removesuffix("/j")
+    folder = RunFolder(bucket, "run")
+    for step in range(5):
+        folder.metrics({"step": step})
+    assert [line["step"] for line in folder.trim_metrics(3)] == [3, 4]
+    for step in range(3, 6):
+        folder.metrics({"step": step})
+    folder.close()
+    assert [line["step"] for line in RunFolder(bucket, "run").metric_lines()] == [0, 1, 2, 3, 4, 5]
+
+
+def test_lines_that_are_damaged_are_passed_over(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    for name, good in (("metrics.jsonl", '{"step": 1}'), ("events.jsonl", '{"event": "b"}')):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("\0\0\n0\n[1]\n" + good + '\n{"st\n')
+    assert folder.metric_lines() == [{"step": 1}] and folder.event_lines() == [{"event": "b"}]
 
 
 def test_events_and_files(tmp_path):
@@ -234,34 +263,83 @@ def test_who_read_before_the_other_wrote_writes_no_more(tmp_path):
     assert old.lines() == ["one", "two"]
 
 
-def test_what_an_append_of_ones_own_left_is_cut_off(tmp_path, monkeypatch):
+class Stuck:
+    """A handle whose file cannot be changed, for ever: a new one could."""
+
+    def __init__(self, stream, *fail: str):
+        self._stream, self._fail = stream, fail
+
+    def __getattr__(self, name):
+        return self._refuse if name in self._fail else getattr(self._stream, name)
+
+    def _refuse(self, *arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize("left", [b"tw", b"two\n"])
+def test_what_an_append_of_ones_own_left_is_cut_off(tmp_path, monkeypatch, left):
     """The disk fails while the line is flushed, and once more when it is to be taken back."""
     journal = Journal(str(tmp_path / "j"), durable=True, alone=True)
     journal.append("one")
 
     def fail(descriptor):
-        (tmp_path / "j").write_bytes(b"one\ntw")
+        (tmp_path / "j").write_bytes(b"one\n" + left)
         raise OSError(5, "Input/output error")
 
-    class Stuck:
-        def __init__(self, stream):
-            self._stream = stream
-
-        def truncate(self, size):
-            raise OSError(5, "Input/output error")
-
-        def __getattr__(self, name):
-            return getattr(self._stream, name)
-
-    stream = journal._stream
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        journal._stream = Stuck(stream)
+        journal._stream = Stuck(journal._stream, "truncate")
         with pytest.raises(StorageError, match="Input/output error"):
             journal.append("two")
-    journal._stream = stream
     journal.append("two")
     assert (tmp_path / "j").read_text() == "one\ntwo\n"
+
+
+def test_a_handle_that_went_stale_is_opened_again(tmp_path):
+    journal = Journal(str(tmp_path / "j"), durable=True, alone=True)
+    journal.append("one")
+    journal._stream = Stuck(journal._stream, "write", "truncate")
+    with pytest.raises(StorageError, match="Stale"):
+        journal.append("two")
+    journal.append("three")
+    assert journal.lines() == ["one", "three"]
+
+
+def test_what_was_opened_again_has_not_grown_by_another_hand(tmp_path):
+    journal = Journal(str(tmp_path / "j"), durable=True, alone=True)
+    journal.append("one")
+    journal._stream = Stuck(journal._stream, "write", "truncate")
+    with pytest.raises(StorageError, match="Stale"):
+        journal.append("two")
+    with open(tmp_path / "j", "a") as other:
+        other.write("of another\n")
+    for look in (journal.check, lambda: journal.append("three")):
+        with pytest.raises(Overtaken):
+            look()
+    assert journal.lines() == ["one", "of another"]
+
+
+def test_a_record_that_was_deleted_is_missed_and_not_begun_anew(tmp_path):
+    """As a folder that is not mounted any more looks; what comes back is the same file."""
+    journal, path = Journal(str(tmp_path / "j"), durable=True, alone=True), tmp_path / "j"
+    journal.append("one")
+    path.rename(tmp_path / "away")
+    for _ in range(2):
+        for look in (journal.check, lambda: journal.append("two")):
+            with pytest.raises(StorageError, match="was there") as caught:
+                look()
+            assert not isinstance(caught.value, Overtaken)
+    (tmp_path / "away").rename(path)
+    journal.append("two")
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_any_other_file_that_was_deleted_is_begun_anew(tmp_path):
+    journal = Journal(str(tmp_path / "j"))
+    journal.append("one")
+    (tmp_path / "j").unlink()
+    journal.append("two")
+    assert journal.lines() == ["two"]
 
 
 def test_a_writer_that_froze_with_the_lock_does_not_block_for_ever(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from lifeline_tools import BEAT, RUN, beats_on, expect
+from lifeline_tools import BEAT, RUN, beats_on, expect, heard
 
 from actors import lifeline_wire, lifelines
 from actors.lifeline import Lifeline
@@ -66,8 +66,8 @@ def test_a_stranger_is_dropped_without_harm(server, text):
     with introduced(server, Member("b", 0)) as member, connect(server, text) as stranger:
         assert answer(member) == {"welcome": 2, "epoch": 0} and closed(stranger)
         server.hello()
-        assert server.heard().keys() == {Member("b", 0)} and server.ended() == []
-        before = server.heard()[Member("b", 0)]
+        assert heard(server).keys() == {Member("b", 0)} and server.ended() == []
+        before = heard(server)[Member("b", 0)]
         member.sendall(b"\n")
         assert beats_on(server, Member("b", 0), before=before)
 
@@ -76,7 +76,7 @@ def test_who_says_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr(lifelines, "INTRODUCTION_SECONDS", 0.2)
     monkeypatch.setattr(lifelines, "_TICK_SECONDS", 0.1)
     with Lifelines("127.0.0.1", run=RUN) as server, connect(server) as silent, introduced(server, Member("a", 0)) as member:
-        assert answer(member) == {"welcome": 2, "epoch": 0} and closed(silent) and server.heard().keys() == {Member("a", 0)}
+        assert answer(member) == {"welcome": 2, "epoch": 0} and closed(silent) and heard(server).keys() == {Member("a", 0)}
 
 
 def test_a_member_that_talks_nonsense_is_dropped_and_told_of(server):
@@ -85,6 +85,16 @@ def test_a_member_that_talks_nonsense_is_dropped_and_told_of(server):
         expect(server, server.hello)
         peer.sendall(b"nonsense\n")
         assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(member, End.MALFORMED)]
+
+
+@pytest.mark.parametrize("line", [b'{"aborted": Infinity, "seconds": 0}\n', b'{"aborted": 1, "seconds": 1' + b"0" * 400 + b"}\n"])
+def test_numbers_that_are_none_end_one_lifeline_and_no_other(server, line):
+    bad, good = Member("a", 0), Member("b", 0)
+    with introduced(server, good) as other, introduced(server, bad) as peer:
+        peer.sendall(line)
+        assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(bad, End.MALFORMED)]
+        other.sendall(b'{"aborted": 3, "seconds": 0.25}\n')
+        assert server.aborted([good], 3, 10.0) == {good: 0.25}
 
 
 def test_lines_may_come_in_pieces_and_together(server):
@@ -105,7 +115,7 @@ def test_of_two_incarnations_the_newer_has_the_place(server):
     with introduced(server, old) as first:
         expect(server, server.hello)
         with introduced(server, new, pid=2) as second:
-            assert answer(second) == {"welcome": 2, "epoch": 0} and server.heard().keys() == {new}
+            assert answer(second) == {"welcome": 2, "epoch": 0} and heard(server).keys() == {new}
             assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(old, End.REPLACED)]
             assert answer(first) == {"welcome": 2, "epoch": 0} and closed(first)
             with introduced(server, old) as again:
@@ -125,22 +135,18 @@ def test_the_same_process_may_come_again_another_may_not(server):
         with introduced(server, member) as second:
             assert answer(second) == {"welcome": 2, "epoch": 0}
             assert [found for found, _ in expect(server, server.hello)] == [member]
-            assert server.ended() == [] and server.heard().keys() == {member}
+            assert server.ended() == [] and heard(server).keys() == {member}
             assert answer(first) == {"welcome": 2, "epoch": 0} and closed(first)
 
 
-def test_other_runs_members_are_refused_and_rest_until_they_move(server):
-    reasons, asked = [], threading.Event()
+def test_other_runs_members_are_refused_and_do_not_come_again(caplog):
+    def reasons():
+        return [record.getMessage() for record in caplog.records if record.name == "actors.lifeline"]
 
-    def refused(reason):
-        reasons.append(reason)
-        asked.set()
-
-    with Lifelines("127.0.0.1", run="other") as other, Lifeline(other.address, Member("a", 0), print, BEAT, refused=refused,
-                                                                run=RUN) as line:
-        assert asked.wait(10) and reasons == ["this is run 'other'"]
-        line.move(server.address)
-        assert expect(server, server.hello)[0][0] == Member("a", 0) and len(reasons) == 1
+    with Lifelines("127.0.0.1", run="other") as other, Lifeline(other.address, Member("a", 0), print, BEAT, run=RUN):
+        expect(other, reasons)
+        time.sleep(0.5)
+        assert reasons() == ["refused by the coordinator: this is run 'other'"] and other.hello() == []
 
 
 def test_who_does_not_read_is_dropped_and_holds_up_nobody(server, monkeypatch):
@@ -150,7 +156,7 @@ def test_who_does_not_read_is_dropped_and_holds_up_nobody(server, monkeypatch):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.connect(server.address)
         peer.sendall(json.dumps(hello(deaf)).encode() + b"\n")
-        while server.heard().keys() != {reader, deaf}:
+        while heard(server).keys() != {reader, deaf}:
             expect(server, server.hello)
         started, ended = time.monotonic(), []
         while not ended and time.monotonic() - started < 30:
@@ -181,10 +187,10 @@ def test_beats_tell_how_much_a_member_has_finished(server):
         expect(server, server.hello)
         assert server.beats()[member].operation == 0
         for text, most in ((b"7\n", 7), (b"12\n", 12), (b"9\n", 12), (b"\n", 12)):  # what came late is not less
-            before = server.heard()[member]
+            before = heard(server)[member]
             peer.sendall(text)
             assert beats_on(server, member, before=before) and server.beats()[member].operation == most
-        assert server.beats()[member].at == server.heard()[member]
+        assert server.beats()[member].at == heard(server)[member]
         peer.sendall(b"1" * 30 + b"\n")
         assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(member, End.MALFORMED)]
 
@@ -225,4 +231,4 @@ def test_an_older_coordinator_is_not_obeyed(theirs, known, obeyed):
         server.abort([Member("a", 0)], 5)
         found = server.aborted([Member("a", 0)], 5, 10.0 if obeyed else 5 * BEAT)
         assert (found.keys() == {Member("a", 0)}) is obeyed and (aborted == [5]) is obeyed
-        assert server.heard()  # but it stays connected
+        assert heard(server)  # but it stays connected

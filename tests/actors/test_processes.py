@@ -15,7 +15,8 @@ import pytest
 
 from actors import processes
 from actors.processes import ProcessRanks
-from actors.ranks import LOST, Arrived, News, RankFailed, Reply, call
+from actors.ranks import LOST, Arrived, News, Reply
+from actors.seated_answers import RankFailed, call
 from orchestrator.config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane

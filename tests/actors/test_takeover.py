@@ -15,8 +15,10 @@ from actors import checkpoint
 from actors import rank as rank_module
 from actors.messages import Start
 from actors.protocol.shell import RealShell
+from actors.trainer import TrainingFailed
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Append, Apply, Call, CutLine, Form, Initialise, Restore, Snapshot, Step, StepLine
+from orchestrator.protocol.events import Ending
 
 
 class Died(Exception):
@@ -77,6 +79,19 @@ PLACES = {
     "after a line": (writes(StepLine(4, 1)), True), "in the last update": (asks(Apply, "1"), True),
     "in a snapshot": (asks(Snapshot, "1"), True),
 }
+
+
+def test_a_folder_that_is_not_there_costs_a_start_and_no_step(stage, monkeypatch, tmp_path):
+    """It is not mounted where the new coordinator is. Who holds what it knows nothing of is left alone, for the next one."""
+    dies(monkeypatch, writes(StepLine(4, 1)), True)
+    first = stage.run("EP4", *QUICK, STEPS)
+    config, layout = stage.configured("EP4", *QUICK, STEPS)
+    refused = train(stage.company, Folder(str(tmp_path)), config, layout, start=Start(first.trainer.seated, left_behind=True))
+    assert isinstance(refused.error, TrainingFailed) and refused.error.ending is Ending.SUPERSEDED
+    assert "it is not the ledger of this run" in str(refused.error)
+    second = taken_over(stage, "EP4", first, STEPS)
+    check(stage, "EP4", second, STEPS)
+    assert not second.told("resumed") and not second.told("state_lost")
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from actors.tensorboard import EventFiles
@@ -39,3 +40,21 @@ def test_a_run_that_goes_back_shows_each_step_once(tmp_path):
         files.observe("event", {"event": "generation", "step": begin + len(losses), "seconds": 0.5})  # of a loss: nothing is hidden
         files.close()
     assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("loss/training")] == [(0, 5.0), (1, 4.5), (2, 3.5)]
+
+
+def test_what_fails_is_said_and_begun_anew_later(tmp_path, monkeypatch):
+    """torch's writer says for ever what its thread met once, as on a disk that was full."""
+    files = EventFiles(str(tmp_path))
+    files.observe("event", {"event": "generation", "step": 0})
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files._writer, "add_scalar", full)
+    with pytest.raises(OSError):
+        files.observe("step", step(0, 3.0))
+    files.observe("step", step(1, 2.0))
+    files._again_at = 0.0
+    files.observe("step", step(2, 1.0))
+    files.close()
+    assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("loss/training")] == [(2, 1.0)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import signal
 import subprocess
 import tempfile
 import urllib.request
@@ -22,7 +24,7 @@ class Browser:
     """One tab. A context manager; `problems`: errors that pages logged, and exceptions that they did not catch."""
 
     def __enter__(self) -> Browser:
-        self._folder = tempfile.TemporaryDirectory(prefix="chromium")
+        self._folder = tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
              "--remote-debugging-port=0", f"--user-data-dir={self._folder.name}", "about:blank"],
@@ -41,7 +43,7 @@ class Browser:
     def __exit__(self, *exception: object) -> None:
         self._loop.run_until_complete(self._close())
         self._loop.close()
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # its children, too, write into the folder
         self._process.wait(timeout=20)
         self._folder.cleanup()
 

@@ -10,49 +10,72 @@ import random
 
 import pytest
 
-from jobs.benches.raylets import RayletCluster
-from tests.cluster import committed
-from tests.cluster.chaos import CONFIG, NODES, Chaos, command_of, finished, lines, tokens
+from jobs.benches.chaos_company import CONFIG
+from jobs.benches.chaos_raylets import NODES, Hosts, RayletCompany, cluster_of, command_of, finished, lines, tokens
+from tests.cluster import committed, eventually
 
-KINDS = ("cut", "drain", "two_at_once", "frozen", "coordinator", "rank", "node", "again_while_it_recovers")
-FEW = KINDS[:5]
-"""Of the others two are in `two_at_once`, and one is in tests/actors/test_recovery.py."""
+NOTICED = "noticed"
+BLOWS = (("node cut off",), ("drain",), ("rank killed", "node killed"), ("node frozen",), ("coordinator killed",),
+         ("rank killed",), ("node killed",), ("rank killed", NOTICED, "rank killed"))
+"""What happens at once, or when what was before it is noticed."""
+FEW = BLOWS[:5]
+"""Of the others two are in the third, and one is in tests/actors/test_recovery.py."""
 NUMBER, SEED = int(os.environ.get("DUALRAY_CHAOS", len(FEW))), int(os.environ.get("DUALRAY_CHAOS_SEED", 1))
 COMPARED = 200
 """Steps until which rounding errors stay where they are: training multiplies them."""
+SECONDS = 180.0
+"""Bound on what a busy machine takes to go on, and to bring a node back."""
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with RayletCluster(NODES, 1, environment={"RAY_memory_monitor_refresh_ms": "0"}) as found:  # others use memory too
+    with cluster_of() as found:
         yield found
 
 
-def sequence(number: int, seed: int) -> list[str]:
-    """All kinds in some order, again and again."""
-    chance, found = random.Random(seed), []
+def sequence(number: int, chance: random.Random) -> list[tuple[str, ...]]:
+    """All of them in some order, again and again."""
+    found = []
     while len(found) < number:
-        kinds = KINDS if number > len(FEW) else FEW
-        found += chance.sample(kinds, len(kinds))
+        blows = BLOWS if number > len(FEW) else FEW
+        found += chance.sample(blows, len(blows))
     return found[:number]
 
 
+def told(company: RayletCompany, before: int = 0) -> set[str]:
+    """Kinds of events, after so many."""
+    return {event["event"] for event in company.events[before:]}
+
+
+def befall(company: RayletCompany, blow: tuple[str, ...], chance: random.Random) -> None:
+    """One after the other on different nodes, until the run uses all nodes again."""
+    nodes = chance.sample(sorted(company.nodes()), len(company.nodes()))
+    before = len(company.events)
+    for kind in blow:
+        if kind == NOTICED:
+            eventually(lambda: "lost" in told(company, before), SECONDS, "it is noticed")
+        else:
+            company.strike(kind, [nodes.pop() for _ in range(company.kinds[kind].nodes)], chance)
+    eventually(lambda: "generation" in told(company, before) and company.whole(), SECONDS, f"the run goes on after {blow}")
+
+
 def test_a_run_survives_everything(cluster, tmp_path):
-    data = tokens(cluster, tmp_path)
-    chaos = Chaos(cluster, tmp_path, data, SEED)
+    data, chance = tokens(cluster, tmp_path), random.Random(SEED)
+    company = RayletCompany(Hosts(cluster), tmp_path, data, "chaos")
     try:
-        for kind in sequence(NUMBER, SEED):
-            chaos.befall(kind)
-        assert chaos.stop() == 130, chaos.log()[-4000:]
+        eventually(company.whole, SECONDS, f"{NODES} nodes")
+        for blow in sequence(NUMBER, chance):
+            befall(company, blow, chance)
+        company.stop()
     finally:
-        chaos.close()
-    assert not chaos.told("state_lost", "started_over")
-    steps = chaos.steps + 5
-    finished(cluster, tmp_path, "end", *chaos.command, "--set", f"training.steps={steps}")
-    assert not [pid for node in range(NODES + 1) for pid in chaos.ranks(node)] and chaos.coordinator() is None
-    told = finished(cluster, tmp_path, "audit", "jobs.status", "audit", str(chaos.path))
-    assert "each sequence was used exactly once" in told
-    assert [line["step"] for line in committed(chaos.path / "ledger.jsonl")] == list(range(steps))
+        company.close()
+    assert not {"state_lost", "started_over"} & told(company)
+    steps = company.steps + 5
+    finished(cluster, tmp_path, "end", *company.command, "--set", f"training.steps={steps}")
+    assert not company.left()
+    audit = finished(cluster, tmp_path, "audit", "jobs.status", "audit", str(company.folder))
+    assert "each sequence was used exactly once" in audit
+    assert [line["step"] for line in committed(company.folder / "ledger.jsonl")] == list(range(steps))
 
     alone = command_of(tmp_path, data, "alone", training={"steps": min(steps, COMPARED), "microbatch_sequences": 8},
                        layout={"pipeline": 1, "expert": 1}, topology={"virtual_nodes": 1, "ranks_per_node": 1},

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from actors import cluster as ray_cluster
 from actors.cluster import NodeWatch
+from jobs.benches.chaos_raylets import drained
 from orchestrator.config import parse
 from orchestrator.topology import Node
 from tests.cluster import eventually
-from tests.cluster.chaos import drained
 
 SETTINGS = {"topology": {"virtual_nodes": 0, "ranks_per_node": "auto"}}
 
@@ -52,6 +55,54 @@ def test_a_node_joins_drains_and_leaves(cluster, ray_local, watch):
     while not any(one.kind == "left" for one in left):
         left += heard(watch)
     assert [one.node for one in left if one.kind == "left"] == [Node(name, 3)]
+
+
+def test_a_control_store_that_does_not_answer_is_told_once_and_so_is_its_return(monkeypatch):
+    """Whoever asks for the nodes waits as long as it is away."""
+    asked, answers, told = threading.Event(), threading.Event(), queue.SimpleQueue()
+
+    def nodes():
+        asked.set()
+        assert answers.wait(60)
+        return []
+
+    monkeypatch.setattr(ray_cluster, "AWAY_SECONDS", 0.5)
+    monkeypatch.setattr(ray_cluster, "ask_for_nodes", lambda config: None)
+    monkeypatch.setattr(ray_cluster, "ray", SimpleNamespace(nodes=nodes))
+    monkeypatch.setattr(ray_cluster, "state", SimpleNamespace(get_draining_nodes=dict))
+    watch = NodeWatch(parse(SETTINGS), lambda kind, details: told.put((kind, details["seconds"])))
+    try:
+        assert asked.wait(60)
+        kind, seconds = told.get(timeout=60)
+        assert kind == "control_store_away" and seconds > 0.5
+        answers.set()
+        kind, away = told.get(timeout=60)
+        assert kind == "control_store_back" and away > 0.5 and told.empty()
+    finally:
+        answers.set()
+        watch.close()
+
+
+def test_nodes_are_looked_for_whatever_an_answer_was(monkeypatch):
+    answers = queue.SimpleQueue()
+    for answer in (ConnectionError("of Ray's client"), [{"NodeID": "a"}], None):
+        answers.put(answer)
+
+    def nodes():
+        answer = answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer or [{"NodeID": "a", "Alive": True, "Resources": {"rank": 2}}]
+
+    monkeypatch.setattr(ray_cluster, "ask_for_nodes", lambda config: None)
+    monkeypatch.setattr(ray_cluster, "ray", SimpleNamespace(nodes=nodes))
+    monkeypatch.setattr(ray_cluster, "state", SimpleNamespace(get_draining_nodes=dict))
+    watch = NodeWatch(parse(SETTINGS))
+    try:
+        assert [(one.kind, one.node) for one in heard(watch)] == [("joined", Node("a", 2))]
+    finally:
+        watch.close()
+        answers.put(None)
 
 
 def test_who_has_always_been_there_joins_once_and_who_stays_is_told():

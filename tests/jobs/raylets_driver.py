@@ -38,19 +38,22 @@ def main() -> None:
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
     nodes = {node["NodeManagerAddress"]: node for node in ray.nodes() if "rank" in node["Resources"]}
-    with Lifelines(ray.util.get_node_ip_address()) as server:
+    told = threading.Event()
+    with Lifelines(ray.util.get_node_ip_address(), told=told.set) as server:
         holders = {address: Holder.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             server.address, address) for address, node in nodes.items()}
         about = {address: ray.get(holder.about.remote(), timeout=60) for address, holder in holders.items()}
-        while len(server.heard()) < len(holders):
-            server.wake.wait(1.0)
-            server.wake.clear()
+        while len(server.beats()) < len(holders):
+            told.wait(1.0)
+            told.clear()
         print(json.dumps({"about": about, "ranks": {address: node["Resources"]["rank"] for address, node in nodes.items()}}),
               flush=True)
+        seen = {}
         while not ended.wait(LOOK):
             gone = {member.node: [when, how] for member, when, how in server.ended()}
+            seen |= {member: beat.at for member, beat in server.beats().items()}
             alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-            heard = {member.node: when for member, when in server.heard().items()}
+            heard = {member.node: when for member, when in seen.items()}
             print(json.dumps({"now": time.monotonic(), "alive": alive, "heard": heard, "ended": gone}), flush=True)
     ray.shutdown()
 

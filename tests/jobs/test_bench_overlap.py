@@ -17,7 +17,7 @@ import torch
 from actors.comm.exchange import ExpertExchange
 from actors.model.segment import Lane
 from actors.model.weights import WeightGradients
-from actors.ranks import RankFailed
+from actors.seated_answers import RankFailed
 from jobs.benches import overlap
 from jobs.benches.overlap import Settings
 from jobs.benches.overlap_cluster import Alone, Payload, Shape

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from actors import checkpoint
+from jobs.benches.chaos_raylets import command_line, command_of, lines, tokens
 from jobs.benches.raylets import RayletCluster
 from tests.cluster import committed, eventually
-from tests.cluster.chaos import command_line, command_of, lines, tokens
 
 SECONDS = 120.0
 """Bound on what a busy machine takes to start processes and to go on."""
@@ -65,9 +65,9 @@ class Driven:
             self.process = self.cluster.start("-m", *self.command, node=node, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         return self.process
 
-    def job(self, name: str, *arguments: str, seconds: float = SECONDS) -> subprocess.CompletedProcess:
-        process = self.cluster.start("-m", f"jobs.{name}", *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                     stderr=subprocess.PIPE, text=True)
+    def job(self, name: str, *arguments: str, node: int = 0, seconds: float = SECONDS) -> subprocess.CompletedProcess:
+        process = self.cluster.start("-m", f"jobs.{name}", *arguments, node=node, stdin=subprocess.DEVNULL,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             out, err = process.communicate(timeout=seconds)
         finally:
@@ -219,11 +219,11 @@ def test_a_driver_that_is_killed_while_it_stops_leaves_a_saved_run(driven):
     assert checkpoint.read_manifest(checkpoint.complete(f"{run.path}/checkpoints")[-1]).step == run.steps
 
 
-def test_stopped_at_once_from_elsewhere_while_nobody_drives_it(driven):
+def test_stopped_at_once_from_another_host_while_nobody_drives_it(driven):
     run = driven("now")
     run.until_steps(2)
     run.kill_driver()
-    done = run.job("stop", "now", "--now", "--set", f"run.directory={run.path.parent}")
+    done = run.job("stop", "now", "--now", "--set", f"run.directory={run.path.parent}", node=1)
     assert done.returncode == 0 and "stopped: saved after step 0; " in done.stdout, (done.stdout, done.stderr)
     run.until_nothing_is_left(20)
     assert checkpoint.complete(f"{run.path}/checkpoints") == []

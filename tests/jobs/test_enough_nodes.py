@@ -1,11 +1,16 @@
-"""A run that is started before its nodes are there."""
+"""A run that is started before its nodes are there, or again where there are fewer."""
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
+from jobs import takeover, train
+from orchestrator.config import ConfigError, parse
+from orchestrator.topology import Node
+from tests.jobs.conftest import CONFIG, refused
 from tests.cluster import eventually
 
 
@@ -34,3 +39,32 @@ def test_it_waits_for_the_least_number_of_nodes(cluster, settings, ray_local):
         for node in added:
             cluster.remove_node(node)
         eventually(lambda: not ray_local.cluster_resources().get("rank"), 60, "the nodes are gone")
+
+
+def test_only_a_run_that_has_begun_makes_do_with_fewer_nodes(monkeypatch):
+    pinned = parse(CONFIG | {"layout": {"pipeline": 2, "expert": 2}}, [])
+    nodes, begun = (Node("a", 2), Node("b", 1)), []
+    monkeypatch.setattr(takeover, "has_begun", lambda folder: bool(begun))
+    with pytest.raises(ConfigError, match="layout.expert = 2: needs 4 ranks"):
+        train._laid_out(pinned, nodes, None)
+    begun.append("steps")
+    found = train._laid_out(pinned, nodes, None)
+    assert found.notes == ("layout.expert = 2 cannot be met: auto",)
+    assert (found.layout.size, found.config.layout.expert) == (2, "auto")
+    assert not found.layout.meets(pinned.layout, pinned.stages)
+    enough = train._laid_out(pinned, (Node("a", 2), Node("b", 2)), None)
+    assert (enough.notes, enough.layout.size, enough.config) == ((), 4, pinned)
+
+
+def test_started_again_on_fewer_nodes(cluster, settings):
+    command = settings("fewer", layout__expert=2, topology__ranks_per_node=4, training__steps=2)
+    note, fewer = "layout.expert = 2 cannot be met: auto", ["--set", "topology.ranks_per_node=2"]
+    refused(cluster.run(*command, *fewer), 2, "layout.expert = 2: needs 4 ranks")
+    first = cluster.run(*command)
+    assert first.returncode == 0 and note not in first.stdout, (first.stdout, first.stderr)
+    again = cluster.run(*command, *fewer, "--set", "training.steps=4")
+    assert again.returncode == 0 and note in again.stdout.splitlines(), (again.stdout, again.stderr)
+    events = [json.loads(line) for line in (settings.runs / "fewer" / "events.jsonl").read_text().splitlines()]
+    formed = [event["layout"] for event in events if event["event"] == "generation"]
+    assert [layout.partition(":")[0] for layout in formed] == ["PP2 x EP2 x DP1", "PP2 x EP1 x DP1"], formed
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [2]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import queue
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError
 
+from actors import ray_ranks
 from actors.ranks import LOST, Arrived, News, Reply
 from actors.ray_ranks import RayRanks
+from actors.run_folder import RunFolder
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
-from orchestrator.protocol.events import CallId, Failed, FailKind, Fault, NodeJoined
+from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NodeJoined, NotMade
 from orchestrator.topology import Node
 
 SECONDS = 60.0
@@ -88,3 +93,86 @@ def test_answers_failures_and_ends_are_posted(line):
     assert found.value[2] == (THIRD, ("127.0.0.1", 1), 0.5, "a run", 2)
     line.dismiss(FIRST)
     assert posted(9, FIRST, "echo") == Failed(CallId(1, 9), FIRST, FailKind.GONE, LOST)
+
+
+AWAY = ActorUnavailableError("Socket closed", None)
+ATTACHED = (FIRST, ("127.0.0.1", 1), 0.5, "a run", 2)
+
+
+class Answering:
+    """An actor that is not there: each method answers what `answers` has for it, one after another, and of the last one always."""
+
+    def __init__(self, **answers):
+        self._answers, self.called = answers, queue.SimpleQueue()
+
+    def __getattr__(self, method):
+        def remote(*arguments):
+            future, given = Future(), self._answers[method]
+            answer = given.pop(0) if len(given) > 1 else given[0]
+            self.called.put((method, arguments))
+            (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+            return SimpleNamespace(future=lambda: future)
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def posted(monkeypatch):
+    """RayRanks for an actor that is admitted as FIRST, with what is posted."""
+    monkeypatch.setattr(ray_ranks, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(ray_ranks.ray, "kill", lambda actor: None)
+
+    def of(actor, token=None):
+        events = queue.SimpleQueue()
+        ranks = RayRanks([], lambda member: None, SimpleNamespace(listen=lambda told: None))
+        ranks.listen(events.put)
+        ranks.attach(*ATTACHED)
+        ranks.admit(FIRST, actor, token)
+        return ranks, events
+    return of
+
+
+def test_who_is_out_of_reach_has_not_ended(posted):
+    actor = Answering(attach=[AWAY, AWAY, None], compute=[AWAY, ActorDiedError()])
+    ranks, events = posted(actor)
+    assert [actor.called.get(timeout=SECONDS) for _ in range(3)] == [("attach", ATTACHED)] * 3
+    for number, kind in ((1, FailKind.ABORTED), (2, FailKind.GONE)):
+        ranks.send(CallId(1, number), FIRST, 4, "echo", (), Lane.COMPUTE)
+        failed = events.get(timeout=SECONDS)
+        assert (failed.call, failed.member, failed.kind) == (CallId(1, number), FIRST, kind)
+    assert actor.called.get() == ("compute", (CallId(1, 1), 4, "echo", ())) and events.empty()
+
+
+def test_who_stays_out_of_reach_is_given_up(posted):
+    actor = Answering(attach=[AWAY])
+    _, events = posted(actor)
+    assert events.get(timeout=SECONDS) == Ended(FIRST, LOST)
+    assert actor.called.qsize() == ray_ranks._ATTEMPTS
+
+
+def test_whose_node_went_before_it_was_made_is_lost(posted):
+    gone = ActorUnschedulableError("The node does not exist any more")
+    _, events = posted(Answering(attach=[gone]))
+    assert events.get(timeout=SECONDS) == Ended(FIRST, LOST)
+    ranks, events = posted(Answering(attach=[None], compute=[gone]))
+    ranks.send(CallId(1, 1), FIRST, 4, "echo", (), Lane.COMPUTE)
+    assert events.get(timeout=SECONDS).kind is FailKind.GONE
+
+
+def test_who_does_not_see_the_runs_folder_is_not_made(posted, tmp_path):
+    token = RunFolder(str(tmp_path), "run").token(".seen")
+    seeing = Answering(reads=[AWAY, True], attach=[None])
+    _, events = posted(seeing, token)
+    question = ("reads", (f"{tmp_path}/run/.seen", token.content))
+    assert [seeing.called.get(timeout=SECONDS) for _ in range(3)] == [question, question, ("attach", ATTACHED)]
+    blind = Answering(reads=[False])
+    _, failed = posted(blind, token)
+    assert failed.get(timeout=SECONDS) == NotMade(FIRST, f"its node does not see run.directory = {tmp_path}")
+    assert blind.called.qsize() == 1 and events.empty()
+
+
+def test_where_nobody_sees_the_runs_folder_nobody_is_given_up(posted, tmp_path):
+    token = RunFolder(str(tmp_path), "run").token(".seen")
+    (tmp_path / "run" / ".seen").unlink()
+    actor = Answering(reads=[False], attach=[None])
+    _, events = posted(actor, token)
+    assert [actor.called.get(timeout=SECONDS)[0] for _ in range(2)] == ["reads", "attach"] and events.empty()

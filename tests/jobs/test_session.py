@@ -1,4 +1,4 @@
-"""What a local Ray leaves on the disk."""
+"""What a local Ray leaves on the disk, and whose request for nodes is taken back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+import ray
+
+from actors import cluster
 from jobs import session
+from orchestrator.config import parse
 
 
 def test_folders_of_the_dead_are_deleted_those_of_the_living_are_not(tmp_path, monkeypatch):
@@ -27,3 +32,34 @@ def test_folders_of_the_dead_are_deleted_those_of_the_living_are_not(tmp_path, m
         living.communicate()
         for _, lock in session._folders:
             lock.close()
+
+
+@pytest.fixture
+def withdrawn(monkeypatch):
+    """For whom nodes were asked for no more."""
+    found = []
+    monkeypatch.setattr(session, "_requests", [])
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster, "ask_for_nodes", lambda config: None)
+    monkeypatch.setattr(cluster, "ask_for_no_more", found.append)
+    return found
+
+
+def test_a_process_takes_back_what_it_has_asked_for_and_once(withdrawn):
+    config = parse({}, [])
+    session.ask_for_nodes(config)
+    session.answer_for(config)
+    session.ask_for_no_more()
+    session.ask_for_no_more()
+    assert withdrawn == [config]
+
+
+def test_a_process_that_has_not_asked_or_whose_run_goes_on_takes_nothing_back(withdrawn):
+    """Ray keeps one request for the whole cluster: a start that is refused would take back that of the run under way."""
+    session.ask_for_no_more()
+    session.ask_for_nodes(parse({}, []))
+    session.leave_requests()
+    session.ask_for_no_more()
+    session.ask_for_nodes(parse({}, ["topology.virtual_nodes=2", "topology.ranks_per_node=1"]))
+    session.ask_for_no_more()
+    assert withdrawn == []

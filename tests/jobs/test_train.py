@@ -1,4 +1,4 @@
-"""Whole runs by the command that users type, on a real Ray cluster."""
+"""Whole runs by the command that users type, on a real Ray cluster; and a driver whose storage fails, without one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
-from actors import checkpoint
+from actors import checkpoint, storage
+from actors.run_folder import RunFolder
+from actors.storage import StorageError
+from jobs import cli, live, running, session, train
+from orchestrator.config import ConfigError, parse
 from tests.cluster import committed, eventually, free_port
 from tests.jobs.conftest import LARGE, refused
+from tests.jobs.driving import DONE, STEP, Driver, Shown, Signals, coordinator
 
 
 def lines(path: Path) -> list[dict]:
@@ -73,6 +80,14 @@ def test_twice_the_same_run_is_the_same_bit_for_bit_and_resumes_bit_for_bit(clus
     assert f"resumed: step {stopped_at}" in second.stdout
     assert losses(settings.runs / "cut") == losses(undisturbed)
     assert parameters(settings.runs / "cut") == parameters(undisturbed)
+
+
+def test_a_run_is_done_though_nobody_reads_what_it_says(cluster, settings):
+    process = cluster.start(*settings("unread"))
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait(timeout=20) == 0 and told.startswith("nothing more is shown: ") and "Traceback" not in told, told
+    assert len(committed(settings.runs / "unread" / "ledger.jsonl")) == 6
 
 
 def killed_in_a_checkpoint(cluster, command: list[str], folder: Path) -> bool:
@@ -176,3 +191,92 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_of_another_model_is_refused
     refused(found[1], 1, "model.vocab_size = 300", "257")
     assert settled == (other / "config.yaml").read_bytes()
     assert not any((folder / ".reachable").exists() for folder in (cut, other))
+
+
+def full(*_):
+    raise StorageError("live.json", "no space left on device")
+
+
+@pytest.fixture
+def driven(tmp_path, monkeypatch):
+    """A driver of so many looks, and its folder."""
+    monkeypatch.setattr(running, "POLL_SECONDS", 0.01)
+
+    def make(*updates):
+        driver = Driver(tmp_path, coordinator(*updates), monkeypatch)
+        return driver, RunFolder(str(tmp_path), "run")
+    return make
+
+
+def test_a_run_does_not_end_for_want_of_an_address_in_its_folder_which_is_written_later(driven, monkeypatch):
+    driver, folder = driven(*[(0, [], False)] * 3)
+    written, real = [], RunFolder.write
+
+    def write(self, name, content):
+        written.append(name)
+        return full() if len(written) < 3 else real(self, name, content)
+    monkeypatch.setattr(RunFolder, "write", write)
+    monkeypatch.setattr(live, "_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "delete", full)
+    with driver.run:
+        assert train._followed(driver.run, folder, Shown(), Signals()) == DONE
+    assert len(written) == 3 and json.loads(Path(folder.path, "live.json").read_text())["address"] == "a:1"
+
+
+def test_the_address_stays_in_the_folder_of_a_run_that_goes_on(driven, monkeypatch):
+    driver, folder = driven((1, [("step", STEP)], False))
+    with pytest.raises(ZeroDivisionError), driver.run:
+        monkeypatch.setattr(Shown, "step", lambda self, values: 1 / 0)
+        train._followed(driver.run, folder, Shown(), Signals())
+    assert Path(folder.path, "live.json").exists() and driver.ended == []
+
+
+def test_ranks_that_were_left_behind_need_no_token(driven, monkeypatch):
+    driver, folder = driven()
+    monkeypatch.setattr(RunFolder, "write", full)
+    driver.run.check_reachable()
+
+
+@pytest.mark.parametrize("damage", ["a line of the events", "the data", "no room"])
+def test_a_run_that_is_done_has_not_failed_for_want_of_its_summary(tmp_path, monkeypatch, damage):
+    folder, shown = RunFolder(str(tmp_path), "run"), Shown()
+    folder.metrics({"step": 0, "loss": 1.0, "seconds": 1.0, "tokens": 1, "tokens_per_second": 1.0})
+    Path(folder.path, "events.jsonl").write_bytes(b"\0" * 40 + b'\n{"event": "validation", "step": 1, "loss": 2.5}\n')
+    if damage != "the data":
+        monkeypatch.setattr(train.Dataset, "open", lambda path: None)
+        monkeypatch.setattr(train.corpus, "baselines", lambda *_: {})
+    if damage == "no room":
+        monkeypatch.setattr(RunFolder, "write", full)
+    train._summarise(parse({}, []), folder, f"{tmp_path}/tokens", shown)
+    assert ("2.5000 nats a token after 1 steps" if damage == "a line of the events" else "no summary: ") in shown.said[0]
+
+
+@pytest.mark.parametrize("setting", ["give_up_seconds=120", "silence_seconds=1200", "abort_seconds=900", "form_seconds=2000",
+                                     "beat_seconds=1000"])
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_bounds_that_contradict_each_other_are_refused_before_anything_is_connected(monkeypatch, setting, options):
+    monkeypatch.setattr(sys, "argv", ["train", "--set", f"elastic.{setting}", *options])
+    monkeypatch.setattr(session, "connect", lambda: pytest.fail("it has connected"))
+    with pytest.raises(ConfigError, match="give_up_seconds"):
+        train.main()
+
+
+def test_a_start_that_is_refused_takes_nothing_back_from_the_autoscaler(tmp_path, monkeypatch):
+    """What the run that is under way asks for."""
+    withdrawn = []
+    monkeypatch.setattr(sys, "argv", ["train", "--set", f"run.directory={tmp_path}", "--set", "elastic.max_nodes=8"])
+    monkeypatch.setattr(session, "connect", lambda: None)
+    monkeypatch.setattr(session, "disconnect", lambda: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("actors.cluster.ask_for_no_more", withdrawn.append)
+    monkeypatch.setattr(train, "ClusterWatch", lambda consequence: nullcontext())
+    monkeypatch.setattr(train, "Interrupt", Signals)
+    monkeypatch.setattr(train.takeover, "coordinator_of", lambda folder: (1, "alive"))
+    with RunFolder(str(tmp_path), "run").held(), pytest.raises(cli.JobFailed, match="under way"):
+        train.main()
+    assert withdrawn == []
+    monkeypatch.setattr(train.takeover, "taken_over", lambda *_: None)  # it was left behind, and was of no use
+    monkeypatch.setattr(session, "nodes", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main()
+    assert len(withdrawn) == 1

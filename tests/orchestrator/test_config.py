@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,12 @@ def test_refusal(overrides, line):
     (["schedule.kind=searched", "schedule.placement=loop", "schedule.chunks=2"], Stages("loop", 2, 2))])
 def test_where_the_stages_of_a_kind_live(overrides, stages):
     assert parse({}, overrides).stages == stages
+
+
+def test_a_refusal_passes_from_process_to_process():
+    refused = pickle.loads(pickle.dumps(ConfigError("training.steps", 0, "at least 1")))
+    assert (refused.key, refused.value, refused.allowed) == ("training.steps", 0, "at least 1")
+    assert str(refused) == "training.steps = 0: at least 1"
 
 
 def test_all_kinds_can_be_configured():

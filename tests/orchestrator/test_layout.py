@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ConfigError
+from orchestrator.config import ConfigError, LayoutSection
 from orchestrator.layout import Layout
 from orchestrator.placement import place_experts
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
@@ -134,12 +134,21 @@ def test_pins_are_honoured_or_refused_with_a_key_that_was_set(pipeline, expert, 
             layout_of(ranks, pipeline, MODEL, **{**pins, key: "auto"})
         return
     check(layout, ranks, pipeline)
+    assert layout.meets(LayoutSection(pipeline=pipeline, **pins), Stages(BOTH, pipeline))
     if expert != "auto":
         assert {len(rows) * layout.width for rows in layout.replicas} == {expert}
     if replicas != "auto":
         assert len(layout.replicas) == replicas
     if shape != "auto":
         assert (layout.positions_per_node, layout.width) == shape
+
+
+@pytest.mark.parametrize("pins, folding, met", [
+    ({}, Stages(BOTH, 2), True), ({"expert": 2, "data": 1, "shape": (2, 1)}, Stages(BOTH, 2), True), ({"expert": 4}, Stages(BOTH, 2), False),
+    ({"data": 2}, Stages(BOTH, 2), False), ({"shape": (1, 2)}, Stages(BOTH, 2), False), ({}, Stages(V, 2, 2), False),
+    ({}, Stages(BOTH, 4), False)])
+def test_whether_a_layout_is_as_configured(pins, folding, met):
+    assert layout_of((2, 2), 2, MODEL).meets(LayoutSection(pipeline=folding.positions, **pins), folding) is met
 
 
 @pytest.mark.parametrize("ranks, pins, line", [

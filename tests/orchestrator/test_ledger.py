@@ -1,15 +1,14 @@
-"""What a ledger line says, and what its digest notices."""
+"""What the digest of a ledger line notices."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.ledger import LedgerLine, combine, digest_text, sequence_digest, to_json
+from orchestrator.ledger import combine, digest_text, sequence_digest
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 300), min_size=2, max_size=6), min_size=1, max_size=6)
 
@@ -50,11 +49,3 @@ def test_digest_is_the_sum_of_blake2b_modulo_2_to_the_128():
     assert total > 1 << 128
     assert digest_text(combine(map(sequence_digest, rows))) == f"{total % (1 << 128):032x}"
     assert digest_text(0) == "0" * 32
-
-
-def test_lines_are_json():
-    line = LedgerLine(step=3, generation=1, first=192, count=64, digest="0a" * 16, loss=2.5)
-    keys = {"step": 3, "generation": 1, "first": 192, "count": 64, "digest": "0a" * 16, "loss": 2.5}
-    assert json.loads(to_json(line)) == keys
-    assert json.loads(to_json(line, {"layout": {"rows": 2}})) == keys | {"layout": {"rows": 2}}
-    assert "\n" not in to_json(line)

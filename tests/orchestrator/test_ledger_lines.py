@@ -34,7 +34,7 @@ WHOLE = [{"kind": "epoch", "epoch": 1}, {"kind": "origin", "generation": 1, "ste
 def test_a_cut_makes_steps_void():
     found = read(written(*WHOLE))
     assert [(line["step"], line["generation"], line["loss"]) for line in found.steps] == [(0, 1, 0.0), (1, 3, 1.0)]
-    assert (found.committed, found.epoch, found.generation) == (2, 2, 3)
+    assert (found.committed, found.epoch, found.generation, found.furthest) == (2, 2, 3, 3)
 
 
 def test_nothing_is_nothing():
@@ -73,6 +73,12 @@ def test_a_damaged_line_in_the_middle_is_named(number, harm):
     with pytest.raises(LedgerDamaged, match=f"^line {number + 1} is damaged: [^\n]+$"):
         read(lines)
     assert [entry.number for entry in entries(lines) if entry.damaged] == [number + 1]
+
+
+@pytest.mark.parametrize("text", ['{"step": 0, "generation": null}', '{"step": 0, "generation": "1"}', "[" * 100_000])
+def test_a_line_that_nobody_wrote_is_named(text):
+    with pytest.raises(LedgerDamaged, match="^line 2 is damaged: [^\n]+$"):
+        read([json.dumps(step(0)), text])
 
 
 @pytest.mark.parametrize("number", range(len(WHOLE) - 1))

@@ -188,7 +188,8 @@ class Machine(RuleBasedStateMachine):
             assert not self.state.decide(self.seated, self.now, self.planned).joining
 
     def offered(self, nodes):
-        return tuple(self.state.member(node.name, local) for node in nodes for local in range(node.ranks))
+        ready = {(member.node, member.local): member for member in self.state.ready_members()}
+        return tuple(ready.get((node.name, local)) for node in nodes for local in range(node.ranks))
 
     # ---- what holds
 

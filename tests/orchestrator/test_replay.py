@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator import replay
 from orchestrator.config import ScheduleSection, parse
 from orchestrator.layout import Layout, choose
-from orchestrator.ledger import LedgerLine, to_json
+from orchestrator.ledger import LedgerLine
 from orchestrator.placement import Placement, balanced_placement, default_placement
 from orchestrator.replay import ReplayRefused
 from orchestrator.topology import Node
@@ -36,7 +36,7 @@ def record(config, layout: Layout, placement: Placement) -> dict:
 
 
 def line(step: int, generation: int = 1, change: dict | None = None) -> str:
-    return to_json(LedgerLine(step, generation, 8 * step, 8, "0" * 32, 5.0 - step / 7), change)
+    return json.dumps(asdict(LedgerLine(step, generation, 8 * step, 8, "0" * 32, 5.0 - step / 7)) | (change or {}))
 
 
 def skewed(config, layout: Layout) -> Placement:

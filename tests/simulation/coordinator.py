@@ -76,6 +76,8 @@ class Coordinator:
             self.world.later(self.thaws - self.world.now, self._thaw)
             return
         waiting, self.inbox = self.inbox, []
+        if self.clerk.sees_the_ledger() and self.clerk.is_overtaken():
+            self.handle(happened.LineRefused(0, happened.Ending.SUPERSEDED, "the ledger has lines of another coordinator"))
         for event in waiting:
             if self.alive:
                 self.handle(event)
@@ -212,13 +214,17 @@ class Coordinator:
         if until > world.now:
             world.later(until - world.now, self._aborted, rank, generation)
             return
+        if rank.keeps:
+            return
         rank.abort(generation)
         self.post(LetGo(rank.member, generation), world.delay() / 4)
 
     def _fence(self, order: orders.Fence) -> None:
         self.world.invariants.fence(self, order)
         rank = self.world.ranks.get(order.member)
-        if rank is not None and self is self.world.coordinator:
+        if rank is not None:
+            if self is not self.world.coordinator:  # it was replaced, and could not find that out
+                self.world.harmed.add(rank.member)
             self.world.later(self.world.delay() / 8, self._end_process, rank)
 
     def _end_process(self, rank: RankModel) -> None:
@@ -295,7 +301,7 @@ class Coordinator:
     def _end(self, order: orders.EndRun) -> None:
         world = self.world
         world.invariants.end(self, order)
-        self.alive = False
+        self.alive, world.ended[self.epoch] = False, order.ending
         if self is not world.coordinator:
             return
         if order.ending is happened.Ending.SUPERSEDED:

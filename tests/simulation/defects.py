@@ -15,7 +15,7 @@ from unittest import mock
 
 from orchestrator.membership import Member
 from orchestrator.protocol import base, changing, phases, recovering, stepping, suspicion
-from orchestrator.protocol.events import Ending, FailKind
+from orchestrator.protocol.events import Ending, FailKind, Recalled
 from orchestrator.protocol.run import Run
 from tests.simulation.explore import Explored, explore, seeds, tried
 from tests.simulation.rank_model import RankModel
@@ -69,7 +69,21 @@ class ForgetsAborts(RankModel):
     forgets_aborts = True
 
 
+class HidesThatItForms(RankModel):
+    """It does not say that it is at making process groups, which no abort ends."""
+
+    def recalled(self) -> Recalled:
+        return replace(super().recalled(), forming=False)
+
+
 # --- the machine -----------------------------------------------------------------------------------------------------------
+
+
+def _no_time_to_answer(phase: recovering.LettingGo, the_run: Run) -> None:
+    """As long as the last one took to let go, so long did the others not have to say what they hold."""
+    if not phase._waiting:
+        the_run.enter(recovering.Recalling(the_run.release_at))
+
 
 
 class BlamesByIndex(Run):
@@ -108,6 +122,13 @@ def _all_memory_and_the_newest_checkpoint(first: int) -> Iterator[Scenario]:
         at = 120 + 20 * (seed % 8)
         yield Scenario(seed=seed, nodes=(1, 1), steps=8, save_every=2, faults=(
             Fault(at, "damage"), Fault(at + 2, "end node"), Fault(at + 2, "end node", 1)))
+
+
+def _a_link_is_cut_and_the_coordinator_dies(first: int) -> Iterator[Scenario]:
+    """Of random runs too few are at making groups then."""
+    for seed in itertools.count(first):
+        at = 1 + 5 * (seed % 24)
+        yield Scenario(seed=seed, steps=2, faults=(Fault(1, "cut", seed), Fault(at, "coordinator")))
 
 
 def _own_fault_ends(faults: Mapping[Member, Any], *rest: Any) -> Any:
@@ -170,10 +191,13 @@ DEFECTS: dict[str, Defect] = {
     "finish without base": Defect(rank=KeepsNewerGenerations),
     "no epochs": Defect(rank=IgnoresEpochs),
     "abort without watermark": Defect(rank=ForgetsAborts),
+    "whoever makes groups over a cut link hangs": Defect(rank=HidesThatItForms,
+                                                            scenarios=_a_link_is_cut_and_the_coordinator_dies),
+    "one that does not let go costs the others": Defect(changes=((recovering.LettingGo, "_go_on", _no_time_to_answer),)),
     "blame by index": Defect(machine=BlamesByIndex),
     "adopt bound shorter than silence": Defect(machine=HurriesToAdopt),
     "release bound shorter than silence": Defect(machine=HurriesToRelease),
-    "a damaged checkpoint ends the run": Defect(changes=((recovering, "_unreadable", _no_older_checkpoint),),
+    "a damaged checkpoint ends the run": Defect(changes=((recovering, "_blame_storage", _no_older_checkpoint),),
                                                 scenarios=_all_memory_and_the_newest_checkpoint),
     "a newcomer's own fault ends the run": Defect(changes=((suspicion, "by_fault", _own_fault_ends),)),
     "links are not probed": Defect(changes=((suspicion, "by_links", _always(None)),)),

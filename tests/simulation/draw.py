@@ -29,7 +29,7 @@ def scenario(seed: int) -> Scenario:
         seed=seed, nodes=nodes, steps=steps, save_every=chance.choice((0, 2, 3)), validate_every=chance.choice((0, 0, 2)),
         place_every=chance.choice((0, 0, 2, 3)), min_nodes=chance.choice((1, 1, 1, 2)), least=chance.choice((1, 1, 1, 2)),
         copies=chance.choice((1, 1, 1, 2, 0)), keys=chance.choice((3, 4, 6)), spread=chance.choice((0.5, 1.0, 4.0)),
-        cold=chance.random() < 0.1, faults=_faults(chance, 40 * sum(nodes) + 15 * steps * sum(nodes)))
+        cold=chance.random() < 0.1, wait=chance.choice((None,) * 9 + (30.0,)), faults=_faults(chance, 40 * sum(nodes) + 15 * steps * sum(nodes)))
 
 
 def _waiting(chance: random.Random, seed: int) -> Scenario:
@@ -37,7 +37,7 @@ def _waiting(chance: random.Random, seed: int) -> Scenario:
     nodes = (1,) * chance.choice((3, 4))
     first, second = 1 + int(chance.random() * 60 * len(nodes)), round(26.0 + 20.0 * chance.random(), 1)
     faults = (Fault(first, "end node", chance.randrange(12)), Fault(first, "end node", chance.randrange(12), second))
-    return Scenario(seed=seed, nodes=nodes, min_nodes=len(nodes), save_every=0, faults=faults)
+    return Scenario(seed=seed, nodes=nodes, min_nodes=len(nodes), save_every=0, wait=chance.choice((None, 20.0, 60.0)), faults=faults)
 
 
 def _taken_over(chance: random.Random, seed: int) -> Scenario:

@@ -36,8 +36,10 @@ def _on(world: World, host: Host) -> list[RankModel]:
 
 
 def _watch(world: World, event: happened.Event, low: float, high: float) -> None:
-    """What the cluster says reaches the coordinator late."""
-    world.later(between(world, low, high), _seen, world, event)
+    """What the cluster says of a node reaches the coordinator late, but in its order: one thread asks."""
+    host = world.hosts[event.node.name if isinstance(event, happened.NodeJoined) else event.name]
+    host.told_at = max(world.now + between(world, low, high), host.told_at + 1e-6)
+    world.later(host.told_at - world.now, _seen, world, event)
 
 
 def _seen(world: World, event: happened.Event) -> None:
@@ -71,6 +73,15 @@ def hang(world: World, target: int) -> None:
         world.harmed.add(rank.member)
 
 
+def keep(world: World, target: int) -> None:
+    """It beats, but whatever it is told to let go it keeps; and another one ends, so that it is told to."""
+    if rank := _member(world, target):
+        rank.keeps = True
+        world.harmed.add(rank.member)
+        over(world, world.now)
+    kill(world, target + 1)
+
+
 def slow(world: World, target: int) -> None:
     """Within all bounds."""
     if rank := _member(world, target):
@@ -79,10 +90,11 @@ def slow(world: World, target: int) -> None:
 
 def _freeze(world: World, ranks: list[RankModel], seconds: float, harm: bool) -> None:
     for rank in ranks:
+        again = rank.stopped_at is not None  # not one beat came since it stood still before: together that may be too long
         rank.thaws = max(rank.thaws, world.now + seconds)
         if rank.stopped_at is None:
             rank.stopped_at = world.now
-        if harm:
+        if harm or again:
             world.harmed.add(rank.member)
     over(world, world.now + seconds)
 
@@ -180,14 +192,14 @@ def _comes_back(world: World, host: Host) -> None:
     host.up = host.present = True
     host.draining = False
     world.note(f"{host.name} is back")
-    _seen(world, happened.NodeJoined(Node(host.name, host.ranks)))
+    _watch(world, happened.NodeJoined(Node(host.name, host.ranks)), 0.0, 0.3)
 
 
 def _joins(world: World) -> None:
     name = f"n{len(world.hosts)}"
     host = world.hosts[name] = Host(name, world.scenario.nodes[len(world.hosts) % len(world.scenario.nodes)])
     world.note(f"{name} joins")
-    _seen(world, happened.NodeJoined(Node(name, host.ranks)))
+    _watch(world, happened.NodeJoined(Node(name, host.ranks)), 0.0, 0.3)
 
 
 def join(world: World, target: int) -> None:
@@ -226,7 +238,7 @@ def _drained(world: World, host: Host, stays: bool) -> None:
         return
     if stays:
         host.draining = False
-        _seen(world, happened.NodeStays(host.name))
+        _watch(world, happened.NodeStays(host.name), 0.0, 0.3)
     else:
         for rank in _on(world, host):
             world.kill(rank)
@@ -381,7 +393,7 @@ KINDS: dict[str, Kind] = {
     "kill": kill, "flap": _kill_with_heir("short", 2), "memory": _kill_with_heir("memory", 2),
     "unreachable": _kill_with_heir("unreachable"), "hung heir": _kill_with_heir("hung"),
     "faulty heir": _kill_with_heir("faulty", 2), "mute heir": _kill_with_heir("mute"), "slow heir": _kill_with_heir("slow"),
-    "no heir": _kill_with_heir("never"), "hang": hang, "slow": slow, "freeze": freeze, "freeze node": freeze_node,
+    "no heir": _kill_with_heir("never"), "hang": hang, "slow": slow, "keep": keep, "freeze": freeze, "freeze node": freeze_node,
     "pause": pause, "stall": stall, "deaf": deaf, "own": own, "own everywhere": own_everywhere, "lose node": lose_node,
     "end node": end_node, "join": join, "drain": drain, "drain until": drain_until, "drain off": drain_off, "cut": cut,
     "cut for good": cut_for_good, "cut briefly": cut_briefly, "cut both": cut_both, "coordinator": coordinator,

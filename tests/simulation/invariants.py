@@ -16,6 +16,7 @@ from orchestrator.protocol.commands import OriginLine, Spawn, StepLine, WriteMan
 from orchestrator.protocol.events import Base, Ending
 from tests.simulation.checkpoint_model import Checkpoint
 from tests.simulation.histories import INITIAL, NEVER
+from tests.simulation.settings import COOL_DOWN
 
 if TYPE_CHECKING:
     from tests.simulation.rank_model import RankModel
@@ -42,7 +43,7 @@ class Invariants:
     def __init__(self, world: World):
         self.world = world
         self.committed: list[int] = [INITIAL]
-        self.progress_at, self._farthest = 0.0, 0
+        self.progress_at, self._farthest, self._nodes = 0.0, 0, 0
         self._planned: Form | None = None
 
     def broken(self, text: str, rule: str = "S2") -> None:
@@ -126,12 +127,17 @@ class Invariants:
     def step_stored(self, coordinator: Coordinator, line: StepLine) -> None:
         del self.committed[line.step + 1:]
         after = self.world.histories.after
+        self._nodes = len({member.node for member in coordinator.run.seated})
         self.committed.append(after(self.committed[line.step], line.step, coordinator.epoch, line.generation))
         if line.step >= self._farthest:  # what is done again is no progress
             self._farthest, self.progress_at = line.step + 1, self.world.now
 
     def cut_stored(self, line: CutLine) -> None:
         del self.committed[line.step + 1:]
+
+    def _spread(self) -> bool:
+        """Whether the last step was made on more nodes than there are copies: a run that has just begun may have no others yet."""
+        return self._nodes > self.world.scenario.copies
 
     def _cut(self, coordinator: Coordinator, step: int, projected: int) -> None:
         """Committed steps may be dropped only where nobody who could be asked has the state of all of them."""
@@ -153,7 +159,7 @@ class Invariants:
             if whole:
                 raise Violation("S5", f"{projected - step} committed steps are cut, though {list(map(str, base.members))} have "
                                       f"all state of generation {number}")
-        if world.redundancy_was_whole() and step < projected:
+        if world.redundancy_was_whole() and self._spread() and step < projected:
             raise Violation("S5", f"{projected - step} committed steps are cut, though few nodes were lost at a time")
         if world.now < world.storage.unread_until or world.reads_failed:
             return
@@ -270,7 +276,8 @@ class Invariants:
         world, steps = self.world, len(self.world.storage.steps)
         if coordinator is not world.coordinator:
             done = order.ending is Ending.DONE and order.step == steps == world.goal.steps
-            if order.ending is not Ending.SUPERSEDED and not done:
+            lonely = order.ending is Ending.NO_NODES and world.scenario.wait is not None  # nobody listens to it any more
+            if order.ending is not Ending.SUPERSEDED and not done and not lonely:
                 raise Violation("S9", f"a coordinator of before ends the run: {order.ending}: {order.text}")
             return
         if order.ending is Ending.DONE:
@@ -292,7 +299,15 @@ class Invariants:
         world = self.world
         if ending is Ending.SUPERSEDED:
             return bool(world.superseded)
-        return ending in world.excused or ending is Ending.NO_NODES and not world.somebody_came
+        return ending in world.excused or ending is Ending.NO_NODES and (not world.somebody_came or self._waited_in_vain())
+
+    def _waited_in_vain(self) -> bool:
+        """Whether there were too few nodes, or some had just come back, all the time that a run waits for more."""
+        world, wait = self.world, self.world.scenario.wait
+        if wait is None:
+            return False
+        longest = wait + 32 * COOL_DOWN  # from the loss of somebody who is back
+        return not world.enough() or any(world.now - max(host.lost_at, host.told_at) < longest for host in world.hosts.values())
 
     def committed_state(self, coordinator: Coordinator) -> None:
         """Checkpoints of committed steps are the state of these steps."""

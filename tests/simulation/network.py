@@ -94,7 +94,7 @@ def release(group: Group, meeting: Meeting, links: Links, go: Callable[[RankMode
         return
     still = []
     for rank in meeting.waiting:
-        if links.reach(rank.member, group.members):
+        if meeting.kind == "met" or links.reach(rank.member, group.members):  # they meet at the coordinator's
             rank.waits = None
             go(rank, meeting)
         else:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 Work = Generator[Any, Any, Any]
+CONNECTING = 20.0
+"""Seconds that are tried to make groups over a link that is cut: more than may pass until everybody has let go."""
 
 
 class Refused(Exception):
@@ -33,15 +35,16 @@ class Refused(Exception):
 class State:
     """Of one generation. content: history by key; replaced, never changed. applied: as the rank tells it."""
 
-    __slots__ = ("applied", "content", "layout", "placement", "rank")
+    __slots__ = ("applied", "content", "epoch", "layout", "placement", "rank")
 
-    def __init__(self, layout: int, placement: int, rank: int, content: dict[int, int], applied: int | None):
+    def __init__(self, layout: int, placement: int, rank: int, content: dict[int, int], applied: int | None, epoch: int):
         self.layout, self.placement, self.rank, self.content, self.applied = layout, placement, rank, content, applied
+        self.epoch = epoch
 
 
 class RankModel:
     """thaws: until when the process is frozen. deaf: until when nothing passes between it and coordinators. hung: its compute
-    lane never goes on. operation: of the heartbeat. ills: what its next calls fail with, by request type."""
+    lane never goes on. keeps: it beats, but does not let go. operation: of the heartbeat. ills: what its next calls fail with, by request type."""
 
     counts_from_form = False
     ignores_epochs = False
@@ -50,6 +53,7 @@ class RankModel:
 
     def __init__(self, world: World, member: Member):
         self.world, self.member = world, member
+        self.keeps = False
         self.alive, self.hung, self.thaws, self.deaf, self.slowness = True, False, 0.0, 0.0, 1.0
         self.stopped_at: float | None = None
         self.epoch, self.watermark, self.operation = 0, 0, 0
@@ -135,9 +139,10 @@ class RankModel:
         return None
 
     def recalled(self) -> Recalled:
-        held = tuple(Holding(number, state.layout, state.placement, state.rank, state.applied)
+        held = tuple(Holding(number, state.layout, state.placement, state.rank, state.applied, state.epoch)
                      for number, state in self.held.items())
-        return Recalled(held, self.reduced, self.published, self.call.call if self.call else None, self.fault)
+        return Recalled(held, self.reduced, self.published, self.call.call if self.call else None, self.fault,
+                        self.call is not None and type(self.call.request) is orders.Form)
 
     @property
     def state(self) -> State:
@@ -197,6 +202,9 @@ class RankModel:
             if base not in self.held or self.held[base].applied != former.applied:
                 raise Refused(FailKind.ABORTED, f"state of {former.applied} steps of generation {base} is not here")
         yield "met"
+        if world.links.cut and not all(world.links.whole(one, other) for one in everybody for other in everybody):
+            yield CONNECTING  # whoever it is between: nobody has all connections, and no abort ends that
+            raise Refused(FailKind.ABORTED, "no connection within the time for it")
         self.ill(request)
         payload = self.held[base].content if brings else None
         meeting = yield "moved", payload
@@ -207,7 +215,7 @@ class RankModel:
         keys = world.planner.owned(plan.layout, plan.placement).by_rank[rank]
         content = {key: meeting.result[key] if former else NEVER for key in keys}
         applied = former.applied if former else 0 if self.counts_from_form else None
-        self.held[call.generation] = State(plan.layout, plan.placement, rank, content, applied)
+        self.held[call.generation] = State(plan.layout, plan.placement, rank, content, applied, call.call.epoch)
         self.newest = call.generation
         self.reduced, self.published = None, False
         if former is not None:
@@ -296,7 +304,7 @@ class RankModel:
             meeting.result = world.invariants.moved(meeting.payloads, None)
         keys = world.planner.owned(state.layout, request.placement).by_rank[state.rank]
         content = {key: meeting.result[key] for key in keys}
-        self.held[call.generation] = State(state.layout, request.placement, state.rank, content, state.applied)
+        self.held[call.generation] = State(state.layout, request.placement, state.rank, content, state.applied, call.call.epoch)
         self.newest = call.generation
         was_published, self.reduced, self.published = self.published, None, False
         yield "published"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.membership import Rules
 from orchestrator.protocol.deadlines import Deadlines
@@ -25,7 +25,7 @@ class Scenario:
     """seed: of delays and chances. nodes: ranks of each. steps .. place_every: of the goal. spread: of delays, 1: a healthy
     network.
 
-    cold: no process is there when the run begins. wait: `elastic.wait_seconds`.
+    cold: no process is there when the run begins. wait: `elastic.wait_seconds`; None: for ever.
     """
 
     seed: int = 0
@@ -40,6 +40,7 @@ class Scenario:
     keys: int = 4
     spread: float = 1.0
     cold: bool = False
+    wait: float | None = None
     faults: tuple[Fault, ...] = ()
 
     def goal(self) -> Goal:
@@ -48,9 +49,12 @@ class Scenario:
     def rules(self) -> Rules:
         return Rules(self.min_nodes, None, SILENCE, COOL_DOWN)
 
+    def bounds(self) -> Deadlines:
+        return BOUNDS if self.wait is None else replace(BOUNDS, wait=self.wait)
+
 
 SILENCE = 6.0
 COOL_DOWN = 2.0
-BOUNDS = Deadlines(silence=SILENCE, start=60.0, adopt=SILENCE + 3.0, release=16.0, finish=40.0, form=60.0, load=60.0, step=90.0,
+BOUNDS = Deadlines(silence=SILENCE, start=60.0, adopt=SILENCE + 3.0, release=16.0, making=24.0, finish=40.0, form=60.0, load=60.0, step=90.0,
                    stuck=12.0, stuck_times=10.0, files=60.0, probe=4.0, storage=120.0, give_up=1200.0, wait=None, first_pause=0.1,
                    last_pause=10.0, recall=4.0)

@@ -27,7 +27,7 @@ class Storage:
         self.world = world
         self.version = 0
         self.steps: list[int] = []
-        self.highest_generation = self.highest_epoch = 0
+        self.highest_generation = self.highest_epoch = self.furthest = 0
         self.checkpoints: dict[str, Checkpoint] = {}
         self.fails_until = self.unread_until = 0.0
         self.slowness = 1.0
@@ -35,7 +35,7 @@ class Storage:
     # --- what a coordinator finds -----------------------------------------------------------------------------------------
 
     def head(self) -> Head:
-        return Head(len(self.steps), self.highest_generation, self.highest_epoch)
+        return Head(len(self.steps), self.highest_generation, self.highest_epoch, self.furthest)
 
     def listing(self) -> tuple[Seen, ...]:
         """Checkpoints that count, as a look into the folder shows them: the newest may not be listed yet."""
@@ -86,6 +86,12 @@ class Clerk:
         self.orders.append(order)
         if not self.busy:
             self._next()
+
+    def sees_the_ledger(self) -> bool:
+        return self.world.now >= max(self.storage.fails_until, self.storage.unread_until)
+
+    def is_overtaken(self) -> bool:
+        return self.storage.version != self.expected
 
     def lines(self) -> list[Line]:
         """Of the ledger, that are ordered and not written yet."""
@@ -150,6 +156,7 @@ class Clerk:
         storage, kind = self.storage, type(line)
         if kind is StepLine:
             storage.steps.append(line.step)
+            storage.furthest = max(storage.furthest, len(storage.steps))
             storage.highest_generation = max(storage.highest_generation, line.generation)
             self.world.invariants.step_stored(self.coordinator, line)
         elif kind is EpochLine:

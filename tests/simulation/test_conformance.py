@@ -42,6 +42,7 @@ KNOWN = {
     "one dies taking its place": [*TRAINED, Move("form", 7, "doom", 1), Move("form", 15, "doom", 1), *RECOVERED],
     "one dies before state moves": [*TRAINED, Move("form", 7), Move("form", 15, "doom", 1), Move("form", 15), Move("step")],
     "initial state half there": [Move("begin", 15), Move("initialise", 0, "absent", 2), *TRAINED],
+    "initial state made again": [*TRAINED, Move("initialise"), Move("step"), Move("step")],
     "experts move without one": [*TRAINED, Move("apply"), Move("rearrange", 0, "absent"), *RECOVERED, Move("apply"),
                                  Move("rearrange", 1, "absent, who dies"), *RECOVERED],
     "who is behind comes as a newcomer": [*TRAINED, Move("step", 0, "absent", 1), Move("finish", 3), *RECOVERED],

@@ -24,7 +24,7 @@ from tests.simulation.invariants import Invariants, Violation
 from tests.simulation.network import Group, Links, delays, meet, release
 from tests.simulation.planner_model import KeyPlanner
 from tests.simulation.rank_model import RankModel, Refused
-from tests.simulation.settings import BOUNDS, Fault, Scenario
+from tests.simulation.settings import Fault, Scenario
 from tests.simulation.storage_model import Storage
 
 MOST_EVENTS = 20_000
@@ -59,6 +59,7 @@ class World:
         self.coordinator: Coordinator | None = None
         self.superseded: list[Coordinator] = []  # frozen, and replaced: they may thaw
         self.outcome: orders.EndRun | None = None
+        self.ended: dict[int, happened.Ending] = {}  # by epoch: how each coordinator ended
         self.trace: list[str] | None = None
         self.told: list[tuple[str, dict[str, Any]]] = []
         # faults
@@ -135,7 +136,7 @@ class World:
         """The driver starts a coordinator."""
         self.epoch += 1
         members = tuple(Member(node, local, incarnation) for (node, local), incarnation in sorted(self.known.items()))
-        run = self.run_class(self.scenario.rules(), BOUNDS, self.planner)
+        run = self.run_class(self.scenario.rules(), self.scenario.bounds(), self.planner)
         self.coordinator = Coordinator(self, self.epoch, run)
         self.coordinator.begin(members, left_behind)
 
@@ -337,7 +338,7 @@ class World:
             self._next(rank)
 
     def _failed(self, rank: RankModel, call: Call, refused: Refused) -> None:
-        rank.fault = happened.Fault(refused.kind, refused.text)
+        rank.fault = happened.Fault(refused.kind, refused.text, call.call)
         self.fail(rank, call, refused)
 
     def _collect(self, rank: RankModel, call: Call) -> None:

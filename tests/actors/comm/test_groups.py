@@ -100,6 +100,26 @@ def test_operations(ranks, place):
         assert all(torch.equal(part.flatten(), torch.full((3,), float(rank))) for part in found[rank]["alone"])
 
 
+def come_late(host, rank, place):
+    """Rank 1 begins to meet when rank 0 has waited for longer than making a group may take."""
+    made = Generation(1, rank, torch.device("cpu"), "127.0.0.1", 30, create_timeout_seconds=0.5)
+    host.close()
+    host.authority.generation = made
+    store = dist.PrefixStore(place[1], host._meeting_place.at(place[0]))
+    if rank == 1:
+        store.wait(["waited"], datetime.timedelta(seconds=30))
+        made.meet(store, 2, 30.0)
+        return None
+    with pytest.raises(Aborted, match=r"not all of 2 ranks came within 0\.6 s"):
+        made.meet(dist.PrefixStore("alone", store), 2, 0.6)
+    store.set("waited", "")
+    return made.meet(store, 2, 30.0)
+
+
+def test_ranks_may_be_longer_in_coming_than_in_making_a_group(ranks, place):
+    by_rank(ranks, come_late, 2, place)
+
+
 def pass_by(host, rank, place):
     """A small exchange on the second group of two ranks while the first group's is still waiting for rank 1."""
     members, store = (0, 1), host._meeting_place.at(place[0])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 
 import pytest
 
 from actors.protocol.conductor import Conductor, NotReached
 from orchestrator.protocol.commands import EndRun, NeedBatch, Tell
-from orchestrator.protocol.events import BatchReady, Ending, Head, Heard, Goal, Started, StopAsked, Tick
+from orchestrator.protocol.events import BatchReady, Beat, Ending, Head, Heard, Goal, LineRefused, Started, StopAsked, Tick
 
 SECONDS = 20.0
 FIRST = Started(1, (), Head(), (), Goal(1))
 END = EndRun(Ending.DONE, "", 1, True)
+REFUSED = LineRefused(0, Ending.SUPERSEDED, "another process has written to it")
 
 
 class Machine:
@@ -33,16 +35,20 @@ class Machine:
 
 
 class Shell:
-    """Keeps what it is to carry out. on(command): what else is to happen then."""
+    """Keeps what it is to carry out. on(command): what else is to happen then. superseded: what a look at the ledger finds."""
 
-    def __init__(self, on=lambda command: None):
-        self.commands, self.befores, self.on = [], [], on
+    def __init__(self, on=lambda command: None, superseded=None):
+        self.commands, self.befores, self.on, self.superseded, self.looks = [], [], on, superseded, []
 
     def seen(self, item):
         return item if isinstance(item, tuple) else (item,)
 
     def heard(self):
         return Heard({})
+
+    def returned(self, seconds):
+        self.looks.append(seconds)
+        return self.superseded
 
     def before(self, event):
         self.befores.append(event)
@@ -117,6 +123,59 @@ def test_a_stop_before_the_run_begins_is_its_second_event():
     conductor.stop()
     conductor.conduct(FIRST, Shell())
     assert machine.told == [FIRST, StopAsked()]
+
+
+def test_beats_are_looked_at_as_soon_as_a_silence_may_be_too_long():
+    """Not only four times in it. Whose silence is too long already, or not yet within the next quarter, changes nothing."""
+    now = [0.0]
+    beats = {"long gone": Beat(-50.0), "silent": Beat(0.3), "heard": Beat(3.9)}
+
+    class Clocked(queue.SimpleQueue):
+        def get(self, timeout):
+            now[0] += timeout
+            raise queue.Empty
+
+    class Beating(Shell):
+        def heard(self):
+            looks.append(now[0])
+            return Heard(beats)
+
+    looks, machine = [], Machine(lambda machine, event, at: [END] if at > 5.0 else [])
+    conductor = Conductor(machine, 4.0, clock=lambda: now[0])
+    conductor._items = Clocked()
+    conductor.conduct(FIRST, Beating())
+    assert looks == pytest.approx([1.0, 2.0, 3.0, 4.0, 4.301, 5.301])
+
+
+@pytest.mark.parametrize("away, looks", [(1.9, []), (100.0, [4.0])])
+@pytest.mark.parametrize("superseded", [None, REFUSED])
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_was_away_looks_first_of_all_whether_it_was_superseded(away, looks, superseded, waits):
+    """It stands still while it carries something out, or waits for the next event, and what comes meanwhile would have it end
+    processes that are another's by now. The look takes no longer than silence may last; what is not found out then does not hold
+    the run up."""
+    now = [0.0]
+
+    def freeze(command):
+        if isinstance(command, NeedBatch):
+            conductor.post(BatchReady(0))
+            now[0] += 0.0 if waits else away
+
+    class Thawing(Shell):
+        def seen(self, item):
+            now[0] += away if waits else 0.0
+            return super().seen(item)
+
+    def script(machine, event, now):
+        return [NeedBatch(0)] if event == FIRST else [END] if isinstance(event, BatchReady | LineRefused) else []
+
+    machine = Machine(script)
+    conductor, shell = Conductor(machine, 4.0, clock=lambda: now[0]), Thawing(freeze, superseded)
+    conductor.conduct(FIRST, shell)
+    assert shell.looks == looks
+    found = REFUSED if looks and superseded else BatchReady(0)
+    assert [event for event in machine.told if not isinstance(event, Heard)] == [FIRST, found]
+    assert found is not REFUSED or machine.told == [FIRST, REFUSED], "not even beats come before it"
 
 
 def test_another_thread_can_wait_for_what_the_machine_comes_to():

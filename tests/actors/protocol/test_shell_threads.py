@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 
 import pytest
 
@@ -80,6 +81,32 @@ def test_a_coordinator_that_was_superseded_is_told_so(clerk, posted, tmp_path):
     assert RunFolder(str(tmp_path), "run").ledger().committed == 0
 
 
+def test_who_was_away_finds_that_another_coordinator_has_written(clerk, posted, tmp_path):
+    """Though it has nothing to write itself; and the other one's lines stay as they are."""
+    clerk.append(1, {"kind": "epoch", "epoch": 1})
+    assert posted.get(timeout=SECONDS) == Stored(1) and clerk.superseded(SECONDS) is None
+    other = RunFolder(str(tmp_path), "run")
+    assert other.ledger().epoch == 1 and clerk.superseded(SECONDS) is None, "it has only read"
+    other.append({"kind": "epoch", "epoch": 2})
+    found = clerk.superseded(SECONDS)
+    assert isinstance(found, LineRefused) and found.ending is Ending.SUPERSEDED and "another process" in found.text
+    assert RunFolder(str(tmp_path), "run").ledger().epoch == 2 and posted.empty()
+
+
+def test_storage_that_does_not_say_who_has_written_is_not_waited_for(clerk, run_folder, monkeypatch):
+    """Where it fails, and where it does not return."""
+    answers = threading.Event()
+
+    def fail():
+        raise StorageError("ledger", "stale")
+
+    for check in (fail, lambda: answers.wait(SECONDS)):
+        monkeypatch.setattr(run_folder, "check", check)
+        began = time.monotonic()
+        assert clerk.superseded(0.05) is None and time.monotonic() - began < SECONDS / 2
+    answers.set()
+
+
 def test_a_checkpoint_counts_once_its_manifest_is_there_and_goes_when_it_is_to(clerk, posted, run_folder):
     directory, manifest = folder(run_folder.checkpoints, 3), Manifest(3, {}, "float32", ())
     clerk.manifest(1, directory, manifest)
@@ -100,10 +127,20 @@ def test_what_users_are_told_never_stops_a_run_and_its_trouble_is_told_once(cler
 
     for _ in range(5):
         clerk.chore("metrics.jsonl", job)
-    clerk.append(1, step(0))
-    assert posted.get(timeout=SECONDS) == Stored(1)
+    clerk.chore("the end", lambda: posted.put("done"))
+    assert posted.get(timeout=SECONDS) == "done"
     assert [record.getMessage() for record in caplog.records] == [
         "metrics.jsonl cannot be written: metrics: no space left on device", "metrics.jsonl can be written again"]
+
+
+def test_what_users_are_told_never_holds_a_run_up(clerk, posted):
+    """A file that does not answer, and does not fail either."""
+    answers = threading.Event()
+    clerk.chore("events.jsonl", lambda: answers.wait(SECONDS))
+    clerk.append(1, step(0))
+    assert posted.get(timeout=SECONDS / 2) == Stored(1)
+    assert not answers.is_set() and clerk.superseded(SECONDS / 2) is None
+    answers.set()
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -171,6 +208,23 @@ def test_a_batch_that_cannot_be_read_is_told_and_tried_again_from_a_new_source(r
     reader.need(1)
     assert posted.get(timeout=SECONDS) == BatchReady(1)
     assert log == [("open", 0), ("close", 1), ("open", 1)]
+
+
+def test_what_storage_that_answers_does_not_give_three_times_is_missing(posted, log, failing):
+    found = Reader(lambda step: Source(step, failing, log), posted.put, answers=lambda: True)
+    failing.add(0)
+
+    def tried() -> bool:
+        found.need(0)
+        return posted.get(timeout=SECONDS).lasting
+    assert [tried() for _ in range(2)] == [False, False]
+    failing.clear()
+    found.need(0)
+    assert posted.get(timeout=SECONDS) == BatchReady(0)
+    found.forget(1)
+    failing.add(0)
+    assert [tried() for _ in range(3)] == [False, False, True], "those of before do not count"
+    found.close()
 
 
 def test_a_reader_that_is_stuck_does_not_keep_the_run_from_ending(posted, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import queue
 
 import pytest
 
+from actors.board import Board
 from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
@@ -74,6 +76,20 @@ def test_the_configuration_is_written_once_a_generation_stands(desk, tmp_path):
     assert "vocab_size: 61" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_a_configuration_that_could_not_be_written_is_written_later(desk, tmp_path, monkeypatch):
+    def full(name, content):
+        raise StorageError(name, "no space left on device")
+
+    stands = Tell("generation", {"generation": 1, "layout": desk.ref, "placement": desk.placed, "step": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.folder, "write", full)
+        desk.telling.tell(stands)
+        desk.done()
+    desk.telling.tell(stands)
+    desk.done()
+    assert "vocab_size: 61" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def metrics(step: int) -> dict:
     return {"step": step, "spent": {"useful": 1.0}}
 
@@ -107,3 +123,19 @@ def test_nothing_is_written_after_what_is_void(desk, monkeypatch):
     desk.clerk.chore("metrics.jsonl", lambda: desk.telling._write_metrics(metrics(3)))
     desk.done()
     assert [line["step"] for line in desk.folder.metric_lines()] == [0, 1, 3] and [kind for kind, _ in desk.told] == ["history"]
+
+
+def test_lines_that_are_damaged_cost_nothing_else(desk, tmp_path):
+    """A crash of the host, and a line that is no event: both journals are read when steps are void."""
+    for step in range(4):
+        desk.folder.metrics(metrics(step))
+    good = [{"time": 1, "event": "a"}, {"time": 2, "event": "b"}]
+    lines = [json.dumps(good[0]), "\0\0\0", '"generation"}', "0", json.dumps({"event": "lost"}), json.dumps(good[1])]
+    (tmp_path / "run" / "events.jsonl").write_text("\n".join(lines) + "\n")
+    board = Board(desk.config, lambda: None)
+    desk.telling._watch = lambda kind, values: board.recall(values["steps"], values["events"])
+    desk.telling.undone(2)
+    desk.clerk.chore("metrics.jsonl", lambda: desk.telling._write_metrics(metrics(2)))
+    desk.done()
+    assert [line["step"] for line in desk.folder.metric_lines()] == [0, 1, 2]
+    assert [event for event in board.state()["events"] if event in good] == good

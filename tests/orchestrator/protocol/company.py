@@ -45,8 +45,9 @@ class Halves:
 
 
 class Company:
-    """Members that do what they are told. `told`: events for users, by kind. `deaf`: members that answer nothing. `twist`: has the
-    first look at every command; what it returns (a list of events) replaces the answer."""
+    """Members that do what they are told. `told`: events for users, by kind. `deaf`: members that answer nothing. `finished`:
+    what beats say of operations. `twist`: has the first look at every command; what it returns (a list of events) replaces the
+    answer."""
 
     def __init__(self, nodes: int = 3, *, goal: Goal = Goal(6), checkpoints: tuple[Seen, ...] = (), head: Head = Head(),
                  rules: Rules = Rules(silence_seconds=1.5, cool_down_seconds=5.0), bounds: Deadlines = Deadlines(),
@@ -55,6 +56,7 @@ class Company:
         self.members = tuple(Member(chr(97 + number), 0) for number in range(nodes))
         self.alive = set(self.members)
         self.deaf: set[Member] = set()
+        self.finished: dict[Member, int] = {}
         self.held: dict[Member, dict[int, Holding]] = {member: {} for member in self.members}
         self.reduced: dict[Member, int | None] = {}
         self.faults: dict[Member, events.Fault] = {}
@@ -85,7 +87,7 @@ class Company:
                 event = self._queue.popleft()
             else:
                 self.now += 0.25
-                event = events.Heard({member: Beat(self.now) for member in self.alive})
+                event = events.Heard({member: Beat(self.now, self.finished.get(member, 0)) for member in self.alive})
             for command in self.run.handle(event, self.now):
                 self.commands.append(command)
                 found = self.twist(command)
@@ -172,3 +174,24 @@ class Company:
 
 def node(member: Member) -> Node:
     return Node(member.node, 1)
+
+
+def steps(company):
+    return [line.step for line in company.ledger if isinstance(line, commands.StepLine)]
+
+
+def cuts(company):
+    return [line for line in company.ledger if isinstance(line, commands.CutLine)]
+
+
+def fenced(company):
+    return {command.member for command in company.commands if isinstance(command, commands.Fence)}
+
+
+def is_call(command, kind):
+    return isinstance(command, commands.Call) and isinstance(command.request, kind)
+
+
+def gone(company, member):
+    company.alive.discard(member)
+    company.tell(events.NodeLeft(member.node, "gone"))
