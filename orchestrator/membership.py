@@ -31,6 +31,8 @@ SILENCE_SECONDS, SILENCE_ON_ONE_HOST_SECONDS = 1.5, 15.0
 """What `elastic.silence_seconds` is where it is auto."""
 DOUBLINGS = 5
 """Of the cool-down, at most."""
+STARTS_IN_VAIN = 3
+"""Of processes for rank 0 of a node that never were ready, after which a run does not count on it. It is tried again nevertheless."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -103,6 +105,7 @@ class _Place:
 
     trusted: the least incarnation that is. running: the one that was started; None: none is. since: when it was ready.
     lost, reason: of its last loss. losses: in a row, by itself. until: end of its own cool-down. alone: the last was its own.
+    in_vain: processes in a row that were started and never were ready.
     """
 
     trusted: int = 0
@@ -114,9 +117,11 @@ class _Place:
     until: float = float("-inf")
     alone: bool = False
     reason: str = ""
+    in_vain: int = 0
 
     def retired(self, now: float, reason: str) -> _Place:
-        return replace(self, trusted=self.running + 1, running=None, warm=False, lost=now, alone=False, reason=reason)
+        return replace(self, trusted=self.running + 1, running=None, warm=False, lost=now, alone=False, reason=reason,
+                       in_vain=0 if self.warm else self.in_vain + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +303,11 @@ class Membership:
         """Whether it is in the cluster."""
         return node in self.hosts and self.hosts[node].present
 
-    def present_nodes(self) -> tuple[str, ...]:
-        return tuple(name for name, host in self.hosts.items() if host.present)
+    def promising(self, barred: Collection[str] = ()) -> tuple[str, ...]:
+        """Nodes of the cluster that have a ready rank or may soon: none where nothing is started any more (`barred`), nor where start
+        after start came to nothing, for the cluster may list for long what is gone."""
+        return tuple(name for name, host in self.hosts.items() if host.present and (
+            self._ready_ranks(name) or name not in barred and self._place(name, 0).in_vain < STARTS_IN_VAIN))
 
     def drains(self, node: str) -> bool:
         return node in self.hosts and self.hosts[node].draining

@@ -193,7 +193,7 @@ def understand(run: Run, recalled: Mapping[Member, Recalled]) -> None:
     lost = _newly_lost(run)
     if not lost and not explained:
         found = suspicion.by_fault(faults, _on_trial(run), run.trials.struck.get(run.committed, {}),
-                                    run.membership.present_nodes())
+                                    run.membership.promising(run.trials.barred))
         if isinstance(found, suspicion.Hopeless):
             run.wind_up(Ending.REFUSED if refused else Ending.OWN_FAULT, found.text)
         elif found is not None:

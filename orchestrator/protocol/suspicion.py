@@ -39,7 +39,7 @@ def by_fault(faults: Mapping[Member, Fault], newcomers: Collection[Member], stru
     node's once for each step, for an error that comes again on the same step and another node (or on the only one) is the step's, not
     the member's.
 
-    struck: who raised what in this step already, by node, newcomers aside. nodes: that can be used.
+    struck: who raised what in this step already, by node, newcomers aside. nodes: that may be used.
     """
     own = own_errors(faults)
     if not own:

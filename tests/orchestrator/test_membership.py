@@ -7,7 +7,7 @@ import time
 import pytest
 
 from orchestrator.config import parse
-from orchestrator.membership import Decision, Member, Membership, Rules
+from orchestrator.membership import STARTS_IN_VAIN, Decision, Member, Membership, Rules
 from orchestrator.topology import Node
 
 RULES = Rules(min_nodes=2, silence_seconds=1.0, cool_down_seconds=30.0)
@@ -276,8 +276,9 @@ def test_hello_before_the_cluster_says_anything():
     assert nodes(state.decide((), 2.0)) == "a1" and state.trusts(Member("a", 0, 3))
 
 
-def test_two_thousand_members_are_judged_in_milliseconds():
-    names, members = [f"n{n}" for n in range(250)], [Member(f"n{n}", local) for n in range(250) for local in range(8)]
+def judged(nodes: int) -> float:
+    """Seconds that it takes to hear of all members of so many nodes, and to decide: the least of twenty times."""
+    names, members = [f"n{n}" for n in range(nodes)], [Member(f"n{n}", local) for n in range(nodes) for local in range(8)]
     state = Membership(Rules())
     for name in names:
         state = state.node_joined(Node(name, 8), 0.0)
@@ -289,4 +290,26 @@ def test_two_thousand_members_are_judged_in_milliseconds():
         state = state.listened(heard, tick / 10)
         assert not state.decide(members, tick / 10).lost
         taken.append(time.process_time() - begin)
-    assert min(taken) < 0.010, taken
+    return min(taken)
+
+
+def test_two_thousand_members_cost_eight_times_as_much_as_250():
+    """Not 64 times: it is done every few milliseconds. A ratio of one run, for machines differ."""
+    few, many = judged(32), judged(250)
+    assert many < 2 * 250 / 32 * few, (few, many)
+
+
+def test_a_node_on_which_nothing_ever_starts_is_not_counted_on():
+    """Ray's list may have for long what is gone. It is again when something is ready there, and no longer when it has left."""
+    state, now = Membership(RULES).node_joined(Node("a", 1), 0.0).node_joined(Node("b", 1), 0.0).ready(Member("a", 0), 0.0), 1.0
+    for incarnation in range(STARTS_IN_VAIN):
+        assert state.promising() == ("a", "b")
+        state = state.started(Member("b", 0, incarnation), now).ended(Member("b", 0, incarnation), now + 1, "there is no such node")
+        now = max(now + 2, state.next_change(now + 1) or 0.0)
+    assert state.promising() == ("a",)
+    assert state.decide((), now).start == (Member("b", 0, STARTS_IN_VAIN),), "it is tried nevertheless"
+    back = state.ready(Member("b", 0, STARTS_IN_VAIN), now)
+    assert back.promising() == back.promising(barred=["a", "b"]) == ("a", "b")
+    again = back.ended(Member("b", 0, STARTS_IN_VAIN), now + 1, "killed")
+    assert again.promising() == ("a", "b") and again.promising(barred=["b"]) == ("a",)
+    assert again.node_left("b", now + 2, "gone").promising() == ("a",)

@@ -83,4 +83,7 @@ SCENARIOS: dict[str, Case] = {
         Scenario(seed=200046342, steps=3, spread=4.0, faults=(Fault(122, "storage away", 7), Fault(30, "hung heir", 0, 28.3)))),
     "what hung with enough nodes is not waiting for nodes": Case(
         Scenario(seed=40007211, nodes=(1, 1), steps=2, min_nodes=2, wait=30.0, faults=(Fault(1, "hung heir", 4),))),
+    "a step that nobody can compute, and the other node is gone but listed": Case(
+        Scenario(seed=6040021008, nodes=(1, 1), steps=5, place_every=3, spread=4.0,
+                 faults=(Fault(105, "end node", 10), Fault(197, "coordinator", 9), Fault(77, "own everywhere", 4))), Ending.OWN_FAULT),
 }
