@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import runtime
 import torch
-from runtime import configured, furthest, on_all, placement_of, same, state, train
+from runtime import configured, furthest, on_all, placement_of, state, train
 
 from actors import rank as rank_module
 from actors import state as state_module
