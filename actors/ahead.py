@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from orchestrator import order
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.refusal import ConfigError
 from orchestrator.relayout import relaid

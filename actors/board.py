@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.storage import join
 from orchestrator import goodput
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 
 _POINTS, _EVENTS, _LOST = 400, 60, 8

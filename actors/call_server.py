@@ -29,7 +29,7 @@ from actors.rank import Rank
 from actors.ranks import Reply
 from actors.storage import StorageError
 from orchestrator.membership import Member
-from orchestrator.protocol.events import CallId, Fault, FailKind
+from orchestrator.protocol.events import CallId, FailKind, Fault
 
 logger = logging.getLogger(__name__)
 

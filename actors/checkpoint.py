@@ -22,7 +22,7 @@ from actors.errors import first_line
 from actors.messages import SavedPiece
 from actors.optimizer import OwnedShard, owned_by_name
 from actors.tensor_files import TensorFiles
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 from orchestrator.parameters import stage_parameters
 
 FORMAT = 1

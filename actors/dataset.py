@@ -25,7 +25,7 @@ import pyarrow
 from pyarrow import parquet
 
 from actors import storage
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 from orchestrator.order import Shape
 
 MANIFEST = "manifest.json"

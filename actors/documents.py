@@ -25,7 +25,7 @@ from pyarrow import parquet
 
 from actors import storage
 from actors.tokenizer import Tokenizer
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 
 STDLIB = "stdlib"
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "__pycache__"}

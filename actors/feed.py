@@ -25,7 +25,7 @@ import ray.data
 from actors.dataset import COLUMN, Dataset, DatasetError, list_to_matrix, matrix_to_list
 from actors.dealing import Batch
 from orchestrator import order
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 
 VALIDATION = -1
 _CHUNK_BYTES = 4 << 20

@@ -8,7 +8,7 @@ import numpy
 
 from actors.comm.traffic import Sent
 from actors.comm.wires import Wire
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.placement import Placement

@@ -23,7 +23,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 from actors.messages import StepReport
 from orchestrator.goodput import KINDS, RECOVERY
 
-
 AUTO, _LOOPBACK = "auto", "127.0.0.1"
 PAGE = Path(__file__).parent / "page.html"
 _PORTS = (*range(9464, 9474), 0)

@@ -24,7 +24,7 @@ from actors.lifeline_wire import bell_and_rope, ring, silence
 from actors.pipes import Inbox, Outbox
 from actors.ranks import LOST, News, answered, as_event
 from actors.seated_answers import RankFailed, SeatedAnswers
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade

@@ -23,8 +23,8 @@ from actors.comm.waiting import OutOfStep, Progress
 from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.held import Held, State
-from actors.hugging_face import ModelFolder
 from actors.host import device_name, settle, stay_on_a_core, warm_up
+from actors.hugging_face import ModelFolder
 from actors.lane import ExchangeLane, lane_for
 from actors.lifeline import Lifeline
 from actors.meeting import MeetingPlace
@@ -49,7 +49,7 @@ from actors.stages import Stages, groups_of
 from actors.state import Carried, carry_over
 from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator import ownership, transfer
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.placement import Placement
 from orchestrator.schedule.actions import Program

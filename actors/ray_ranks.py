@@ -11,7 +11,14 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
-    ActorUnavailableError, ActorUnschedulableError, NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError)
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from actors.cluster import NodeWatch
 from actors.errors import named_line

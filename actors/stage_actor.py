@@ -22,7 +22,7 @@ from actors.ranks import Reply
 from actors.ray_token import wanted_token
 from actors.run_folder import reads
 from actors.silence import LOOK_SECONDS, Silence
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, Fault
 

@@ -17,7 +17,7 @@ from actors.model.float8 import in8_of
 from actors.model.weights import DTYPES, Weight, WeightGradients
 from actors.optimizer import Optimizer
 from orchestrator.balance import Ranks
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout, Place
 from orchestrator.ownership import Bucket
 from orchestrator.parameters import moe_layers, stage_layers

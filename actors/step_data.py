@@ -11,7 +11,7 @@ from actors.comm.groups import Group
 from actors.comm.links import Links
 from actors.messages import LossDivisors, LossSums, StepRequest
 from actors.model.chunk import Chunk, LossScales, Microbatch
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ledger import combine, sequence_digest
 

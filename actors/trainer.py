@@ -29,7 +29,7 @@ from actors.ranks import RankCalls
 from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
 from orchestrator import cost
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout, Place
 from orchestrator.ledger import Ledger
 from orchestrator.membership import Member, Rules

@@ -17,7 +17,7 @@ from typing import Any
 from actors import storage
 from actors.dataset import Dataset
 from orchestrator import order
-from orchestrator.config import RunConfig, TrainingSection
+from orchestrator.config.run_config import RunConfig, TrainingSection
 from orchestrator.ledger import STEP, Cuts, Entry, combine, digest_text, entries, sequence_digest
 
 LEDGER, METRICS = "ledger.jsonl", "metrics.jsonl"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from jobs import interrupted
-from orchestrator.config import ConfigError, RunConfig, load
+from orchestrator.config.run_config import ConfigError, RunConfig, load
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 

@@ -12,7 +12,7 @@ from actors.documents import STDLIB
 from actors.ngram import LARGEST_VOCABULARY, bigram_entropy, ngram_cross_entropy, text_of_rows
 from jobs.summary import OWN_BIGRAM
 from jobs.tokenize import load_tokenizer, tokenize
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 
 _TRAINING_SEQUENCES = 1 << 17
 

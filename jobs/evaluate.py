@@ -26,7 +26,7 @@ from jobs.lost import ClusterWatch
 from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
-from orchestrator.config import ConfigError, RunConfig, parse
+from orchestrator.config.run_config import ConfigError, RunConfig, parse
 from orchestrator.layout import choose
 
 

@@ -21,7 +21,7 @@ from actors.checkpoint import CheckpointError, WholeTensors
 from actors.hugging_face import CONFIG, INDEX, SCALE, in_float8, names, published_config
 from actors.tiles import BLOCKS, tiled
 from jobs import cli
-from orchestrator.config import ConfigError, ModelConfig, RunConfig, load, parse
+from orchestrator.config.run_config import ConfigError, ModelConfig, RunConfig, load, parse
 
 _DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from jobs.cli import JobFailed, Parser, arguments, configuration, run
 from jobs.plan_run import comparison
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.schedule.actions import Schedule, to_csv
 from orchestrator.schedule.compare import as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication

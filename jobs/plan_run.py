@@ -8,7 +8,7 @@ import math
 import sys
 from pathlib import Path
 
-from orchestrator.config import ConfigError, RunConfig, load
+from orchestrator.config.run_config import ConfigError, RunConfig, load
 from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.compare import Contestant, as_objects, compare, table
 from orchestrator.schedule.durations import Durations

@@ -17,7 +17,7 @@ from actors.names import of_coordinator, run_of
 from actors.run_folder import RunFolder, Token
 from jobs import cli, session
 from jobs.progress import Progress
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending

@@ -13,7 +13,7 @@ import tempfile
 from typing import IO, Any
 
 from jobs.cli import JobFailed
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.topology import Node, virtual_nodes
 
 CONNECT_TIMEOUT_SECONDS = 10.0

@@ -22,7 +22,7 @@ import yaml
 from actors import storage
 from actors.dataset import Dataset, DatasetError
 from jobs import audit, cli, live, session
-from orchestrator.config import RunConfig, load, parse
+from orchestrator.config.run_config import RunConfig, load, parse
 from orchestrator.ledger import committed_by
 
 AUDIT = "audit"

@@ -17,7 +17,7 @@ from actors.errors import first_line
 from actors.messages import Failure, Outcome
 from actors.run_folder import LIVE, RunFolder
 from jobs import cli, session, status
-from orchestrator.config import RunConfig, parse
+from orchestrator.config.run_config import RunConfig, parse
 
 ENDED_AT_ONCE = "ended at once by jobs.stop --now; the same command continues from the newest checkpoint"
 _ANSWER_SECONDS, _LOOK_SECONDS = 30.0, 0.2

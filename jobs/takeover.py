@@ -17,7 +17,7 @@ from actors.run_folder import RunFolder
 from jobs import cli
 from jobs.progress import Progress
 from jobs.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.membership import Member
 from orchestrator.replay import Replay
 

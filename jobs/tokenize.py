@@ -28,7 +28,7 @@ from actors.documents import Source
 from actors.packing import Packer, SplitProgress
 from actors.tokenizer import Tokenizer, TokenizerError
 from jobs import cli, session
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config.run_config import ConfigError, RunConfig
 
 PROGRESS = "progress.json"
 SPLITS = ("train", "validation")

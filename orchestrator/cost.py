@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.activations import BYTES, bytes_per_token
-from orchestrator.config import ModelConfig, RunConfig
+from orchestrator.config.run_config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ownership import Bucket
 from orchestrator.parameters import mtp_layer, stage_layers, stage_parameters

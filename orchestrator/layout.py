@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NoReturn
 
-from orchestrator.config import ConfigError, LayoutSection, ModelConfig
+from orchestrator.config.run_config import ConfigError, LayoutSection, ModelConfig
 from orchestrator.schedule.stages import BOTH, Stages
 from orchestrator.topology import Node
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from orchestrator.config import ElasticSection
+from orchestrator.config.run_config import ElasticSection
 from orchestrator.topology import Node
 
 SILENCE_SECONDS, SILENCE_ON_ONE_HOST_SECONDS = 1.5, 15.0

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from orchestrator.config import TrainingSection
+from orchestrator.config.run_config import TrainingSection
 
 _ROUNDS = 8
 _MASK = (1 << 64) - 1

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from orchestrator.config import ModelConfig, RunConfig
+from orchestrator.config.precision import PrecisionSection, exact
+from orchestrator.config.run_config import ModelConfig, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
 from orchestrator.placement import Placement, default_placement
-from orchestrator.precision import PrecisionSection, exact
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import product
 
 from orchestrator.balance import Ranks, balanced, in_order, nearest, unevenness
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout import Layout
 from orchestrator.parameters import moe_layers, stage_layers
 

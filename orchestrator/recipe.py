@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.config import OptimizerSection
+from orchestrator.config.run_config import OptimizerSection
 
 
 def learning_rate(settings: OptimizerSection, step: int, steps: int) -> float:

@@ -19,7 +19,7 @@ from itertools import combinations
 from orchestrator import layout as layouts
 from orchestrator import order
 from orchestrator.balance import unevenness
-from orchestrator.config import ConfigError, CostsSection, RunConfig, check
+from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig, check
 from orchestrator.layout import Layout
 from orchestrator.parameters import stage_layers
 from orchestrator.placement import evenly_placed

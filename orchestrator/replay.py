@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.config import LayoutSection, RunConfig, ScheduleSection, check
+from orchestrator.config.run_config import LayoutSection, RunConfig, ScheduleSection, check
 from orchestrator.layout import Layout
 from orchestrator.ledger import STEP, Cuts, Entry, entries
 from orchestrator.placement import Placement, default_placement

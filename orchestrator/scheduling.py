@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from orchestrator import segments
-from orchestrator.config import ConfigError, CostsSection, RunConfig
+from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig
 from orchestrator.parameters import stage_layers
 from orchestrator.schedule import forward_only, kinds
 from orchestrator.schedule.actions import Program, Schedule

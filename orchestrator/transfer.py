@@ -15,7 +15,7 @@ from functools import cached_property
 from operator import itemgetter
 
 from orchestrator import ownership
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ownership import Bucket
 from orchestrator.placement import Placement

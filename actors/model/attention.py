@@ -16,7 +16,7 @@ from actors.model.float8 import Float8
 from actors.model.linear import Scope, linear, linear_forward, rms_norm
 from actors.model.rope import Rotary, rotate, softmax_scale
 from actors.model.weights import Weight
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 class Attention:

@@ -23,7 +23,7 @@ from actors.model import float8_units
 from actors.model.swiglu import swiglu_backward, swiglu_of
 from actors.model.weights import Weight, WeightGradients
 from actors.tiles import BLOCKS, COLUMNS, E4M3, E5M2, ROWS, SIDE, WHOLE, Tiled, tiled
-from orchestrator.precision import PRODUCTS, PrecisionSection
+from orchestrator.config.precision import PRODUCTS, PrecisionSection
 
 _FEW_BITS, _FEW_AT_ONCE = 14, 32
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 def choose_experts(affinity_te: Tensor, bias_e: Tensor, model: ModelConfig) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from actors.comm.exchange import ExpertExchange
 from actors.model.attention import Attention
-from actors.model.gate import balance_loss, choose_experts, expert_weights
 from actors.model.float8 import Float8
+from actors.model.gate import balance_loss, choose_experts, expert_weights
 from actors.model.island import Island, Keep
 from actors.model.linear import Scope, expert_mlp, linear, mlp, rms_norm
 from actors.model.recompute import Recipes
@@ -28,7 +28,7 @@ from actors.model.rope import Rotary
 from actors.model.segment import Lane, Segment, crossed
 from actors.model.tape import LossScales, Microbatch, Record
 from actors.model.weights import Weight, WeightGradients, fused
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.model.weights import exact_dtype
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 class Rotary:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from orchestrator.parameters import ParameterSpec
 
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 

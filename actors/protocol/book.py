@@ -11,7 +11,7 @@ from actors.dealing import Batch
 from actors.messages import LossSums, StepReport
 from actors.records import generation_record, losses_of
 from orchestrator import order
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.ledger import LedgerLine, combine, digest_text
 from orchestrator.placement import Placement

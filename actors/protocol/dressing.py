@@ -18,7 +18,7 @@ from actors.checkpoint import Manifest
 from actors.dealing import Batch, Dealer
 from actors.protocol.tables import Tables
 from actors.records import SHOWN_RANKS
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.placement import Placement

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from actors.protocol.tables import Tables
 from orchestrator import ownership
-from orchestrator.config import ConfigError, RunConfig
+from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.placement import Placement, default_placement

@@ -21,7 +21,7 @@ from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.ranks import Arrived, RankCalls
 from actors.records import losses_of, scores_of
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.placement import Placement, balanced_placement, moves
 from orchestrator.protocol import commands

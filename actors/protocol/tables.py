@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.placement import Placement
 from orchestrator.protocol.events import LayoutRef, PlacementRef

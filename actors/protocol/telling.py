@@ -19,7 +19,7 @@ from actors.slow import SlowWatch
 from actors.spending import Spending
 from actors.trace import trace_json
 from orchestrator import goodput
-from orchestrator.config import RunConfig, dump
+from orchestrator.config.run_config import RunConfig, dump
 from orchestrator.expert_load import ExpertLoad
 from orchestrator.layout import Layout, Place
 from orchestrator.placement import Placement, moves, worst_unevenness

@@ -26,7 +26,7 @@ from jobs.benches.chaos_processes import processes
 from jobs.benches.chaos_raylets import raylets
 from jobs.benches.chaos_text import undisturbed
 from jobs.benches.chaos_verdict import Journal, Observed, Verdict, verdict
-from orchestrator.config import Real, RunConfig, Section
+from orchestrator.config.run_config import Real, RunConfig, Section
 
 GOES_ON_SECONDS = 180.0
 """Without a committed step, whatever befalls it: then it counts as ended."""

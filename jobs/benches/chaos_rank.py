@@ -17,7 +17,7 @@ from actors.model.segment import Lane, Segment
 from actors.rank import Rank
 from jobs.benches.churn_rank import Home
 from jobs.benches.networks import enter
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.placement import Placement
 
 HANG, SLOW, RAISE = "hang", "slow", "raise"

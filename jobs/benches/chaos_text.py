@@ -22,7 +22,7 @@ from actors.trainer import Sources, Trainer
 from jobs import tokenize
 from jobs.benches.chaos_company import CONFIG, LENGTH
 from orchestrator import order
-from orchestrator.config import RunConfig, parse
+from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.layout import choose
 from orchestrator.topology import Node
 

@@ -14,7 +14,7 @@ from typing import Any
 from actors.dataset import Dataset
 from jobs import audit
 from jobs.benches.chaos_company import COPIES, Company, Strike
-from orchestrator.config import load
+from orchestrator.config.run_config import load
 from orchestrator.ledger import CUT, STEP, entries, read
 
 EXPLAINED_SECONDS = 60.0

@@ -28,7 +28,7 @@ from actors.run_folder import RunFolder
 from jobs import audit, corpus, session
 from jobs.benches.churn_rank import held_rank
 from jobs.benches.churn_run import Churn, Rows, Told, changes, train
-from orchestrator.config import Real, RunConfig, Section, parse
+from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
 

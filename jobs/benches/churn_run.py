@@ -20,7 +20,7 @@ from actors.ranks import News
 from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from orchestrator import order
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.topology import Node
 

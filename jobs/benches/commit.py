@@ -26,7 +26,7 @@ from jobs.benches.churn import small
 from jobs.benches.churn_rank import Home, held_rank
 from jobs.benches.churn_run import Rows, train
 from jobs.benches.networks import Network, NetworkRefused
-from orchestrator.config import Real, RunConfig, Section, parse
+from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout import Layout, choose
 from orchestrator.refusal import ConfigError
 from orchestrator.topology import virtual_nodes

@@ -23,7 +23,7 @@ from jobs.benches.overlap_compare import OFF, PEER, Contestant, compare, expecte
 from jobs.benches.overlap_held import Seconds
 from jobs.benches.overlap_plan import durations_of, fixed, found, task_of, torch_task
 from jobs.benches.overlap_tiny import tiny
-from orchestrator.config import Real, RunConfig, Section
+from orchestrator.config.run_config import Real, RunConfig, Section
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.durations import EXCHANGE_RATIO
 from orchestrator.schedule.search.portfolio import EFFORT

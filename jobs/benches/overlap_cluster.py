@@ -15,7 +15,7 @@ from actors.seated_answers import call
 from jobs.benches.networks import Network
 from jobs.benches.overlap_held import Seconds
 from jobs.benches.overlap_rank import Ours, Step, Torch, overlap_rank
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.schedule.stages import BOTH, Stages
 

@@ -12,7 +12,7 @@ from actors.trainer import Sources, Trainer
 from jobs.benches.networks import Network, enter
 from jobs.benches.overlap_cluster import say
 from jobs.benches.text import batches_of_text
-from orchestrator.config import RunConfig, parse
+from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
 

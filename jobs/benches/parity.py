@@ -24,7 +24,7 @@ from actors.seated_answers import call
 from actors.trainer import Sources, Trainer
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text
-from orchestrator.config import RunConfig, parse
+from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
 

@@ -15,7 +15,7 @@ from actors.host import settle
 from actors.messages import LossDivisors
 from actors.model.plain import PlainModel
 from actors.rank import DTYPES
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.recipe import learning_rate
 
 

@@ -23,8 +23,8 @@ from actors.dataset import Dataset
 from jobs import corpus, session
 from jobs.benches import precision_products
 from jobs.benches.precision_train import say, trained
-from orchestrator.config import Real, RunConfig, Section, parse
-from orchestrator.precision import PRODUCTS
+from orchestrator.config.precision import PRODUCTS
+from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.refusal import ConfigError
 
 FLOAT8 = tuple(f"precision.{kind}=fp8" for kind in PRODUCTS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from actors.model import float8
 from actors.model.float8 import in8_of
 from actors.model.weights import Weight, WeightGradients
-from orchestrator.precision import PrecisionSection
+from orchestrator.config.precision import PrecisionSection
 
 OUTPUTS, SEED = 256, 0
 _OUTLIERS, _SIZE = 0.01, 30.0

@@ -16,7 +16,7 @@ from actors.host import settle
 from jobs.benches.plain import PlainTraining
 from jobs.benches.recovery_journal import Done, StepJournal
 from jobs.benches.text import batches_of_text
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 
 _DISTINCT_BATCHES = 8  # the text repeats: what it says does not matter here
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from jobs.benches import recovery_ray_train, recovery_torchft
 from jobs.benches.recovery_journal import Recovery
-from orchestrator.config import RunConfig, dump, parse
+from orchestrator.config.run_config import RunConfig, dump, parse
 
 RANK, NODE = "rank", "node"
 RAY_TRAIN, TORCHFT, TUNED = "ray_train", "torchft", "_tuned"

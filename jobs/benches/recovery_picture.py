@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.benches.raylets import RayletCluster
 from jobs.benches.recovery_run import KILLED, Blow, bring_back, strike, training
-from orchestrator.config import RunConfig, parse
+from orchestrator.config.run_config import RunConfig, parse
 
 _BEFORE, _AFTER = 25, 25
 _SECONDS_FOR_STEPS = 300.0

@@ -23,7 +23,7 @@ from jobs.benches.routing_gate import measure, peer_is_here
 from jobs.benches.routing_move import MoveFound, MoveTask
 from jobs.benches.routing_rank import Found, Task, routing_rank
 from orchestrator.balance import in_order, unevenness
-from orchestrator.config import ModelConfig, Real, RunConfig, Section, parse
+from orchestrator.config.run_config import ModelConfig, Real, RunConfig, Section, parse
 from orchestrator.layout import Layout, choose
 from orchestrator.placement import Placement, balanced_placement, default_placement, moves
 from orchestrator.refusal import ConfigError

@@ -12,7 +12,7 @@ import torch
 
 from actors.comm.exchange import ExpertExchange
 from actors.model.gate import choose_experts, expert_weights
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 def peer_is_here() -> bool:

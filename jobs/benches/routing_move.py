@@ -13,7 +13,7 @@ from actors.comm.groups import Group, wait
 from actors.optimizer import OwnedShard, shards_of
 from actors.state import carry_over
 from orchestrator import ownership, transfer
-from orchestrator.config import ModelConfig, OptimizerSection
+from orchestrator.config.run_config import ModelConfig, OptimizerSection
 from orchestrator.layout import Layout
 from orchestrator.placement import Placement
 

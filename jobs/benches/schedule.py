@@ -24,7 +24,7 @@ from actors.trace import trace_json
 from jobs.benches.schedule_held import expected_sums
 from jobs.benches.schedule_rank import Ours, Step, schedule_rank
 from jobs.benches.schedule_torch import CHUNKS
-from orchestrator.config import Real, RunConfig, Section
+from orchestrator.config.run_config import Real, RunConfig, Section
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.check import check

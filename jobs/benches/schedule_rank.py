@@ -20,7 +20,7 @@ from actors.model.tape import Microbatch
 from actors.model.weights import WeightGradients
 from jobs.benches.schedule_held import HeldChunk, HeldLane, entering, exact_sleep, sleep_until
 from jobs.benches.schedule_torch import TorchSchedule
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.schedule.actions import Kind, Program, Work
 from orchestrator.schedule.spans import Span
 from orchestrator.schedule.stages import Stages

@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors.messages import StepReport, StepRequest
 from actors.metrics import Exporter, RankMetrics
 from jobs.benches.churn_rank import HeldRank, held_rank
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 
 
 def metered_rank(config: RunConfig, seconds: float, port: int) -> HeldRank:

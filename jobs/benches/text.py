@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 
 from actors.dealing import Batch
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 
 
 def batches_of_text(config: RunConfig, steps: int) -> list[Batch]:

@@ -25,10 +25,10 @@ from jobs import corpus, session
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text
 from jobs.cli import JobFailed
-from orchestrator.config import RunConfig, Section, parse
+from orchestrator.config.precision import PRODUCTS
+from orchestrator.config.run_config import RunConfig, Section, parse
 from orchestrator.layout import choose
 from orchestrator.membership import Member
-from orchestrator.precision import PRODUCTS
 
 ROUNDS, STEPS, WARM_UP = 3, 16, 4
 _TIMEOUT_SECONDS = 900.0

@@ -18,7 +18,7 @@ from runtime import TIMEOUT_SECONDS, Host, Run, configured, state, train
 import actors.checkpoint
 from actors.processes import ProcessRanks
 from actors.run_folder import RunFolder
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane

@@ -23,7 +23,7 @@ from actors.rank import Rank
 from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from orchestrator import order
-from orchestrator.config import RunConfig, parse
+from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.layout import Layout, choose
 from orchestrator.membership import Member
 from orchestrator.placement import Placement, default_placement

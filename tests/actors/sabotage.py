@@ -21,7 +21,7 @@ from runtime import TIMEOUT_SECONDS, Host, Run
 from actors.processes import ProcessRanks
 from actors.protocol.shell import RealShell
 from jobs.benches.networks import Network, enter
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 
 # --- in a rank's process ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from actors.probe import ProbeListener
 from actors.ranks import Reply
 from actors.storage import StorageError
 from orchestrator.membership import Member
-from orchestrator.protocol.events import CallId, Fault, FailKind
+from orchestrator.protocol.events import CallId, FailKind, Fault
 
 SECONDS = 20.0
 GENERATION = 4

@@ -20,7 +20,7 @@ from runtime import LAYOUTS, configured, form, same, state, train
 from actors import checkpoint, storage
 from actors.checkpoint import CheckpointError, Manifest, PieceWriter
 from actors.optimizer import Optimizer
-from orchestrator.config import OptimizerSection
+from orchestrator.config.run_config import OptimizerSection
 from orchestrator.ownership import Bucket
 from orchestrator.parameters import ParameterSpec
 

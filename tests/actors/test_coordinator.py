@@ -15,7 +15,7 @@ from actors.coordinator import Coordinator
 from actors.messages import Failure, Start
 from actors.ray_ranks import RayRanks
 from actors.trainer import TrainingFailed
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending
 

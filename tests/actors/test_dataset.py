@@ -15,7 +15,7 @@ from actors import packing, storage
 from actors.dataset import Dataset, DatasetError
 from actors.packing import Packer, SplitProgress
 from actors.tokenizer import ByteTokenizer
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 
 LENGTH = 8
 

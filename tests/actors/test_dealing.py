@@ -9,7 +9,7 @@ from runtime import LAYOUTS, configured
 from actors.dealing import Batch, Dealer
 from actors.messages import Apply
 from orchestrator import scheduling
-from orchestrator.config import ConfigError, CostsSection, parse
+from orchestrator.config.run_config import ConfigError, CostsSection, parse
 from orchestrator.schedule.actions import Compute, Kind, Schedule, Split
 from orchestrator.schedule.check import ScheduleError
 from orchestrator.schedule.durations import Durations

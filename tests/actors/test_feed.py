@@ -13,7 +13,7 @@ from actors import packing
 from actors.dataset import Dataset, DatasetError
 from actors.feed import VALIDATION, Feed, read_validation
 from orchestrator import order
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 
 LENGTH, WAIT = 8, 60.0
 

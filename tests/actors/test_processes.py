@@ -17,7 +17,7 @@ from actors import processes
 from actors.processes import ProcessRanks
 from actors.ranks import LOST, Arrived, News, Reply
 from actors.seated_answers import RankFailed, call
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import (

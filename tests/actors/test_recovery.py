@@ -11,8 +11,8 @@ import torch
 from faults import FREEZE, FROZEN, KILL, QUICK, STEPS, Company, Fault, Stage, exactly, node, ranks_of, whole
 from runtime import Run
 
-from actors.trainer import TrainingFailed
 from actors.ranks import News
+from actors.trainer import TrainingFailed
 from orchestrator.membership import Member
 from orchestrator.topology import Node
 

@@ -18,7 +18,7 @@ from runtime import Run, on_all
 
 from actors import checkpoint
 from actors.protocol.planning import RealPlanner
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.events import Failed, FailKind
 
 # --- a frozen rank that thaws ----------------------------------------------------------------------------------------

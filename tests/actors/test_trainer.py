@@ -21,8 +21,8 @@ from actors.messages import Start
 from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
 from actors.trainer import Sources, Trainer, TrainingFailed
-from orchestrator.membership import Member
 from orchestrator.ledger import read
+from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import Ending
 from orchestrator.schedule.actions import Kind

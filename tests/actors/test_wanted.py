@@ -6,7 +6,7 @@ import pytest
 
 from actors import cluster
 from actors.cluster import wanted_bundles
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 
 
 def node(alive: bool = True, pool: str = "a", **resources: float) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from actors import cluster as ray_cluster
 from actors.cluster import NodeWatch
 from jobs.benches.chaos_raylets import drained
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.topology import Node
 from tests.cluster import eventually
 

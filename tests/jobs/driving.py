@@ -13,7 +13,7 @@ import actors.coordinator
 from actors.messages import Failure, Outcome
 from jobs import session
 from jobs.running import RunActors
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.membership import Member
 
 RANK = Member("a", 0)

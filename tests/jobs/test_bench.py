@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from jobs.benches import parity
-from orchestrator.config import load
+from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 
 

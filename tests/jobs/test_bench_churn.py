@@ -7,7 +7,7 @@ import pytest
 
 from jobs.benches import churn, commit
 from jobs.benches.churn_run import DRAINED, FROZEN, JOINED, LOST, Told, changes
-from orchestrator.config import load
+from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 
 NODES = ("a", "b", "c", "d")

@@ -26,7 +26,7 @@ from jobs.benches.overlap_figures import shares
 from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Tokens
 from jobs.benches.overlap_plan import durations_of, task_of
 from jobs.benches.schedule_held import HeldLane
-from orchestrator.config import ConfigError, RunConfig, parse
+from orchestrator.config.run_config import ConfigError, RunConfig, parse
 from orchestrator.schedule.actions import Compute, Kind, Pair
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.kinds import generate

@@ -7,7 +7,7 @@ import pytest
 from jobs.benches import precision
 from jobs.benches.precision import BF16, FEW_BITS, FP8, Settings, errors, settled, smoothed, verdicts
 from jobs.benches.precision_products import measure
-from orchestrator.config import load, parse
+from orchestrator.config.run_config import load, parse
 from tests.cluster import REPOSITORY
 
 

@@ -10,7 +10,7 @@ from jobs.benches import recovery
 from jobs.benches.recovery_picture import picture
 from jobs.benches.recovery_run import KINDS, blows
 from jobs.benches.recovery_times import Phases, incident, line_through
-from orchestrator.config import load
+from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 
 

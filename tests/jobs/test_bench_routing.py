@@ -10,7 +10,7 @@ from jobs.benches import routing, routing_gate, routing_rank
 from jobs.benches.routing import Case, Settings
 from jobs.benches.routing_expected import limited, published_packing, unlimited
 from jobs.benches.routing_rank import Found
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 
 
 def settings(**changes) -> Settings:

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.benches import schedule
 from jobs.benches.schedule import Block, Settings
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.schedule.kinds import generate
 from orchestrator.schedule.simulate import simulate
 

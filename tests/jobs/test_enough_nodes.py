@@ -8,10 +8,10 @@ import re
 import pytest
 
 from jobs import takeover, train
-from orchestrator.config import ConfigError, parse
+from orchestrator.config.run_config import ConfigError, parse
 from orchestrator.topology import Node
-from tests.jobs.conftest import CONFIG, refused
 from tests.cluster import eventually
+from tests.jobs.conftest import CONFIG, refused
 
 
 @pytest.mark.parametrize("changes, code, told", [

@@ -13,8 +13,9 @@ from actors import checkpoint
 from actors.checkpoint import WholeTensors, bias_name
 from actors.dataset import Dataset
 from actors.model.plain import PlainModel
-from orchestrator.config import load
+from orchestrator.config.run_config import load
 from tests.jobs.conftest import command
+
 
 @pytest.fixture(scope="module")
 def trained(cluster, corpus, tmp_path_factory):

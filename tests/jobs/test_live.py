@@ -12,7 +12,7 @@ from actors.board import Board
 from actors.metrics import Exporter, json_route
 from jobs import cli, status
 from jobs.live import ask, lines
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.layout import choose
 from orchestrator.topology import virtual_nodes
 

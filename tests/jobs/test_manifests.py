@@ -13,7 +13,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs import cli
-from orchestrator.config import load
+from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 from tests.jobs.kuberay import SPECS
 

@@ -16,7 +16,7 @@ import pytest
 from jobs.benches import recovery_peers, recovery_ray_train
 from jobs.benches.recovery_journal import Done, Fault, Recovery, StepJournal, recovery, settled, wait_for
 from jobs.benches.recovery_peers import NODE, RANK, PeerSettings, PeerTimes
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from tests.cluster import eventually
 
 

@@ -14,7 +14,7 @@ from actors.run_folder import RunFolder
 from actors.storage import StorageError
 from jobs import cli, running, session
 from jobs.running import CoordinatorLost, Interrupt, TakenOver
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 from orchestrator.protocol.events import Ending
 from tests.jobs.driving import DONE, STEP, Driver, Shown, Signals, coordinator
 

@@ -11,7 +11,7 @@ import ray
 
 from actors import cluster
 from jobs import session
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 
 
 def test_folders_of_the_dead_are_deleted_those_of_the_living_are_not(tmp_path, monkeypatch):

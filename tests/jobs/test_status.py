@@ -21,7 +21,7 @@ from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs import audit, cli, status
 from orchestrator import order
-from orchestrator.config import BatchRamp, TrainingSection, parse
+from orchestrator.config.run_config import BatchRamp, TrainingSection, parse
 from orchestrator.ledger import read
 from orchestrator.order import Shape
 from tests.actors import corpus as small

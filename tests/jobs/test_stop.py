@@ -10,7 +10,7 @@ import pytest
 from actors import checkpoint
 from actors.run_folder import RunFolder
 from jobs import session, stop
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from actors.messages import Failure
 from actors.run_folder import RunFolder
 from jobs import cli, session, takeover
 from jobs.running import RunActors
-from orchestrator.config import ConfigError, parse
+from orchestrator.config.run_config import ConfigError, parse
 from orchestrator.membership import Member
 from tests.jobs.driving import Method, Shown, Signals, get
 

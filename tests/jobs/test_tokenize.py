@@ -24,7 +24,7 @@ from actors.dataset import Dataset
 from actors.tokenizer import ByteTokenizer
 from jobs.cli import JobFailed
 from jobs.tokenize import load_tokenizer, main, tokenize
-from orchestrator.config import ConfigError, parse
+from orchestrator.config.run_config import ConfigError, parse
 
 REPOSITORY = Path(__file__).parents[2]
 BYTE = ByteTokenizer()

@@ -19,7 +19,7 @@ from actors import checkpoint, storage
 from actors.run_folder import RunFolder
 from actors.storage import StorageError
 from jobs import cli, live, running, session, train
-from orchestrator.config import ConfigError, parse
+from orchestrator.config.run_config import ConfigError, parse
 from tests.cluster import committed, eventually, free_port
 from tests.jobs.conftest import LARGE, refused
 from tests.jobs.driving import DONE, STEP, Driver, Shown, Signals, coordinator

@@ -7,7 +7,7 @@ import torch
 
 from actors.optimizer import Optimizer
 from orchestrator import cost
-from orchestrator.config import load, parse
+from orchestrator.config.run_config import load, parse
 from orchestrator.ownership import buckets
 from tests.cluster import REPOSITORY
 from tests.orchestrator.layouts import DEEPSEEK, layout_of, small_model

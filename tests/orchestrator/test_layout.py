@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ConfigError, LayoutSection
+from orchestrator.config.run_config import ConfigError, LayoutSection
 from orchestrator.layout import Layout
 from orchestrator.placement import place_experts
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.membership import STARTS_IN_VAIN, Decision, Member, Membership, Rules
 from orchestrator.topology import Node
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout import Layout
 from orchestrator.ownership import Bucket, buckets
 from orchestrator.parameters import ParameterSpec, stage_layers, stage_parameters

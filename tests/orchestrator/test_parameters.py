@@ -9,7 +9,7 @@ import torch
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 from orchestrator.parameters import moe_layers, stage_layers, stage_parameters
 from tests.orchestrator.layouts import DEEPSEEK, small_model
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.balance import balanced, unevenness
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout import Layout
 from orchestrator.parameters import stage_layers
 from orchestrator.placement import Move, _apart, balanced_placement, default_placement, moves, place_experts

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from orchestrator import cost, planner
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.ownership import buckets
 from tests.orchestrator.layouts import DEEPSEEK_CONFIG, layout_of, small_model
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import OptimizerSection
+from orchestrator.config.run_config import OptimizerSection
 from orchestrator.recipe import learning_rate
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import scheduling
-from orchestrator.config import ConfigError, RunConfig, check, parse
+from orchestrator.config.run_config import ConfigError, RunConfig, check, parse
 from orchestrator.layout import Layout
 from orchestrator.relayout import MOST_IDLE, predicted_duration, relaid
 from orchestrator.schedule.durations import Durations

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import replay
-from orchestrator.config import ScheduleSection, parse
+from orchestrator.config.run_config import ScheduleSection, parse
 from orchestrator.layout import Layout, choose
 from orchestrator.ledger import LedgerLine
 from orchestrator.placement import Placement, balanced_placement, default_placement

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import ModelConfig, load, parse
+from orchestrator.config.run_config import ModelConfig, load, parse
 from orchestrator.cost import flops_per_token
 from orchestrator.schedule.orders import forms, strands_of
 from orchestrator.schedule.pieces import timed

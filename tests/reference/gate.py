@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 
 
 def search_choice(affinity: np.ndarray, bias: np.ndarray, model: ModelConfig) -> dict[int, float]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.protocol.planning import RealPlanner
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.placement import Placement
 from orchestrator.protocol import commands as orders

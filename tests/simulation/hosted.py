@@ -15,7 +15,7 @@ from runtime import Host
 from actors.call_server import CallServer
 from actors.meeting import MeetingPlace
 from actors.processes import ProcessRanks
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId

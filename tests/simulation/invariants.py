@@ -11,8 +11,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.membership import Member
-from orchestrator.protocol.commands import Append, Call, CutLine, Discard, EndRun, EpochLine, Fence, Form, Former, Lane
-from orchestrator.protocol.commands import OriginLine, Spawn, StepLine, WriteManifest
+from orchestrator.protocol.commands import (
+    Append,
+    Call,
+    CutLine,
+    Discard,
+    EndRun,
+    EpochLine,
+    Fence,
+    Form,
+    Former,
+    Lane,
+    OriginLine,
+    Spawn,
+    StepLine,
+    WriteManifest,
+)
 from orchestrator.protocol.events import Base, Ending
 from tests.simulation.checkpoint_model import Checkpoint
 from tests.simulation.histories import INITIAL, NEVER

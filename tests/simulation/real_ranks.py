@@ -13,7 +13,7 @@ from actors.lifelines import Lifelines
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
 from actors.ranks import Arrived
-from orchestrator.config import RunConfig
+from orchestrator.config.run_config import RunConfig
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Call, Lane, Rearrange, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed

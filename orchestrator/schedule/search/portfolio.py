@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.kinds import KINDS, generate

@@ -15,7 +15,7 @@ from actors.model import float8, float8_units
 from actors.model.float8 import Float8, in8_of
 from actors.model.weights import Weight, WeightGradients
 from actors.tiles import BLOCKS, COLUMNS, ROWS, tiled
-from orchestrator.precision import PrecisionSection
+from orchestrator.config.precision import PrecisionSection
 from tests.actors.model.test_float8_products import SHAPES, close, gradients_of, near, parts, weight_of
 from tests.reference.float8 import dequantised
 

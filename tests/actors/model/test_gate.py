@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from actors.model.gate import balance_loss, choose_experts, expert_weights
-from orchestrator.config import ModelConfig
+from orchestrator.config.run_config import ModelConfig
 from tests.reference.gate import literal_balance, search_choice
 
 

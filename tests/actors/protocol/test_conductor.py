@@ -9,7 +9,7 @@ import pytest
 
 from actors.protocol.conductor import Conductor, NotReached
 from orchestrator.protocol.commands import EndRun, NeedBatch, Tell
-from orchestrator.protocol.events import BatchReady, Beat, Ending, Head, Heard, Goal, LineRefused, Started, StopAsked, Tick
+from orchestrator.protocol.events import BatchReady, Beat, Ending, Goal, Head, Heard, LineRefused, Started, StopAsked, Tick
 
 SECONDS = 20.0
 FIRST = Started(1, (), Head(), (), Goal(1))

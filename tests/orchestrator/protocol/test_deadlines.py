@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from company import Company, fenced, is_call, node, steps
 
-from orchestrator.config import parse
+from orchestrator.config.run_config import parse
 from orchestrator.membership import Member
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines

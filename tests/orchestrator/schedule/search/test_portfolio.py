@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from orchestrator.config import ConfigError
+from orchestrator.config.run_config import ConfigError
 from orchestrator.schedule.actions import Pair, Split, parse_csv, to_csv
 from orchestrator.schedule.check import check, peak_activations
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication

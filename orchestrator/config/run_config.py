@@ -14,12 +14,12 @@ import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 
-from orchestrator.precision import PrecisionSection, check_precision
+from orchestrator.config.precision import PrecisionSection, check_precision
+from orchestrator.config.section import Real, Section
+from orchestrator.config.settings import apply_override, read_tree
 from orchestrator.refusal import ConfigError, refusal
 from orchestrator.schedule.kinds import smallest_microbatches
 from orchestrator.schedule.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
-from orchestrator.section import Real, Section
-from orchestrator.settings import apply_override, read_tree
 from orchestrator.topology import is_label, is_selector
 
 Auto = Literal["auto"]

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import ConfigError, RunConfig, dump, load, parse
+from orchestrator.config.run_config import ConfigError, RunConfig, dump, load, parse
 from orchestrator.schedule.kinds import KINDS
 from orchestrator.schedule.stages import Stages
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.config import ConfigError, ModelConfig, parse
+from orchestrator.config.precision import KINDS, PRODUCTS, exact, kind_of
+from orchestrator.config.run_config import ConfigError, ModelConfig, parse
 from orchestrator.parameters import stage_parameters
-from orchestrator.precision import KINDS, PRODUCTS, exact, kind_of
 
 
 def weights(**changes):

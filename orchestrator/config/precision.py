@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from orchestrator.config.section import Section
 from orchestrator.refusal import ConfigError
-from orchestrator.section import Section
 
 Format = Literal["same", "bf16", "fp8", "fp32"]
 KINDS = ("attention", "mlp", "experts", "shared_experts", "mtp_projection", "embedding", "head", "gate", "norms")

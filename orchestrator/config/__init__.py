@@ -1,0 +1,1 @@
+"""What a run is told, in one validated model, and how a wrong key, type or layout is refused."""
