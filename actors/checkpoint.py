@@ -23,7 +23,7 @@ from actors.messages import SavedPiece
 from actors.optimizer import OwnedShard, owned_by_name
 from actors.tensor_files import TensorFiles
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import stage_parameters
+from orchestrator.model.parameters import stage_parameters
 
 FORMAT = 1
 MANIFEST = "manifest.json"

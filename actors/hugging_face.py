@@ -16,7 +16,7 @@ from actors.checkpoint import bias_name
 from actors.tensor_files import TensorFiles
 from actors.tiles import BLOCKS, E4M3, Tiled
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import ParameterSpec, moe_layers, mtp_layer, stage_parameters
+from orchestrator.model.parameters import ParameterSpec, moe_layers, mtp_layer, stage_parameters
 
 CONFIG, INDEX, ONE_FILE, SCALE = "config.json", "model.safetensors.index.json", "model.safetensors", "_scale_inv"
 _OWN = {"rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range", "num_nextn_predict_layers"}

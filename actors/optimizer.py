@@ -16,8 +16,8 @@ from torch.optim.adamw import adamw
 from actors.comm.groups import Generation, Group
 from actors.model.weights import Weight, exact_dtype
 from orchestrator.config.run_config import OptimizerSection
+from orchestrator.model.parameters import ParameterSpec
 from orchestrator.ownership import Bucket
-from orchestrator.parameters import ParameterSpec
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ from actors.optimizer import Optimizer
 from orchestrator.balance import Ranks
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout import Layout, Place
+from orchestrator.model.parameters import moe_layers, stage_layers
 from orchestrator.ownership import Bucket
-from orchestrator.parameters import moe_layers, stage_layers
 from orchestrator.placement import Placement
 
 GroupRanks = tuple[int, ...]

@@ -8,7 +8,7 @@ segments is not. `selective` recomputation makes norms, up-projections and SwiGL
 from __future__ import annotations
 
 from orchestrator.config.run_config import RunConfig
-from orchestrator.parameters import moe_layers
+from orchestrator.model.parameters import moe_layers
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _FP8 = 1 + 4 / 128

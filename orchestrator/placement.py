@@ -14,7 +14,7 @@ from itertools import product
 from orchestrator.balance import Ranks, balanced, in_order, nearest, unevenness
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout import Layout
-from orchestrator.parameters import moe_layers, stage_layers
+from orchestrator.model.parameters import moe_layers, stage_layers
 
 _ROUNDING = 1e-9
 

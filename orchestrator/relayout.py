@@ -21,7 +21,7 @@ from orchestrator import order
 from orchestrator.balance import unevenness
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig, check
 from orchestrator.layout import Layout
-from orchestrator.parameters import stage_layers
+from orchestrator.model.parameters import stage_layers
 from orchestrator.placement import evenly_placed
 from orchestrator.schedule import kinds
 from orchestrator.schedule.durations import Durations

@@ -14,7 +14,7 @@ from itertools import product
 from orchestrator.balance import Ranks, assign
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout import Layout
-from orchestrator.parameters import moe_layers, stage_layers
+from orchestrator.model.parameters import moe_layers, stage_layers
 from orchestrator.placement import Placed, Placement, evenly_placed, place_experts
 
 Held = Mapping[tuple[str, int], frozenset[int]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from orchestrator import segments
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig
-from orchestrator.parameters import stage_layers
+from orchestrator.model import segments
+from orchestrator.model.parameters import stage_layers
 from orchestrator.schedule import forward_only, kinds
 from orchestrator.schedule.actions import Program, Schedule
 from orchestrator.schedule.check import check

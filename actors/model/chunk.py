@@ -22,7 +22,7 @@ from actors.model.segment import Lane, Segment, crossed
 from actors.model.tape import LossScales, Microbatch
 from actors.model.weights import Weight, WeightGradients, exact_dtype
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import moe_layers, mtp_layer
+from orchestrator.model.parameters import moe_layers, mtp_layer
 
 __all__ = ["Chunk", "Lane", "LossScales", "Microbatch", "Segment"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from actors.model.weights import initial_value
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import mtp_layer, stage_parameters
+from orchestrator.model.parameters import mtp_layer, stage_parameters
 
 
 class PlainModel(nn.Module):

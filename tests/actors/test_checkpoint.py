@@ -21,8 +21,8 @@ from actors import checkpoint, storage
 from actors.checkpoint import CheckpointError, Manifest, PieceWriter
 from actors.optimizer import Optimizer
 from orchestrator.config.run_config import OptimizerSection
+from orchestrator.model.parameters import ParameterSpec
 from orchestrator.ownership import Bucket
-from orchestrator.parameters import ParameterSpec
 
 SPECS = (ParameterSpec("first", (3, 2)), ParameterSpec("second", (5,)))
 MODEL = {"hidden_size": 3}

@@ -19,7 +19,7 @@ from actors.checkpoint import MASTER
 from actors.hugging_face import SCALE, FolderError, ModelFolder, in_float8
 from jobs import export
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import stage_parameters
+from orchestrator.model.parameters import stage_parameters
 from tests.actors.model.helpers import Pipeline, random_tokens
 from tests.actors.model.test_transformers import ExactTorch, published_config
 from tests.reference.float8 import dequantised

@@ -7,7 +7,7 @@ import torch
 from runtime import configured, form, on_all, same, state
 
 from actors.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
-from orchestrator.parameters import stage_parameters
+from orchestrator.model.parameters import stage_parameters
 
 STEPS, RATES = 5, [1e-2, 7e-3, 3e-2, 1e-3, 5e-3]
 

@@ -8,7 +8,7 @@ from actors.comm.exchange import ExpertExchange
 from actors.model.chunk import Chunk, LossScales, Microbatch
 from actors.model.weights import Weight, WeightGradients, allocate, exact_dtype, initial_value
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
+from orchestrator.model.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
 
 SCALES = LossScales(next_token=0.01, mtp=0.004, balance=0.02)
 SEED = 5

@@ -9,8 +9,8 @@ from helpers import Pipeline, random_tokens, small_model
 from actors.model.segment import Lane, Segment
 from actors.model.tape import Microbatch
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import stage_layers
-from orchestrator.segments import LayerCosts, stage_strands
+from orchestrator.model.parameters import stage_layers
+from orchestrator.model.segments import LayerCosts, stage_strands
 
 MODELS = {
     "tiny": ModelConfig(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actors.model.weights import WeightGradients, allocate, fused, initial_value
-from orchestrator.parameters import ParameterSpec
+from orchestrator.model.parameters import ParameterSpec
 
 SPECS = [ParameterSpec("norm", (3,), precise=True), ParameterSpec("gate", (2, 3)), ParameterSpec("up", (4, 3)),
          ParameterSpec("wide", (1, 4)), ParameterSpec("down", (3, 4))]

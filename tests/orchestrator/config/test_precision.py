@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.config.precision import KINDS, PRODUCTS, exact, kind_of
 from orchestrator.config.run_config import ConfigError, ModelConfig, parse
-from orchestrator.parameters import stage_parameters
+from orchestrator.model.parameters import stage_parameters
 
 
 def weights(**changes):

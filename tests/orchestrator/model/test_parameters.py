@@ -10,7 +10,7 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import moe_layers, stage_layers, stage_parameters
+from orchestrator.model.parameters import moe_layers, stage_layers, stage_parameters
 from tests.orchestrator.layouts import DEEPSEEK, small_model
 
 EXPERT = {"gate_proj": (2048, 7168), "up_proj": (2048, 7168), "down_proj": (7168, 2048)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.parameters import layer_parameters, mtp_layer
+from orchestrator.model.parameters import layer_parameters, mtp_layer
 from orchestrator.schedule.orders import StageStrands
 from orchestrator.schedule.pieces import Piece
 from orchestrator.schedule.spans import Lane

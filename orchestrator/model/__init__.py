@@ -1,0 +1,1 @@
+"""What a model is made of: its weights by name and shape, and the segments that a stage computes."""
