@@ -12,7 +12,7 @@ from functools import partial
 
 from orchestrator import order
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.refusal import ConfigError
 from orchestrator.relayout import relaid
 from orchestrator.schedule.actions import Program

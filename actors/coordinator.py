@@ -38,7 +38,7 @@ from actors.stage_actor import FIRST_SECONDS, create
 from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config.run_config import ConfigError, RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending
 

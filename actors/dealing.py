@@ -10,7 +10,7 @@ import numpy
 from actors.messages import Apply, LossDivisors, StepRequest
 from orchestrator import order
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.scheduling import smallest_microbatches
 
 

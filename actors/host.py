@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT_BYTES = 1 << 30

@@ -9,9 +9,9 @@ import numpy
 from actors.comm.traffic import Sent
 from actors.comm.wires import Wire
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.membership import Member
-from orchestrator.placement import Placement
 from orchestrator.protocol.events import CallId, Ending, Fault
 from orchestrator.replay import Replay
 from orchestrator.schedule.actions import Program

@@ -50,8 +50,8 @@ from actors.state import Carried, carry_over
 from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator import ownership, transfer
 from orchestrator.config.run_config import RunConfig
+from orchestrator.layout.placement import Placement
 from orchestrator.membership import Member
-from orchestrator.placement import Placement
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import figures
 

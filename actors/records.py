@@ -10,8 +10,8 @@ from typing import Any
 from actors.dealing import Batch
 from actors.messages import LossSums, StepReport
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
-from orchestrator.placement import Placement
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.schedule.spans import Figures
 
 

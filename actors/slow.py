@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from actors.messages import StepReport, StepRequest
-from orchestrator.layout import Layout
-from orchestrator.placement import Placement
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.stragglers import Change, Flow, Watch, Work
 
 

@@ -16,12 +16,12 @@ from actors.model.chunk import Chunk
 from actors.model.float8 import in8_of
 from actors.model.weights import DTYPES, Weight, WeightGradients
 from actors.optimizer import Optimizer
-from orchestrator.balance import Ranks
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout, Place
+from orchestrator.layout.balance import Ranks
+from orchestrator.layout.layout import Layout, Place
+from orchestrator.layout.placement import Placement
 from orchestrator.model.parameters import moe_layers, stage_layers
 from orchestrator.ownership import Bucket
-from orchestrator.placement import Placement
 
 GroupRanks = tuple[int, ...]
 

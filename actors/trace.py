@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.layout import Place
+from orchestrator.layout.layout import Place
 from orchestrator.schedule.render_trace import event, process, trace_text
 from orchestrator.schedule.spans import Span
 

@@ -30,7 +30,7 @@ from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
 from orchestrator import cost
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout, Place
+from orchestrator.layout.layout import Layout, Place
 from orchestrator.ledger import Ledger
 from orchestrator.membership import Member, Rules
 from orchestrator.protocol.commands import EndRun

@@ -27,7 +27,7 @@ from jobs.progress import Progress
 from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from actors.run_folder import RunFolder, Token
 from jobs import cli, session
 from jobs.progress import Progress
 from orchestrator.config.run_config import ConfigError, RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending
 from orchestrator.replay import Replay

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.activations import BYTES, bytes_per_token
 from orchestrator.config.run_config import ModelConfig, RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.model.parameters import mtp_layer, stage_layers, stage_parameters
 from orchestrator.ownership import Bucket
 

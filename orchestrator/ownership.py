@@ -14,9 +14,9 @@ from itertools import accumulate
 
 from orchestrator.config.precision import PrecisionSection, exact
 from orchestrator.config.run_config import ModelConfig, RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.model.parameters import ParameterSpec, moe_layers, stage_layers, stage_parameters
-from orchestrator.placement import Placement, default_placement
 
 
 @dataclass(frozen=True)

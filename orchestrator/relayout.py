@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
 
-from orchestrator import layout as layouts
 from orchestrator import order
-from orchestrator.balance import unevenness
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig, check
-from orchestrator.layout import Layout
+from orchestrator.layout import layout as layouts
+from orchestrator.layout.balance import unevenness
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import evenly_placed
 from orchestrator.model.parameters import stage_layers
-from orchestrator.placement import evenly_placed
 from orchestrator.schedule import kinds
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.simulate import makespan

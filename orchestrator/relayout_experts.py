@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
 
-from orchestrator.balance import Ranks, assign
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.balance import Ranks, assign
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placed, Placement, evenly_placed, place_experts
 from orchestrator.model.parameters import moe_layers, stage_layers
-from orchestrator.placement import Placed, Placement, evenly_placed, place_experts
 
 Held = Mapping[tuple[str, int], frozenset[int]]
 """Experts of one layer that the process at (node, local index) has."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.schedule.spans import Lane
 
 WINDOW_STEPS = 5

@@ -16,9 +16,9 @@ from operator import itemgetter
 
 from orchestrator import ownership
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.ownership import Bucket
-from orchestrator.placement import Placement
 
 STATES = 3
 """Numbers that are kept of a value of a weight: the master weight, and AdamW's two moments."""

@@ -12,9 +12,9 @@ from actors.messages import LossSums, StepReport
 from actors.records import generation_record, losses_of
 from orchestrator import order
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.ledger import LedgerLine, combine, digest_text
-from orchestrator.placement import Placement
 from orchestrator.protocol.events import Ending
 from orchestrator.replay import Replay
 

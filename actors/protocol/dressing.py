@@ -19,9 +19,9 @@ from actors.dealing import Batch, Dealer
 from actors.protocol.tables import Tables
 from actors.records import SHOWN_RANKS
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.membership import Member
-from orchestrator.placement import Placement
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.commands import Call, Form
 from orchestrator.protocol.events import Answer, Done, LayoutRef, Plan

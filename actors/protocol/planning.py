@@ -10,9 +10,9 @@ from functools import lru_cache
 from actors.protocol.tables import Tables
 from orchestrator import ownership
 from orchestrator.config.run_config import ConfigError, RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.membership import Member
-from orchestrator.placement import Placement, default_placement
 from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, Plan
 from orchestrator.relayout import Relaid, relaid
 from orchestrator.relayout_experts import relaid_placement

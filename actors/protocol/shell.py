@@ -22,8 +22,8 @@ from actors.protocol.telling import Telling
 from actors.ranks import Arrived, RankCalls
 from actors.records import losses_of, scores_of
 from orchestrator.config.run_config import RunConfig
+from orchestrator.layout.placement import Placement, balanced_placement, moves
 from orchestrator.membership import Member
-from orchestrator.placement import Placement, balanced_placement, moves
 from orchestrator.protocol import commands
 from orchestrator.protocol.commands import Call, Command, CutLine, EpochLine, Line, OriginLine, StepLine, lane_of
 from orchestrator.protocol.events import Answered, CallId, Ended, Event, Failed, Heard, Hello, LineRefused, PlacementFound, Stored

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Generic, TypeVar
 
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
-from orchestrator.placement import Placement
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 from orchestrator.protocol.events import LayoutRef, PlacementRef
 
 T = TypeVar("T")

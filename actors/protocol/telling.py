@@ -20,9 +20,9 @@ from actors.spending import Spending
 from actors.trace import trace_json
 from orchestrator import goodput
 from orchestrator.config.run_config import RunConfig, dump
-from orchestrator.expert_load import ExpertLoad
-from orchestrator.layout import Layout, Place
-from orchestrator.placement import Placement, moves, worst_unevenness
+from orchestrator.layout.expert_load import ExpertLoad
+from orchestrator.layout.layout import Layout, Place
+from orchestrator.layout.placement import Placement, moves, worst_unevenness
 from orchestrator.protocol.commands import Tell
 from orchestrator.recipe import learning_rate
 from orchestrator.schedule.spans import Span

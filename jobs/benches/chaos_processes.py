@@ -33,7 +33,7 @@ from jobs.benches.chaos_rank import Orders
 from jobs.benches.chaos_text import Text, configured, tokens
 from jobs.benches.churn_rank import Home
 from jobs.benches.networks import Network
-from orchestrator.layout import Layout, choose
+from orchestrator.layout.layout import Layout, choose
 from orchestrator.membership import Member
 from orchestrator.topology import Node
 

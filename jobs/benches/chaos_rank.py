@@ -18,7 +18,7 @@ from actors.rank import Rank
 from jobs.benches.churn_rank import Home
 from jobs.benches.networks import enter
 from orchestrator.config.run_config import RunConfig
-from orchestrator.placement import Placement
+from orchestrator.layout.placement import Placement
 
 HANG, SLOW, RAISE = "hang", "slow", "raise"
 """In a compute segment: for ever; a bit longer in each; once."""

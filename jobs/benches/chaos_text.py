@@ -23,7 +23,7 @@ from jobs import tokenize
 from jobs.benches.chaos_company import CONFIG, LENGTH
 from orchestrator import order
 from orchestrator.config.run_config import RunConfig, parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import Node
 
 OVERRIDES = {

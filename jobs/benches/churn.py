@@ -29,7 +29,7 @@ from jobs import audit, corpus, session
 from jobs.benches.churn_rank import held_rank
 from jobs.benches.churn_run import Churn, Rows, Told, changes, train
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 
 BAR, CURVE_BAR, STEP_BAR = 0.95, 1e-9, 0.5

@@ -15,7 +15,7 @@ from actors.rank import Rank
 from jobs.benches.networks import enter
 from jobs.benches.schedule_held import exact_sleep, sleep_until
 from orchestrator.config.run_config import RunConfig
-from orchestrator.placement import Placement
+from orchestrator.layout.placement import Placement
 
 _FIRST = -20  # the highest priority that setpriority(2) knows
 

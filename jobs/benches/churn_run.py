@@ -21,7 +21,7 @@ from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from orchestrator import order
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.topology import Node
 
 LOST, DRAINED, JOINED, FROZEN = "lost", "drained", "joined", "frozen"

@@ -27,7 +27,7 @@ from jobs.benches.churn_rank import Home, held_rank
 from jobs.benches.churn_run import Rows, train
 from jobs.benches.networks import Network, NetworkRefused
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
-from orchestrator.layout import Layout, choose
+from orchestrator.layout.layout import Layout, choose
 from orchestrator.refusal import ConfigError
 from orchestrator.topology import virtual_nodes
 

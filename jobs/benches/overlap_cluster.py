@@ -16,7 +16,7 @@ from jobs.benches.networks import Network
 from jobs.benches.overlap_held import Seconds
 from jobs.benches.overlap_rank import Ours, Step, Torch, overlap_rank
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.schedule.stages import BOTH, Stages
 
 _TIMEOUT_SECONDS = 300.0

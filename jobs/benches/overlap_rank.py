@@ -29,7 +29,7 @@ from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Toke
 from jobs.benches.overlap_torch import BlockingExchange, TorchDualPipeV
 from jobs.benches.schedule_held import HeldLane, exact_sleep, sleep_until
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.schedule.actions import Kind, Program, Work
 from orchestrator.schedule.spans import Span
 from orchestrator.schedule.stages import Stages

@@ -13,7 +13,7 @@ from jobs.benches.networks import Network, enter
 from jobs.benches.overlap_cluster import say
 from jobs.benches.text import batches_of_text
 from orchestrator.config.run_config import RunConfig, parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 
 _WARM_UP = 2

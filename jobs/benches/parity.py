@@ -25,7 +25,7 @@ from actors.trainer import Sources, Trainer
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text
 from orchestrator.config.run_config import RunConfig, parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 
 STEPS = 10

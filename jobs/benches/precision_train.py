@@ -10,7 +10,7 @@ from actors.dataset import Dataset
 from actors.processes import ProcessRanks
 from jobs.benches.churn_run import Rows, train
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 
 

@@ -22,10 +22,10 @@ from jobs.benches.routing_expected import Reach, limited, published_packing, unl
 from jobs.benches.routing_gate import measure, peer_is_here
 from jobs.benches.routing_move import MoveFound, MoveTask
 from jobs.benches.routing_rank import Found, Task, routing_rank
-from orchestrator.balance import in_order, unevenness
 from orchestrator.config.run_config import ModelConfig, Real, RunConfig, Section, parse
-from orchestrator.layout import Layout, choose
-from orchestrator.placement import Placement, balanced_placement, default_placement, moves
+from orchestrator.layout.balance import in_order, unevenness
+from orchestrator.layout.layout import Layout, choose
+from orchestrator.layout.placement import Placement, balanced_placement, default_placement, moves
 from orchestrator.refusal import ConfigError
 from orchestrator.topology import virtual_nodes
 

@@ -14,8 +14,8 @@ from actors.optimizer import OwnedShard, shards_of
 from actors.state import carry_over
 from orchestrator import ownership, transfer
 from orchestrator.config.run_config import ModelConfig, OptimizerSection
-from orchestrator.layout import Layout
-from orchestrator.placement import Placement
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement
 
 COPIES = 1
 _TAG, _UPDATES = 2, 7

@@ -16,7 +16,7 @@ from actors.host import settle
 from actors.model.gate import choose_experts, expert_weights
 from jobs.benches.routing_move import MoveFound, MoveTask, move
 from orchestrator.config.run_config import ModelConfig, RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 
 _TIMEOUT_SECONDS = 60.0
 

@@ -32,7 +32,7 @@ from jobs.benches.churn import small
 from jobs.benches.churn_run import Rows, Told, train
 from jobs.benches.telemetry_rank import metered_rank
 from orchestrator.config.run_config import Real, RunConfig, Section
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 
 BAR, PROTOCOL_BAR = 0.01, 1e-3

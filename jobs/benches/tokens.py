@@ -27,7 +27,7 @@ from jobs.benches.text import batches_of_text
 from jobs.cli import JobFailed
 from orchestrator.config.precision import PRODUCTS
 from orchestrator.config.run_config import RunConfig, Section, parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.membership import Member
 
 ROUNDS, STEPS, WARM_UP = 3, 16, 4

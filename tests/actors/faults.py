@@ -19,7 +19,7 @@ import actors.checkpoint
 from actors.processes import ProcessRanks
 from actors.run_folder import RunFolder
 from orchestrator.config.run_config import RunConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId

@@ -24,9 +24,9 @@ from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from orchestrator import order
 from orchestrator.config.run_config import RunConfig, parse
-from orchestrator.layout import Layout, choose
+from orchestrator.layout.layout import Layout, choose
+from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.membership import Member
-from orchestrator.placement import Placement, default_placement
 from orchestrator.topology import virtual_nodes
 
 TIMEOUT_SECONDS = 120.0

@@ -7,7 +7,7 @@ import pytest
 from actors import ahead as ahead_module
 from actors.ahead import Ahead
 from actors.dealing import Dealer
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.relayout import relaid
 from orchestrator.scheduling import programs_for
 from orchestrator.topology import Node, virtual_nodes

@@ -17,7 +17,7 @@ from actors.trainer import Sources, Trainer
 from jobs.benches.networks import Network
 from jobs.benches.overlap_tiny import rank_inside
 from orchestrator.config.run_config import parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.schedule.spans import Lane
 from orchestrator.topology import virtual_nodes
 

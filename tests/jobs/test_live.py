@@ -13,7 +13,7 @@ from actors.metrics import Exporter, json_route
 from jobs import cli, status
 from jobs.live import ask, lines
 from orchestrator.config.run_config import parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 
 CONFIG = parse({}, ["run.name=there", "training.steps=10", "layout.pipeline=2", "layout.expert=2", "topology.virtual_nodes=2",

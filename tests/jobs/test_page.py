@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from actors.board import Board
 from actors.metrics import PAGE, Exporter, json_route
 from orchestrator.config.run_config import parse
-from orchestrator.layout import choose
+from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 from tests.cluster.browser import Browser
 

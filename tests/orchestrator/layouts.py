@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from orchestrator.config.run_config import LayoutSection, ModelConfig, load
-from orchestrator.layout import Layout, choose
+from orchestrator.layout.layout import Layout, choose
 from orchestrator.schedule.stages import BOTH, Stages
 from orchestrator.topology import Node
 

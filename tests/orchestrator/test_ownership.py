@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import place_experts
 from orchestrator.model.parameters import ParameterSpec, stage_layers, stage_parameters
 from orchestrator.ownership import Bucket, buckets
-from orchestrator.placement import place_experts
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 

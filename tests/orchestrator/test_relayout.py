@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator import scheduling
 from orchestrator.config.run_config import ConfigError, RunConfig, check, parse
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
 from orchestrator.relayout import MOST_IDLE, predicted_duration, relaid
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.simulate import makespan

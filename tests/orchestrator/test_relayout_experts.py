@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.layout import Layout
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Placement, balanced_placement, default_placement
 from orchestrator.model.parameters import moe_layers, stage_layers
-from orchestrator.placement import Placement, balanced_placement, default_placement
 from orchestrator.relayout import relaid
 from orchestrator.relayout_experts import relaid_placement
 from orchestrator.topology import Node

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.layout.placement import balanced_placement, default_placement
 from orchestrator.model.parameters import ParameterSpec
 from orchestrator.ownership import Bucket, buckets, gates
-from orchestrator.placement import balanced_placement, default_placement
 from orchestrator.transfer import GateTransfer, Piece, Plan, StateLost, Transfer, plan
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 

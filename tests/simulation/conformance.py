@@ -13,8 +13,8 @@ from pathlib import Path
 
 from actors.protocol.planning import RealPlanner
 from orchestrator.config.run_config import RunConfig
+from orchestrator.layout.placement import Placement
 from orchestrator.membership import Member
-from orchestrator.placement import Placement
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Request
 from orchestrator.protocol.events import Base, Plan

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from actors.trace import trace_json
-from orchestrator.layout import Place
+from orchestrator.layout.layout import Place
 from orchestrator.schedule.actions import Compute, Kind, Split, parse_csv
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.kinds import generate

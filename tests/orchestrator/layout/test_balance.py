@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.balance import assign, balanced, in_order, loads, most_nodes, nearest, pack, unevenness
+from orchestrator.layout.balance import assign, balanced, in_order, loads, most_nodes, nearest, pack, unevenness
 from tests.reference.eplb import balanced_packing, rebalance
 
 README = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.run_config import ConfigError, LayoutSection
-from orchestrator.layout import Layout
-from orchestrator.placement import place_experts
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import place_experts
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, DEEPSEEK_CONFIG, clusters, layout_of, small_model
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.balance import balanced, unevenness
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.balance import balanced, unevenness
+from orchestrator.layout.layout import Layout
+from orchestrator.layout.placement import Move, _apart, balanced_placement, default_placement, moves, place_experts
 from orchestrator.model.parameters import stage_layers
-from orchestrator.placement import Move, _apart, balanced_placement, default_placement, moves, place_experts
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 

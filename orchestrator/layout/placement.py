@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
-from orchestrator.balance import Ranks, balanced, in_order, nearest, unevenness
 from orchestrator.config.run_config import ModelConfig
-from orchestrator.layout import Layout
+from orchestrator.layout.balance import Ranks, balanced, in_order, nearest, unevenness
+from orchestrator.layout.layout import Layout
 from orchestrator.model.parameters import moe_layers, stage_layers
 
 _ROUNDING = 1e-9

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.expert_load import ExpertLoad
+from orchestrator.layout.expert_load import ExpertLoad
 
 
 @given(st.integers(1, 20), st.lists(st.lists(st.integers(0, 99), min_size=3, max_size=3), min_size=1, max_size=12))

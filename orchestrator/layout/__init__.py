@@ -1,0 +1,1 @@
+"""Who stands where: ranks on nodes, experts on ranks, and how loads of experts are balanced."""
