@@ -15,7 +15,7 @@ from torch import Tensor
 from actors.comm.waiting import OutOfStep
 from actors.messages import Assignment, Recollection
 from actors.optimizer import OwnedShard
-from orchestrator.ownership import Bucket
+from orchestrator.state.ownership import Bucket
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from actors.comm.groups import Generation, Group
 from actors.model.weights import Weight, exact_dtype
 from orchestrator.config.run_config import OptimizerSection
 from orchestrator.model.parameters import ParameterSpec
-from orchestrator.ownership import Bucket
+from orchestrator.state.ownership import Bucket
 
 
 @dataclass(slots=True)

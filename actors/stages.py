@@ -21,7 +21,7 @@ from orchestrator.layout.balance import Ranks
 from orchestrator.layout.layout import Layout, Place
 from orchestrator.layout.placement import Placement
 from orchestrator.model.parameters import moe_layers, stage_layers
-from orchestrator.ownership import Bucket
+from orchestrator.state.ownership import Bucket
 
 GroupRanks = tuple[int, ...]
 

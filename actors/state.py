@@ -1,5 +1,5 @@
 """Persistent state on its way from rank to rank, when it changes owners: master weights, AdamW's moments and how many updates
-they have seen, and the biases of gates. What goes where is a plan (orchestrator/transfer.py) that all ranks have alike.
+they have seen, and the biases of gates. What goes where is a plan (orchestrator/state/transfer.py) that all ranks have alike.
 
 Everything that one rank has for another is one message. All receives are posted before anything is sent, so that both directions
 of a link are used at once. What a rank had stays as it is until it is let go of: a move that fails has changed nothing there.
@@ -15,7 +15,7 @@ import torch
 from actors.comm.groups import Group, wait
 from actors.comm.waiting import Operation
 from actors.optimizer import OwnedShard
-from orchestrator.transfer import Message, Plan
+from orchestrator.state.transfer import Message, Plan
 
 _TAG = 1  # nothing else is sent from one to one in the group of all ranks
 _HEADER = 1  # a message begins with the number of updates, which FP32 holds exactly up to 2**24

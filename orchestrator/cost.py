@@ -9,7 +9,7 @@ from orchestrator.activations import BYTES, bytes_per_token
 from orchestrator.config.run_config import ModelConfig, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.model.parameters import mtp_layer, stage_layers, stage_parameters
-from orchestrator.ownership import Bucket
+from orchestrator.state.ownership import Bucket
 
 
 @dataclass(frozen=True)

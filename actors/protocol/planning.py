@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from actors.protocol.tables import Tables
-from orchestrator import ownership
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
@@ -16,6 +15,7 @@ from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, Plan
 from orchestrator.relayout import Relaid, relaid
 from orchestrator.relayout_experts import relaid_placement
+from orchestrator.state import ownership
 from orchestrator.topology import Node
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import torch
 from actors.comm.groups import Group, wait
 from actors.optimizer import OwnedShard, shards_of
 from actors.state import carry_over
-from orchestrator import ownership, transfer
 from orchestrator.config.run_config import ModelConfig, OptimizerSection
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
+from orchestrator.state import ownership, transfer
 
 COPIES = 1
 _TAG, _UPDATES = 2, 7

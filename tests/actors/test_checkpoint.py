@@ -22,7 +22,7 @@ from actors.checkpoint import CheckpointError, Manifest, PieceWriter
 from actors.optimizer import Optimizer
 from orchestrator.config.run_config import OptimizerSection
 from orchestrator.model.parameters import ParameterSpec
-from orchestrator.ownership import Bucket
+from orchestrator.state.ownership import Bucket
 
 SPECS = (ParameterSpec("first", (3, 2)), ParameterSpec("second", (5,)))
 MODEL = {"hidden_size": 3}

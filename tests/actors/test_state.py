@@ -15,7 +15,7 @@ from actors.held import State
 from actors.optimizer import Optimizer, shards_of
 from actors.stages import groups_of
 from actors.state import carry_over
-from orchestrator import ownership, transfer
+from orchestrator.state import ownership, transfer
 
 
 def train(host):

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator import cost, planner
 from orchestrator.config.run_config import parse
-from orchestrator.ownership import buckets
+from orchestrator.state.ownership import buckets
 from tests.orchestrator.layouts import DEEPSEEK_CONFIG, layout_of, small_model
 
 MODEL = small_model()

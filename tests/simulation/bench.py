@@ -9,10 +9,10 @@ from math import inf
 from typing import Any
 
 from actors.protocol.tables import Tables
-from orchestrator import ownership
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Call, Former, Lane, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed, FailKind
+from orchestrator.state import ownership
 from tests.simulation.hosted import STRIDE, Key
 from tests.simulation.invariants import Invariants
 from tests.simulation.planner_model import Owned

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
 
-from orchestrator import ownership
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.ownership import Bucket
+from orchestrator.state import ownership
+from orchestrator.state.ownership import Bucket
 
 STATES = 3
 """Numbers that are kept of a value of a weight: the master weight, and AdamW's two moments."""

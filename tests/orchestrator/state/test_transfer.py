@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from orchestrator.layout.placement import balanced_placement, default_placement
 from orchestrator.model.parameters import ParameterSpec
-from orchestrator.ownership import Bucket, buckets, gates
-from orchestrator.transfer import GateTransfer, Piece, Plan, StateLost, Transfer, plan
+from orchestrator.state.ownership import Bucket, buckets, gates
+from orchestrator.state.transfer import GateTransfer, Piece, Plan, StateLost, Transfer, plan
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 
 MODEL = small_model(hidden_size=2, vocab_size=5, intermediate_size=3, moe_intermediate_size=2, num_hidden_layers=2,

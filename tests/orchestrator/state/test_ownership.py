@@ -13,8 +13,8 @@ from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import place_experts
 from orchestrator.model.parameters import ParameterSpec, stage_layers, stage_parameters
-from orchestrator.ownership import Bucket, buckets
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
+from orchestrator.state.ownership import Bucket, buckets
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 
 MODEL = small_model()
