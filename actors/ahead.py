@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data import order
 from orchestrator.layout.layout import Layout
 from orchestrator.refusal import ConfigError
 from orchestrator.relayout import relaid

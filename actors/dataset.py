@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from actors import storage
 from orchestrator.config.run_config import ConfigError
-from orchestrator.order import Shape
+from orchestrator.data.order import Shape
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -64,7 +64,7 @@ class Split:
 
     @property
     def shape(self) -> Shape:
-        """Sizes for orchestrator.order. Raises DatasetError when the split is empty."""
+        """Sizes for orchestrator.data.order. Raises DatasetError when the split is empty."""
         if not self.sequences:
             raise DatasetError(f"{self.name}: the corpus has no sequences in this split")
         return Shape(self.sequences, self.rows_per_group)

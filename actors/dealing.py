@@ -8,8 +8,8 @@ from functools import partial
 import numpy
 
 from actors.messages import Apply, LossDivisors, StepRequest
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data import order
 from orchestrator.layout.layout import Layout
 from orchestrator.scheduling import smallest_microbatches
 

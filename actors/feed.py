@@ -1,6 +1,6 @@
 """Ray Data to training steps: the batches of steps t, t+1, ... in the seeded order, read ahead in the background.
 
-orchestrator.order says which rows a step has; this module has Ray Data read them. The positions from step t on are cut, at
+orchestrator.data.order says which rows a step has; this module has Ray Data read them. The positions from step t on are cut, at
 the borders of shuffle windows, into chunks of a few megabytes; a chunk is one task that reads its row groups from storage
 (actors.dataset, verified) and returns the rows in order. Ray Data runs the chunks in order (`preserve_order`), a few at a time
 (a leg: 16 MB, or one step if that is more); a background thread cuts their rows into steps and keeps `data.prefetch_steps`
@@ -24,8 +24,8 @@ import ray.data
 
 from actors.dataset import COLUMN, Dataset, DatasetError, list_to_matrix, matrix_to_list
 from actors.dealing import Batch
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data import order
 
 VALIDATION = -1
 _CHUNK_BYTES = 4 << 20

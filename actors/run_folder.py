@@ -1,6 +1,6 @@
 """`runs/<name>/`: what a run leaves behind, on any pyarrow.fs URI.
 
-`ledger.jsonl` is the commit: a line is durable before the step counts, and the file only grows (orchestrator/ledger.py). The metrics
+`ledger.jsonl` is the commit: a line is durable before the step counts, and the file only grows (orchestrator/data/ledger.py). The metrics
 of steps that are to be done again are cut off, so that each step stands in them once.
 """
 
@@ -19,7 +19,7 @@ from pyarrow import fs
 
 from actors import storage
 from actors.journal import Journal
-from orchestrator import ledger
+from orchestrator.data import ledger
 
 CHECKPOINTS, LEDGER, LIVE = "checkpoints", "ledger.jsonl", "live.json"
 _PARTIAL_SECONDS = 600.0

@@ -12,8 +12,8 @@ from actors.comm.links import Links
 from actors.messages import LossDivisors, LossSums, StepRequest
 from actors.model.chunk import Chunk, LossScales, Microbatch
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data.ledger import combine, sequence_digest
 from orchestrator.layout.layout import Layout
-from orchestrator.ledger import combine, sequence_digest
 
 Key = tuple[int, int]
 """(slot, microbatch)."""

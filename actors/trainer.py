@@ -30,8 +30,8 @@ from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
 from orchestrator import cost
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data.ledger import Ledger
 from orchestrator.layout.layout import Layout, Place
-from orchestrator.ledger import Ledger
 from orchestrator.membership import Member, Rules
 from orchestrator.protocol.commands import EndRun
 from orchestrator.protocol.deadlines import Deadlines

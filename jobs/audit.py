@@ -1,7 +1,7 @@
 """Whether each sequence of each committed step was used exactly once: the ledger against the tokenized shards.
 
 The ledger keeps, for each step, the sum of one hash per sequence that ranks really ran. The same sum is computed here from
-the shards: `orchestrator.order` says which rows a step has, so nothing that a run wrote is believed but the ledger's digests
+the shards: `orchestrator.data.order` says which rows a step has, so nothing that a run wrote is believed but the ledger's digests
 and its configuration. Row groups are read when a step needs them, and only 16 bytes a row are kept, of the shuffle windows
 under way; so memory does not grow with the run. Rows with the same tokens cannot be told apart, nor need they be. Steps that the
 ledger says were to be done again are left out: each counts as it was done in the end.
@@ -16,9 +16,9 @@ from typing import Any
 
 from actors import storage
 from actors.dataset import Dataset
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig, TrainingSection
-from orchestrator.ledger import STEP, Cuts, Entry, combine, digest_text, entries, sequence_digest
+from orchestrator.data import order
+from orchestrator.data.ledger import STEP, Cuts, Entry, combine, digest_text, entries, sequence_digest
 
 LEDGER, METRICS = "ledger.jsonl", "metrics.jsonl"
 _DIGEST_BYTES = 16

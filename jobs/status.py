@@ -23,7 +23,7 @@ from actors import storage
 from actors.dataset import Dataset, DatasetError
 from jobs import audit, cli, live, session
 from orchestrator.config.run_config import RunConfig, load, parse
-from orchestrator.ledger import committed_by
+from orchestrator.data.ledger import committed_by
 
 AUDIT = "audit"
 _CLEAR, _WATCH_SECONDS = "\x1b[H\x1b[2J", 1.0

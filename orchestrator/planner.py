@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from orchestrator import cost, order, scheduling
+from orchestrator import cost, scheduling
 from orchestrator.config.run_config import ModelConfig, RunConfig
+from orchestrator.data import order
 from orchestrator.layout.balance import Ranks, balanced, most_nodes, unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import default_placement, evenly_placed, place_experts

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
 
-from orchestrator import order
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig, check
+from orchestrator.data import order
 from orchestrator.layout import layout as layouts
 from orchestrator.layout.balance import unevenness
 from orchestrator.layout.layout import Layout

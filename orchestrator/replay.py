@@ -17,9 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.config.run_config import LayoutSection, RunConfig, ScheduleSection, check
+from orchestrator.data.ledger import STEP, Cuts, Entry, entries
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
-from orchestrator.ledger import STEP, Cuts, Entry, entries
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.stages import Stages
 

@@ -10,11 +10,11 @@ from typing import Any
 from actors.dealing import Batch
 from actors.messages import LossSums, StepReport
 from actors.records import generation_record, losses_of
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data import order
+from orchestrator.data.ledger import LedgerLine, combine, digest_text
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.ledger import LedgerLine, combine, digest_text
 from orchestrator.protocol.events import Ending
 from orchestrator.replay import Replay
 

@@ -27,7 +27,7 @@ from jobs.benches.chaos_company import CONFIG, LENGTH, Company, Ended, Kind, Str
 from jobs.benches.held_thread import HeldThread, cpu_seconds
 from jobs.benches.networks import NetworkRefused
 from jobs.benches.raylets import ClusterFailed, RayletCluster
-from orchestrator.ledger import committed_by
+from orchestrator.data.ledger import committed_by
 
 NODES = 4
 SECONDS = 180.0

@@ -21,8 +21,8 @@ from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs import tokenize
 from jobs.benches.chaos_company import CONFIG, LENGTH
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig, parse
+from orchestrator.data import order
 from orchestrator.layout.layout import choose
 from orchestrator.topology import Node
 

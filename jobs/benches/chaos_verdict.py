@@ -15,7 +15,7 @@ from actors.dataset import Dataset
 from jobs import audit
 from jobs.benches.chaos_company import COPIES, Company, Strike
 from orchestrator.config.run_config import load
-from orchestrator.ledger import CUT, STEP, entries, read
+from orchestrator.data.ledger import CUT, STEP, entries, read
 
 EXPLAINED_SECONDS = 60.0
 """After its cause is gone a strike still explains a loss so long: what was noticed late, or failed as it joined again."""

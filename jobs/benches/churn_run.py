@@ -19,8 +19,8 @@ from actors.processes import ProcessRanks
 from actors.ranks import News
 from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig
+from orchestrator.data import order
 from orchestrator.layout.layout import Layout
 from orchestrator.topology import Node
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from jobs.benches.raylets import RayletCluster
 from jobs.benches.recovery_times import Incident, incident
 from orchestrator.config.run_config import RunConfig, dump
-from orchestrator.ledger import read
+from orchestrator.data.ledger import read
 
 KILLED, CUT, FROZEN, RANK = "killed", "cut", "frozen", "rank"
 KINDS = (KILLED, CUT, FROZEN, RANK)

@@ -22,8 +22,8 @@ from actors.processes import ProcessRanks
 from actors.rank import Rank
 from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
-from orchestrator import order
 from orchestrator.config.run_config import RunConfig, parse
+from orchestrator.data import order
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.membership import Member

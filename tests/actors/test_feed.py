@@ -12,8 +12,8 @@ from actors import feed as feed_module
 from actors import packing
 from actors.dataset import Dataset, DatasetError
 from actors.feed import VALIDATION, Feed, read_validation
-from orchestrator import order
 from orchestrator.config.run_config import parse
+from orchestrator.data import order
 
 LENGTH, WAIT = 8, 60.0
 

@@ -21,7 +21,7 @@ from actors.messages import Start
 from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
 from actors.trainer import Sources, Trainer, TrainingFailed
-from orchestrator.ledger import read
+from orchestrator.data.ledger import read
 from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import Ending

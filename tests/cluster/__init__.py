@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.ledger import read
+from orchestrator.data.ledger import read
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.benches.chaos_company import Strike
 from jobs.benches.chaos_verdict import EXPLAINED_SECONDS, Journal, Verdict, gaps, lost_steps, needless, restarted
-from orchestrator.ledger import chained, line_hash
+from orchestrator.data.ledger import chained, line_hash
 
 KILLED = Strike("node killed", 1, 100.0, ("a",), 103.0)
 STALLED = Strike("node stalled", 0, 100.0, ("a",), 101.0)

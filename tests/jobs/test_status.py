@@ -20,10 +20,10 @@ from actors.processes import ProcessRanks
 from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs import audit, cli, status
-from orchestrator import order
 from orchestrator.config.run_config import BatchRamp, TrainingSection, parse
-from orchestrator.ledger import read
-from orchestrator.order import Shape
+from orchestrator.data import order
+from orchestrator.data.ledger import read
+from orchestrator.data.order import Shape
 from tests.actors import corpus as small
 from tests.actors.runtime import LENGTH, TIMEOUT_SECONDS, configured, host
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.ledger import CUT, Cuts, LedgerDamaged, chained, entries, line_hash, read
+from orchestrator.data.ledger import CUT, Cuts, LedgerDamaged, chained, entries, line_hash, read
 
 
 def written(*values: dict) -> list[str]:

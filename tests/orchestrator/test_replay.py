@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from orchestrator import replay
 from orchestrator.config.run_config import ScheduleSection, parse
+from orchestrator.data.ledger import LedgerLine
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.layout.placement import Placement, balanced_placement, default_placement
-from orchestrator.ledger import LedgerLine
 from orchestrator.replay import ReplayRefused
 from orchestrator.topology import Node
 

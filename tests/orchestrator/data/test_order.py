@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.run_config import BatchRamp, TrainingSection
-from orchestrator.order import (
+from orchestrator.data.order import (
     Permutation,
     Shape,
     batch_size,

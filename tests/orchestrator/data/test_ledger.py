@@ -8,7 +8,7 @@ import struct
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.ledger import combine, digest_text, sequence_digest
+from orchestrator.data.ledger import combine, digest_text, sequence_digest
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 300), min_size=2, max_size=6), min_size=1, max_size=6)
 

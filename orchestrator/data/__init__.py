@@ -1,0 +1,1 @@
+"""Which sequences a step has, and the line of the ledger that commits it."""
