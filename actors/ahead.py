@@ -13,11 +13,11 @@ from functools import partial
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
+from orchestrator.plan.scheduling import programs_for, smallest_microbatches
 from orchestrator.refusal import ConfigError
 from orchestrator.relayout import relaid
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.stages import Stages
-from orchestrator.scheduling import programs_for, smallest_microbatches
 from orchestrator.topology import Node
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from actors.messages import Apply, LossDivisors, StepRequest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
-from orchestrator.scheduling import smallest_microbatches
+from orchestrator.plan.scheduling import smallest_microbatches
 
 
 @dataclass(frozen=True)

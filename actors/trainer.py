@@ -28,11 +28,11 @@ from actors.protocol.telling import Telling, Watch
 from actors.ranks import RankCalls
 from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
-from orchestrator import cost
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data.ledger import Ledger
 from orchestrator.layout.layout import Layout, Place
 from orchestrator.membership import Member, Rules
+from orchestrator.plan import cost
 from orchestrator.protocol.commands import EndRun
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Change, Ending, Goal, Head, Seen, Started

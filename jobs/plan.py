@@ -26,8 +26,8 @@ from pathlib import Path
 from jobs.cli import JobFailed, Parser, arguments, configuration, run
 from jobs.plan_run import comparison
 from orchestrator.config.run_config import ConfigError, RunConfig
+from orchestrator.plan.compare import as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.actions import Schedule, to_csv
-from orchestrator.schedule.compare import as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.measured import Measured, measured_durations, read_trace, refuse_another_schedule

@@ -20,9 +20,9 @@ from jobs.lost import ClusterWatch
 from jobs.progress import Progress
 from jobs.running import POLL_SECONDS, Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
-from orchestrator import planner
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout, choose
+from orchestrator.plan import planner
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.relayout import Relaid, relaid
 from orchestrator.replay import Replay, ReplayRefused

@@ -23,11 +23,11 @@ from orchestrator.layout.balance import unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import evenly_placed
 from orchestrator.model.parameters import stage_layers
+from orchestrator.plan.scheduling import smallest_microbatches
 from orchestrator.schedule import kinds
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.simulate import makespan
 from orchestrator.schedule.stages import BOTH, SEARCHED, Stages, V
-from orchestrator.scheduling import smallest_microbatches
 from orchestrator.topology import Node
 
 MOST_IDLE = 0.2

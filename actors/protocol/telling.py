@@ -23,8 +23,8 @@ from orchestrator.config.run_config import RunConfig, dump
 from orchestrator.layout.expert_load import ExpertLoad
 from orchestrator.layout.layout import Layout, Place
 from orchestrator.layout.placement import Placement, moves, worst_unevenness
+from orchestrator.plan.recipe import learning_rate
 from orchestrator.protocol.commands import Tell
-from orchestrator.recipe import learning_rate
 from orchestrator.schedule.spans import Span
 
 Watch = Callable[[str, dict[str, Any]], None]

@@ -16,7 +16,7 @@ from actors.messages import LossDivisors
 from actors.model.plain import PlainModel
 from actors.rank import DTYPES
 from orchestrator.config.run_config import RunConfig
-from orchestrator.recipe import learning_rate
+from orchestrator.plan.recipe import learning_rate
 
 
 @dataclass

@@ -28,8 +28,8 @@ from jobs.benches.raylets import ClusterFailed, RayletCluster
 from jobs.benches.recovery_picture import draw
 from jobs.benches.recovery_run import CUT, FROZEN, KILLED, KINDS, RANK, RunFailed, blows, bring_back, heal, strike, training
 from jobs.benches.recovery_times import Incident, line_through
-from orchestrator import cost
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
+from orchestrator.plan import cost
 from orchestrator.refusal import ConfigError
 
 CHECKS = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}

@@ -9,7 +9,7 @@ from itertools import combinations, count, product
 
 import pytest
 
-from orchestrator import scheduling
+from orchestrator.plan import scheduling
 from orchestrator.schedule.actions import Compute, Kind, Pair, Schedule, Split, Work
 from orchestrator.schedule.stages import SEARCHED, Stages
 

@@ -8,8 +8,8 @@ from actors import ahead as ahead_module
 from actors.ahead import Ahead
 from actors.dealing import Dealer
 from orchestrator.layout.layout import choose
+from orchestrator.plan.scheduling import programs_for
 from orchestrator.relayout import relaid
-from orchestrator.scheduling import programs_for
 from orchestrator.topology import Node, virtual_nodes
 from tests.actors.runtime import batch_of, configured
 

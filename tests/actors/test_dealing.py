@@ -8,14 +8,14 @@ from runtime import LAYOUTS, configured
 
 from actors.dealing import Batch, Dealer
 from actors.messages import Apply
-from orchestrator import scheduling
 from orchestrator.config.run_config import ConfigError, CostsSection, parse
+from orchestrator.plan import scheduling
+from orchestrator.plan.scheduling import durations_of, programs_for, smallest_microbatches
 from orchestrator.schedule.actions import Compute, Kind, Schedule, Split
 from orchestrator.schedule.check import ScheduleError
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.search import Found
 from orchestrator.schedule.stages import Stages
-from orchestrator.scheduling import durations_of, programs_for, smallest_microbatches
 
 LENGTH = 8
 

@@ -11,7 +11,7 @@ from runtime import TIMEOUT_SECONDS, batch_of, configured, form, meeting_place, 
 from actors.comm.waiting import Aborted, OutOfStep
 from actors.dealing import Dealer
 from actors.messages import Apply, Assignment, Former, Standing
-from orchestrator.scheduling import programs_for
+from orchestrator.plan.scheduling import programs_for
 
 CONFIG, LAYOUT = configured("EP4", "model.num_hidden_layers=2")
 RATE = 1e-2

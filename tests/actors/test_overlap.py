@@ -11,8 +11,8 @@ from random_schedule import draw_schedules
 from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, state, train
 
 from actors.dealing import Dealer
+from orchestrator.plan.scheduling import programs_for
 from orchestrator.schedule.actions import Split
-from orchestrator.scheduling import programs_for
 
 STEPS = "training.steps=3", "training.batch_sequences=25", "training.microbatch_sequences=3"
 

@@ -13,7 +13,7 @@ from runtime import batch_of, configured, digest_by_hand, state, train
 from actors.checkpoint import MASTER
 from actors.dealing import Dealer
 from jobs.benches import plain
-from orchestrator import scheduling
+from orchestrator.plan import scheduling
 from orchestrator.schedule.actions import Split
 from orchestrator.schedule.kinds import KINDS
 

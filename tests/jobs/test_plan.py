@@ -17,8 +17,8 @@ from actors.trace import trace_json
 from jobs.cli import JobFailed, Parser, UsageError, arguments, configuration, run
 from jobs.plan import main
 from orchestrator.config.run_config import ConfigError, dump, parse
+from orchestrator.plan.compare import searched_contestants
 from orchestrator.schedule.actions import Kind, parse_csv
-from orchestrator.schedule.compare import searched_contestants
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk
 from orchestrator.schedule.kinds import KINDS, generate
 from orchestrator.schedule.search import searched

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import scheduling
 from orchestrator.config.run_config import ConfigError, RunConfig, check, parse
 from orchestrator.layout.layout import Layout
+from orchestrator.plan import scheduling
 from orchestrator.relayout import MOST_IDLE, predicted_duration, relaid
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.simulate import makespan

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from actors.model.float8 import in8_of
-from orchestrator.activations import bytes_per_token
 from orchestrator.config.run_config import parse
+from orchestrator.plan.activations import bytes_per_token
 from tests.actors.model.helpers import Pipeline, random_tokens
 from tests.actors.model.test_chunk import LiveBytes
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.run_config import OptimizerSection
-from orchestrator.recipe import learning_rate
+from orchestrator.plan.recipe import learning_rate
 
 
 def rates(steps: int, **changes) -> list[float]:

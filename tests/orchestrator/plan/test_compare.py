@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.plan.compare import Contestant, Refused, as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.actions import to_csv
-from orchestrator.schedule.compare import Contestant, Refused, as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.kinds import KINDS, generate
 from orchestrator.schedule.simulate import simulate

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
-from orchestrator import cost, scheduling
 from orchestrator.config.run_config import ModelConfig, RunConfig
 from orchestrator.data import order
 from orchestrator.layout.balance import Ranks, balanced, most_nodes, unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import default_placement, evenly_placed, place_experts
+from orchestrator.plan import cost, scheduling
 from orchestrator.schedule.check import peak_activations
 from orchestrator.schedule.stages import SEARCHED, Stages, V
 from orchestrator.state import ownership

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from actors.optimizer import Optimizer
-from orchestrator import cost
 from orchestrator.config.run_config import load, parse
+from orchestrator.plan import cost
 from orchestrator.state.ownership import buckets
 from tests.cluster import REPOSITORY
 from tests.orchestrator.layouts import DEEPSEEK, layout_of, small_model

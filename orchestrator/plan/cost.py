@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.activations import BYTES, bytes_per_token
 from orchestrator.config.run_config import ModelConfig, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.model.parameters import mtp_layer, stage_layers, stage_parameters
+from orchestrator.plan.activations import BYTES, bytes_per_token
 from orchestrator.state.ownership import Bucket
 
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from orchestrator import cost, planner
 from orchestrator.config.run_config import parse
+from orchestrator.plan import cost, planner
 from orchestrator.state.ownership import buckets
 from tests.orchestrator.layouts import DEEPSEEK_CONFIG, layout_of, small_model
 

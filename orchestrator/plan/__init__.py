@@ -1,0 +1,1 @@
+"""Cost, memory and time of a layout and a schedule: before a run, and for the programs of its ranks."""
