@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from actors.storage import join
-from orchestrator import goodput
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
+from orchestrator.telemetry import goodput
 
 _POINTS, _EVENTS, _LOST = 400, 60, 8
 _SHOWN = ("step", "time", "loss", "tokens_per_second", "seconds", "overlap_ratio", "bubble_ratio", "exposed_comm_seconds", "gradient_norm",

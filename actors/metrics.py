@@ -21,7 +21,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics, make_wsgi_app
 
 from actors.messages import StepReport
-from orchestrator.goodput import KINDS, RECOVERY
+from orchestrator.telemetry.goodput import KINDS, RECOVERY
 
 AUTO, _LOOPBACK = "auto", "127.0.0.1"
 PAGE = Path(__file__).parent / "page.html"

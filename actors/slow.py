@@ -8,7 +8,7 @@ from typing import Any
 from actors.messages import StepReport, StepRequest
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.stragglers import Change, Flow, Watch, Work
+from orchestrator.telemetry.stragglers import Change, Flow, Watch, Work
 
 
 class SlowWatch:

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.messages import StepReport
 from actors.records import mean_figures
-from orchestrator.goodput import TimeAccount
+from orchestrator.telemetry.goodput import TimeAccount
 
 
 class Spending:

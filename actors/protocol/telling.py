@@ -18,7 +18,6 @@ from actors.run_folder import RunFolder
 from actors.slow import SlowWatch
 from actors.spending import Spending
 from actors.trace import trace_json
-from orchestrator import goodput
 from orchestrator.config.run_config import RunConfig, dump
 from orchestrator.layout.expert_load import ExpertLoad
 from orchestrator.layout.layout import Layout, Place
@@ -26,6 +25,7 @@ from orchestrator.layout.placement import Placement, moves, worst_unevenness
 from orchestrator.plan.recipe import learning_rate
 from orchestrator.protocol.commands import Tell
 from orchestrator.schedule.spans import Span
+from orchestrator.telemetry import goodput
 
 Watch = Callable[[str, dict[str, Any]], None]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.goodput import (
+from orchestrator.telemetry.goodput import (
     BUBBLE,
     CHECKPOINT,
     COORDINATION,

@@ -9,10 +9,10 @@ import time
 import pytest
 from layouts import layout_of, small_model
 
-from orchestrator import stragglers
 from orchestrator.schedule.spans import Lane
 from orchestrator.schedule.stages import Stages, V
-from orchestrator.stragglers import Flow, Straggler, Watch, Work
+from orchestrator.telemetry import stragglers
+from orchestrator.telemetry.stragglers import Flow, Straggler, Watch, Work
 
 LAYOUT = layout_of((2, 2, 2, 2), 2, small_model())  # 4 nodes; position 0 and its mirror host the same stages
 BYTES, RATE = 4_000_000, 20e6

@@ -1,0 +1,1 @@
+"""What figures mean: who is slow, how much of the time was of use."""
