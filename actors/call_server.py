@@ -28,8 +28,8 @@ from actors.probe import Prober
 from actors.rank import Rank
 from actors.ranks import Reply
 from actors.storage import StorageError
-from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, FailKind, Fault
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

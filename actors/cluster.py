@@ -19,7 +19,7 @@ from actors.errors import named_line
 from actors.ranks import News
 from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig, TopologySection
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node, selects
 
 logger = logging.getLogger(__name__)

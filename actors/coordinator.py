@@ -39,8 +39,8 @@ from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from actors.lifeline_wire import (
     silence,
     wanted_events,
 )
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from actors.lifeline_wire import (
     silence,
     wanted_events,
 )
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Beat, LetGo
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

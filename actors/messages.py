@@ -11,8 +11,8 @@ from actors.comm.wires import Wire
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, Ending, Fault
+from orchestrator.protocol.membership import Member
 from orchestrator.replay import Replay
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import Figures, Span

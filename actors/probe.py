@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 
 from actors.lifeline_wire import Address
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 ECHOED_BYTES = 1 << 16
 """More than fits one packet, or the first window: a link that lets only small ones through is not whole."""

@@ -25,9 +25,9 @@ from actors.pipes import Inbox, Outbox
 from actors.ranks import LOST, News, answered, as_event
 from actors.seated_answers import RankFailed, SeatedAnswers
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

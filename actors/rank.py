@@ -50,7 +50,7 @@ from actors.state import Carried, carry_over
 from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import figures
 from orchestrator.state import ownership, transfer

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Failed, Fault, NodeDraining, NodeJoined, NodeLeft, NodeStays
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 LOST = "its process or node was lost"

@@ -24,9 +24,9 @@ from actors.cluster import NodeWatch
 from actors.errors import named_line
 from actors.ranks import LOST, Arrived, answered, as_event
 from actors.run_folder import Token
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

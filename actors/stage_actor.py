@@ -23,8 +23,8 @@ from actors.ray_token import wanted_token
 from actors.run_folder import reads
 from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, Fault
+from orchestrator.protocol.membership import Member
 
 logger = logging.getLogger(__name__)
 

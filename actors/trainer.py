@@ -31,11 +31,11 @@ from actors.storage import Damaged, StorageError
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data.ledger import Ledger
 from orchestrator.layout.layout import Layout, Place
-from orchestrator.membership import Member, Rules
 from orchestrator.plan import cost
 from orchestrator.protocol.commands import EndRun
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Change, Ending, Goal, Head, Seen, Started
+from orchestrator.protocol.membership import Member, Rules
 from orchestrator.protocol.run import Run
 
 __all__ = ["Batches", "Sources", "Trainer", "TrainingFailed"]

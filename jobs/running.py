@@ -19,8 +19,8 @@ from jobs import cli, session
 from jobs.progress import Progress
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending
+from orchestrator.protocol.membership import Member
 from orchestrator.replay import Replay
 
 START_TIMEOUT_SECONDS = 300.0

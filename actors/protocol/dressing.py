@@ -21,11 +21,11 @@ from actors.records import SHOWN_RANKS
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.membership import Member
 from orchestrator.plan.recipe import learning_rate
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.commands import Call, Form
 from orchestrator.protocol.events import Answer, Done, LayoutRef, Plan
+from orchestrator.protocol.membership import Member
 
 _KEPT = 8
 OF_NONE = (commands.Recall, commands.Finish, commands.Probe, commands.Collect)

@@ -11,8 +11,8 @@ from actors.protocol.tables import Tables
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, Plan
+from orchestrator.protocol.membership import Member
 from orchestrator.relayout import Relaid, relaid
 from orchestrator.relayout_experts import relaid_placement
 from orchestrator.state import ownership

@@ -34,7 +34,7 @@ from jobs.benches.chaos_text import Text, configured, tokens
 from jobs.benches.churn_rank import Home
 from jobs.benches.networks import Network
 from orchestrator.layout.layout import Layout, choose
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 NODES = tuple(f"n{number}" for number in range(6))

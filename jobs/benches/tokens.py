@@ -28,7 +28,7 @@ from jobs.cli import JobFailed
 from orchestrator.config.precision import PRODUCTS
 from orchestrator.config.run_config import RunConfig, Section, parse
 from orchestrator.layout.layout import choose
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 ROUNDS, STEPS, WARM_UP = 3, 16, 4
 _TIMEOUT_SECONDS = 900.0

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from orchestrator.membership import Decision, Member, Membership, Rules
 from orchestrator.protocol import events as happened
 from orchestrator.protocol import suspicion
 from orchestrator.protocol.commands import Command, Fence, Spawn, Tell
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Base
 from orchestrator.protocol.interruption import Trials
+from orchestrator.protocol.membership import Decision, Member, Membership, Rules
 from orchestrator.protocol.planner import Planner
 from orchestrator.protocol.saving import Saver
 from orchestrator.topology import Node

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, Recalled, Seen
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.planner import Planner
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import CutLine, Finish, Form, Former, Initialise, OriginLine, Probe, Restore
 from orchestrator.protocol.events import Base, Failed, Plan, Seen
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase, Recording
 
 if TYPE_CHECKING:

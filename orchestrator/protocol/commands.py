@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, CallId, Ending, PlacementRef, Plan
+from orchestrator.protocol.membership import Member
 
 
 class Lane(StrEnum):

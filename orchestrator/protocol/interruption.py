@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Fault
+from orchestrator.protocol.membership import Member
 
 MOST_TRIALS = 5
 _TOGETHER_SECONDS = 1.0  # losses of one node that are one

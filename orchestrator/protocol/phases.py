@@ -21,9 +21,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import EpochLine, Line, Request
 from orchestrator.protocol.events import Answer, Answered, CallId, Ending, Failed, Heard, LetGo, PlacementFound
+from orchestrator.protocol.membership import Member
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, Plan
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 

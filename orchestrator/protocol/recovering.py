@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol import suspicion
 from orchestrator.protocol.base import Begin, Carry, Load, Nothing, choose
 from orchestrator.protocol.changing import Finishing, Forming, cut
 from orchestrator.protocol.commands import Abort, Probe, Recall
 from orchestrator.protocol.events import Answered, Ending, Failed, FailKind, Fault, LetGo, Recalled, Seen
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from orchestrator.membership import Member, Rules
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.attendance import Attendance
 from orchestrator.protocol.commands import Append, Call, Command, EndRun, Line, NeedBatch, Request
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Base, CallId, Ending, Event, FailKind, Fault, Goal, Plan, Seen
 from orchestrator.protocol.interruption import Interruption
+from orchestrator.protocol.membership import Member, Rules
 from orchestrator.protocol.phases import Opening, Pausing, Phase, WaitingForNodes
 from orchestrator.protocol.planner import Planner
 from orchestrator.protocol.recovering import LettingGo

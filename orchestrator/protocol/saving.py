@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Collect, Discard, Snapshot, WriteManifest
 from orchestrator.protocol.events import CallId, Ending, FailKind, Seen
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase
 
 if TYPE_CHECKING:

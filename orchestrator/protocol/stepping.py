@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol.changing import Finishing, greet
 from orchestrator.protocol.commands import Apply, Evaluate, FindPlacement, Rearrange, Step, StepLine
 from orchestrator.protocol.events import Base, Beat, Ending, Heard, PlacementFound
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase, Recording
 from orchestrator.protocol.saving import AwaitingSave, Snapshotting
 

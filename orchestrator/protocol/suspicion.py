@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from orchestrator.membership import Member
 from orchestrator.protocol.events import FailKind, Fault
+from orchestrator.protocol.membership import Member
 
 
 @dataclass(frozen=True, slots=True)

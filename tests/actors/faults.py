@@ -20,9 +20,9 @@ from actors.processes import ProcessRanks
 from actors.run_folder import RunFolder
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId
+from orchestrator.protocol.membership import Member
 from orchestrator.schedule.actions import Kind
 from orchestrator.topology import Node
 

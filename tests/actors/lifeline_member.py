@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from actors.lifeline import Lifeline
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 
 def listen(begin: Callable[[int], Lifeline], port: int) -> None:

@@ -26,7 +26,7 @@ from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.layout.placement import Placement, default_placement
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import virtual_nodes
 
 TIMEOUT_SECONDS = 120.0

@@ -22,7 +22,7 @@ from actors.processes import ProcessRanks
 from actors.protocol.shell import RealShell
 from jobs.benches.networks import Network, enter
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 # --- in a rank's process ---------------------------------------------------------------------------------------------
 

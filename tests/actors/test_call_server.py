@@ -19,8 +19,8 @@ from actors.messages import Recollection
 from actors.probe import ProbeListener
 from actors.ranks import Reply
 from actors.storage import StorageError
-from orchestrator.membership import Member
 from orchestrator.protocol.events import CallId, FailKind, Fault
+from orchestrator.protocol.membership import Member
 
 SECONDS = 20.0
 GENERATION = 4

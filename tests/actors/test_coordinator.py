@@ -16,8 +16,8 @@ from actors.messages import Failure, Start
 from actors.ray_ranks import RayRanks
 from actors.trainer import TrainingFailed
 from orchestrator.config.run_config import parse
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Ending
+from orchestrator.protocol.membership import Member
 
 MEMBERS = (Member("a", 0), Member("b", 0))
 

@@ -23,7 +23,7 @@ from actors.lifeline import Lifeline
 from actors.lifeline_wire import Wire
 from actors.lifelines import End, Lifelines
 from jobs.benches.networks import Network
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 
 @pytest.fixture

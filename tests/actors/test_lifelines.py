@@ -14,8 +14,8 @@ from lifeline_tools import BEAT, RUN, beats_on, expect, heard
 from actors import lifeline_wire, lifelines
 from actors.lifeline import Lifeline
 from actors.lifelines import End, Lifelines
-from orchestrator.membership import Member
 from orchestrator.protocol.events import LetGo
+from orchestrator.protocol.membership import Member
 
 
 @pytest.fixture

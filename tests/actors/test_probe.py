@@ -17,7 +17,7 @@ from lifeline_tools import REPOSITORY
 
 from actors.probe import ProbeListener, Prober
 from jobs.benches.networks import Network
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 SECONDS = 20.0
 A, B, C = (Member(name, 0) for name in "abc")
@@ -32,7 +32,7 @@ sys.stdin.read()
 PROBER = """
 import sys
 from actors.probe import Prober
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 peers = {Member(text.split("=")[0], 0): (text.split("=")[1], int(text.split("=")[2])) for text in sys.argv[2:]}
 print(*(member.node for member in Prober().not_reached(peers, float(sys.argv[1]))))
 """

@@ -18,7 +18,6 @@ from actors.processes import ProcessRanks
 from actors.ranks import LOST, Arrived, News, Reply
 from actors.seated_answers import RankFailed, call
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import (
     CallId,
@@ -32,6 +31,7 @@ from orchestrator.protocol.events import (
     NodeStays,
     NotMade,
 )
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 

@@ -16,10 +16,10 @@ from actors.lifelines import Lifelines
 from actors.messages import Apply, Assignment, Standing, StepReport
 from actors.processes import ProcessRanks
 from actors.ranks import Arrived
-from orchestrator.membership import Member
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Failed, FailKind
+from orchestrator.protocol.membership import Member
 
 CONFIG, LAYOUT = configured("PP2", "model.num_hidden_layers=2")
 MEMBERS = [Member(place.node, place.local) for place in LAYOUT.places]

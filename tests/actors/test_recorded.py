@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 from faults import KILL, STEPS, Fault
 
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Append, Call, Command, CutLine, EndRun, Fence, Form, Lane, Step, StepLine, lane_of
 from orchestrator.protocol.events import Answered, CallId, Ending, Event, Failed, Started, Stored
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
 
 Exchange = tuple[Event, float, list[Command]]

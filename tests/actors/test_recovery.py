@@ -13,7 +13,7 @@ from runtime import Run
 
 from actors.ranks import News
 from actors.trainer import TrainingFailed
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 CHECKED = ("training.validate_every=3", "training.validation_sequences=6")

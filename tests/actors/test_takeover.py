@@ -16,9 +16,9 @@ from actors import rank as rank_module
 from actors.messages import Start
 from actors.protocol.shell import RealShell
 from actors.trainer import TrainingFailed
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Append, Apply, Call, CutLine, Form, Initialise, Restore, Snapshot, Step, StepLine
 from orchestrator.protocol.events import Ending
+from orchestrator.protocol.membership import Member
 
 
 class Died(Exception):

@@ -17,8 +17,8 @@ from runtime import Run, train
 from sabotage import Died, Survivors, check_curve, dies, stall
 
 from actors.messages import Start
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Append, Call, CutLine, OriginLine, Restore
+from orchestrator.protocol.membership import Member
 
 HERE = Path(__file__).parent
 

@@ -22,9 +22,9 @@ from actors.run_folder import RunFolder
 from actors.storage import Damaged, StorageError
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.data.ledger import read
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import Ending
+from orchestrator.protocol.membership import Member
 from orchestrator.schedule.actions import Kind
 
 

@@ -14,7 +14,7 @@ from actors.messages import Failure, Outcome
 from jobs import session
 from jobs.running import RunActors
 from orchestrator.config.run_config import parse
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 RANK = Member("a", 0)
 DONE = Outcome(3, False, None)

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.lifeline import Lifeline
 from actors.lifelines import Lifelines
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 
 BEAT = 0.1
 LOOK = 0.05

@@ -15,9 +15,9 @@ from actors import ray_ranks
 from actors.ranks import LOST, Arrived, News, Reply
 from actors.ray_ranks import RayRanks
 from actors.run_folder import RunFolder
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NodeJoined, NotMade
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 SECONDS = 60.0

@@ -13,7 +13,7 @@ from actors.run_folder import RunFolder
 from jobs import cli, session, takeover
 from jobs.running import RunActors
 from orchestrator.config.run_config import ConfigError, parse
-from orchestrator.membership import Member
+from orchestrator.protocol.membership import Member
 from tests.jobs.driving import Method, Shown, Signals, get
 
 CONFIG = parse({}, [])

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from orchestrator.membership import DOUBLINGS, Member, Membership, Rules
+from orchestrator.protocol.membership import DOUBLINGS, Member, Membership, Rules
 from orchestrator.topology import Node
 
 NODES = {"a": 2, "b": 2, "c": 1, "d": 3}

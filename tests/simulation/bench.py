@@ -9,9 +9,9 @@ from math import inf
 from typing import Any
 
 from actors.protocol.tables import Tables
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Call, Former, Lane, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed, FailKind
+from orchestrator.protocol.membership import Member
 from orchestrator.state import ownership
 from tests.simulation.hosted import STRIDE, Key
 from tests.simulation.invariants import Invariants

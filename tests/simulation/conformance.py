@@ -14,10 +14,10 @@ from pathlib import Path
 from actors.protocol.planning import RealPlanner
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement
-from orchestrator.membership import Member
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Request
 from orchestrator.protocol.events import Base, Plan
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 from tests.simulation.hosted import SECONDS, Processes
 from tests.simulation.sides import Move, Sides

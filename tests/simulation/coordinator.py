@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.commands import Call
 from orchestrator.protocol.events import Answered, Beat, CallId, Ended, Event, Failed, FailKind, LetGo
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
 from orchestrator.topology import Node
 from tests.simulation.births import BIRTHS

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
-from orchestrator.membership import Member
 from orchestrator.protocol import base, changing, phases, recovering, stepping, suspicion
 from orchestrator.protocol.events import Ending, FailKind, Recalled
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
 from tests.simulation.explore import Explored, explore, seeds, tried
 from tests.simulation.rank_model import RankModel

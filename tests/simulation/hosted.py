@@ -16,9 +16,9 @@ from actors.call_server import CallServer
 from actors.meeting import MeetingPlace
 from actors.processes import ProcessRanks
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId
+from orchestrator.protocol.membership import Member
 
 SECONDS = 60.0
 STRIDE = 16

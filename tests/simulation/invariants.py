@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import (
     Append,
     Call,
@@ -28,6 +27,7 @@ from orchestrator.protocol.commands import (
     WriteManifest,
 )
 from orchestrator.protocol.events import Base, Ending
+from orchestrator.protocol.membership import Member
 from tests.simulation.checkpoint_model import Checkpoint
 from tests.simulation.histories import INITIAL, NEVER
 from tests.simulation.settings import COOL_DOWN

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, Plan
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.membership import Member
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Call, Lane
 from orchestrator.protocol.events import Done, FailKind, Fault, Formed, Holding, Recalled, Standing
+from orchestrator.protocol.membership import Member
 from tests.simulation.histories import INITIAL, NEVER
 from tests.simulation.network import Group
 

@@ -14,9 +14,9 @@ from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
 from actors.ranks import Arrived
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
 from orchestrator.protocol.commands import Call, Lane, Rearrange, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed
+from orchestrator.protocol.membership import Member
 from tests.simulation.hosted import SECONDS, Processes
 
 SITES = {"met": {"groups.meet"}, "moved": {"state.carry_over"}, "published": {"optimizer.publish"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from orchestrator.membership import Rules
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Goal
+from orchestrator.protocol.membership import Rules
 
 
 @dataclass(frozen=True, slots=True)

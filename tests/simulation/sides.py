@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from actors.protocol.tables import Tables
 from orchestrator.config.run_config import RunConfig
-from orchestrator.membership import Member
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Call, Request
 from orchestrator.protocol.events import Answered, CallId, FailKind, Formed, Recalled, Standing
+from orchestrator.protocol.membership import Member
 from tests.simulation.bench import Bench, Mortal
 from tests.simulation.hosted import SECONDS, Key, Processes
 from tests.simulation.real_ranks import RealRanks

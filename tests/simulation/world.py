@@ -10,11 +10,11 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from orchestrator.membership import Member
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.commands import Call, Lane
 from orchestrator.protocol.events import Answered, Done, Failed, FailKind, Probed
+from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.faults import KINDS

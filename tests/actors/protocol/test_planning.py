@@ -8,8 +8,8 @@ import pytest
 
 from actors.protocol.planning import RealPlanner
 from actors.protocol.tables import Tables
-from orchestrator.membership import Member
 from orchestrator.protocol.events import Base, Plan
+from orchestrator.protocol.membership import Member
 from orchestrator.state import transfer
 from orchestrator.topology import Node
 from tests.actors.runtime import configured, placement_of

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.membership import Member, Rules
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Beat, Goal, Head, Holding, Recalled, Seen, Standing
+from orchestrator.protocol.membership import Member, Rules
 from orchestrator.protocol.run import Run
 from orchestrator.topology import Node
 

@@ -8,10 +8,10 @@ import pytest
 from company import Company, fenced, is_call, node, steps
 
 from orchestrator.config.run_config import parse
-from orchestrator.membership import Member
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Ending, FailKind, Goal, Recalled
+from orchestrator.protocol.membership import Member
 from orchestrator.refusal import ConfigError
 
 A, B, C = (Member(name, 0) for name in "abc")

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 from company import Company, cuts, fenced, is_call, steps
 
-from orchestrator.membership import Member
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Probed
+from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
 A, B, C, D = (Member(name, 0) for name in "abcd")

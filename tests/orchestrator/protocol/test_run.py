@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from company import Company, is_call, node
 
-from orchestrator.membership import Member, Rules
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Head, Seen
+from orchestrator.protocol.membership import Member, Rules
 
 A, B, C = (Member(name, 0) for name in "abc")
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 from company import Company, Halves, is_call
 
-from orchestrator.membership import Member, Membership, Rules
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.base import Carry, choose
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import CallId, Ending, FailKind, Fault, Goal, Head, Holding, Recalled, Seen
+from orchestrator.protocol.membership import Member, Membership, Rules
 from orchestrator.topology import Node
 
 A, B, C = (Member(name, 0) for name in "abc")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from company import Company, Halves, cuts, fenced, gone, is_call, steps
 
-from orchestrator.membership import Member, Rules
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Head, Seen
+from orchestrator.protocol.membership import Member, Rules
 from orchestrator.topology import Node
 
 A, B, C, D = (Member(name, 0) for name in "abcd")

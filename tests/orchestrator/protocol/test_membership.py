@@ -7,7 +7,7 @@ import time
 import pytest
 
 from orchestrator.config.run_config import parse
-from orchestrator.membership import STARTS_IN_VAIN, Decision, Member, Membership, Rules
+from orchestrator.protocol.membership import STARTS_IN_VAIN, Decision, Member, Membership, Rules
 from orchestrator.topology import Node
 
 RULES = Rules(min_nodes=2, silence_seconds=1.0, cool_down_seconds=30.0)
