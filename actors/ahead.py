@@ -14,8 +14,8 @@ from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
 from orchestrator.plan.scheduling import programs_for, smallest_microbatches
+from orchestrator.recovery.relayout import relaid
 from orchestrator.refusal import ConfigError
-from orchestrator.relayout import relaid
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.stages import Stages
 from orchestrator.topology import Node

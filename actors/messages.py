@@ -13,7 +13,7 @@ from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol.events import CallId, Ending, Fault
 from orchestrator.protocol.membership import Member
-from orchestrator.replay import Replay
+from orchestrator.recovery.replay import Replay
 from orchestrator.schedule.actions import Program
 from orchestrator.schedule.spans import Figures, Span
 

@@ -21,7 +21,7 @@ from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member
-from orchestrator.replay import Replay
+from orchestrator.recovery.replay import Replay
 
 START_TIMEOUT_SECONDS = 300.0
 ANSWER_TIMEOUT_SECONDS = 60.0

@@ -19,7 +19,7 @@ from jobs.progress import Progress
 from jobs.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.protocol.membership import Member
-from orchestrator.replay import Replay
+from orchestrator.recovery.replay import Replay
 
 ANSWER_SECONDS = 10.0
 _REFUSED_SECONDS = 5.0

@@ -24,9 +24,9 @@ from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.plan import planner
 from orchestrator.protocol.deadlines import Deadlines
-from orchestrator.relayout import Relaid, relaid
-from orchestrator.replay import Replay, ReplayRefused
-from orchestrator.replay import read as read_ledger
+from orchestrator.recovery.relayout import Relaid, relaid
+from orchestrator.recovery.replay import Replay, ReplayRefused
+from orchestrator.recovery.replay import read as read_ledger
 from orchestrator.topology import Node
 
 

@@ -16,7 +16,7 @@ from orchestrator.data.ledger import LedgerLine, combine, digest_text
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol.events import Ending
-from orchestrator.replay import Replay
+from orchestrator.recovery.replay import Replay
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, Plan
 from orchestrator.protocol.membership import Member
-from orchestrator.relayout import Relaid, relaid
-from orchestrator.relayout_experts import relaid_placement
+from orchestrator.recovery.experts import relaid_placement
+from orchestrator.recovery.relayout import Relaid, relaid
 from orchestrator.state import ownership
 from orchestrator.topology import Node
 

@@ -9,7 +9,7 @@ from actors.ahead import Ahead
 from actors.dealing import Dealer
 from orchestrator.layout.layout import choose
 from orchestrator.plan.scheduling import programs_for
-from orchestrator.relayout import relaid
+from orchestrator.recovery.relayout import relaid
 from orchestrator.topology import Node, virtual_nodes
 from tests.actors.runtime import batch_of, configured
 

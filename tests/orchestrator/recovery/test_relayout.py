@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.config.run_config import ConfigError, RunConfig, check, parse
 from orchestrator.layout.layout import Layout
 from orchestrator.plan import scheduling
-from orchestrator.relayout import MOST_IDLE, predicted_duration, relaid
+from orchestrator.recovery.relayout import MOST_IDLE, predicted_duration, relaid
 from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.simulate import makespan
 from orchestrator.schedule.stages import V

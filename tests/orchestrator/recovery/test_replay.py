@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import replay
 from orchestrator.config.run_config import ScheduleSection, parse
 from orchestrator.data.ledger import LedgerLine
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.layout.placement import Placement, balanced_placement, default_placement
-from orchestrator.replay import ReplayRefused
+from orchestrator.recovery import replay
+from orchestrator.recovery.replay import ReplayRefused
 from orchestrator.topology import Node
 
 KINDS = ("dualpipe", "dualpipev", "1f1b", "zbv", "interleaved_1f1b", "gpipe")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, balanced_placement, default_placement
 from orchestrator.model.parameters import moe_layers, stage_layers
-from orchestrator.relayout import relaid
-from orchestrator.relayout_experts import relaid_placement
+from orchestrator.recovery.experts import relaid_placement
+from orchestrator.recovery.relayout import relaid
 from orchestrator.topology import Node
 from tests.orchestrator.layouts import DEEPSEEK_CONFIG, nodes
-from tests.orchestrator.test_relayout import PIPELINES, config
+from tests.orchestrator.recovery.test_relayout import PIPELINES, config
 
 Has = dict[tuple[str, int, int], set[int]]
 """(node, local, layer) -> experts."""
