@@ -29,7 +29,7 @@ from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.plan.compare import as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.actions import Schedule, to_csv
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
-from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.measured import Measured, measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.render import as_json, svg
 from orchestrator.schedule.render_trace import schedule_trace

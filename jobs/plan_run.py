@@ -13,7 +13,7 @@ from orchestrator.plan.compare import Contestant, as_objects, compare, table
 from orchestrator.plan.scheduling import schedule_of
 from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.durations import Durations
-from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.measured import Measured, durations_to_plan_with, read_trace, refuse_another_schedule
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.stages import SEARCHED, Stages, stages_of

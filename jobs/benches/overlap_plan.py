@@ -10,7 +10,7 @@ from jobs.benches.overlap_rank import Ours, Torch
 from orchestrator.schedule.actions import Program, Schedule
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations, at, per_chunk
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.orders import StageStrands, check_orders, with_orders
 from orchestrator.schedule.pieces import Piece

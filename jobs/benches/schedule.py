@@ -29,7 +29,7 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations, per_chunk
-from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.search.portfolio import EFFORT

@@ -14,7 +14,7 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Schedule
 from orchestrator.schedule.check import relative_activations
 from orchestrator.schedule.durations import Durations, per_chunk
-from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.search import options_for, search
 from orchestrator.schedule.search.portfolio import EFFORT

@@ -8,10 +8,10 @@ from functools import cache
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig
 from orchestrator.model import segments
 from orchestrator.model.parameters import stage_layers
-from orchestrator.schedule import forward_only, kinds
 from orchestrator.schedule.actions import Program, Schedule
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations, per_chunk
+from orchestrator.schedule.kinds import forward_only, registry
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.orders import StageStrands, check_orders, with_orders
 from orchestrator.schedule.search import searched
@@ -22,7 +22,7 @@ def smallest_microbatches(config: RunConfig, stages: Stages, wanted: int, *, tra
     """The smallest number of microbatches of a step, all entrances together, that is legal and at least `wanted`."""
     if not training or config.schedule.kind == SEARCHED:
         return forward_only.smallest_microbatches(stages, wanted)
-    return kinds.smallest_microbatches(config.schedule.kind, stages.positions, wanted, _chunks(config))
+    return registry.smallest_microbatches(config.schedule.kind, stages.positions, wanted, _chunks(config))
 
 
 def schedule_of(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> Schedule:
@@ -30,7 +30,7 @@ def schedule_of(config: RunConfig, stages: Stages, microbatches: int, *, trainin
     if not training:
         return forward_only.forward_only(stages, microbatches)
     if config.schedule.kind != SEARCHED:
-        return kinds.generate(config.schedule.kind, stages.positions, microbatches, _chunks(config))
+        return registry.generate(config.schedule.kind, stages.positions, microbatches, _chunks(config))
     return _found(config, stages, microbatches)
 
 

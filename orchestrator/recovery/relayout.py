@@ -24,8 +24,8 @@ from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import evenly_placed
 from orchestrator.model.parameters import stage_layers
 from orchestrator.plan.scheduling import smallest_microbatches
-from orchestrator.schedule import kinds
 from orchestrator.schedule.durations import Durations
+from orchestrator.schedule.kinds import registry
 from orchestrator.schedule.simulate import makespan
 from orchestrator.schedule.stages import BOTH, SEARCHED, Stages, V
 from orchestrator.topology import Node
@@ -186,14 +186,14 @@ class _Line:
 @cache
 def _line(kind: str, stages: Stages, layers: tuple[int, ...], costs: CostsSection) -> _Line:
     """Duration of a schedule by its microbatches: a filling that they share, and the same time for each, from two short ones."""
-    chunks = stages.chunks if kinds.chunks_of(kind) is None else None
+    chunks = stages.chunks if registry.chunks_of(kind) is None else None
     whole = sum(layers) / stages.positions
     durations = Durations(hop=costs.hop, layers=max(1, max(layers)), **{
         name: tuple(getattr(costs, name) * count / whole for count in layers)
         for name in ("forward", "backward_input", "backward_weight", "dispatch", "combine")})
-    few = kinds.smallest_microbatches(kind, stages.positions, 2 * stages.positions, chunks)
-    more = kinds.smallest_microbatches(kind, stages.positions, few + 2 * stages.positions, chunks)
-    short, long = (makespan(kinds.generate(kind, stages.positions, number, chunks), durations) for number in (few, more))
+    few = registry.smallest_microbatches(kind, stages.positions, 2 * stages.positions, chunks)
+    more = registry.smallest_microbatches(kind, stages.positions, few + 2 * stages.positions, chunks)
+    short, long = (makespan(registry.generate(kind, stages.positions, number, chunks), durations) for number in (few, more))
     each = (long - short) / (more - few)
     return _Line(short - each * few, each)
 

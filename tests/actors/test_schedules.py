@@ -15,7 +15,7 @@ from actors.dealing import Dealer
 from jobs.benches import plain
 from orchestrator.plan import scheduling
 from orchestrator.schedule.actions import Split
-from orchestrator.schedule.kinds import KINDS
+from orchestrator.schedule.kinds.registry import KINDS
 
 STEPS = 3
 

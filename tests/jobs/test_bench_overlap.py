@@ -29,7 +29,7 @@ from jobs.benches.schedule_held import HeldLane
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
 from orchestrator.schedule.actions import Compute, Kind, Pair
 from orchestrator.schedule.durations import Durations
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.orders import StageStrands, forms, strands_of
 from orchestrator.schedule.pieces import timed
 from orchestrator.schedule.spans import Span

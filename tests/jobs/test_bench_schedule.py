@@ -10,7 +10,7 @@ import pytest
 from jobs.benches import schedule
 from jobs.benches.schedule import Block, Settings
 from orchestrator.config.run_config import RunConfig
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.simulate import simulate
 
 BLOCK = "4 microbatches, 64 KiB"

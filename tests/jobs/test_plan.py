@@ -20,7 +20,7 @@ from orchestrator.config.run_config import ConfigError, dump, parse
 from orchestrator.plan.compare import searched_contestants
 from orchestrator.schedule.actions import Kind, parse_csv
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk
-from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.simulate import makespan, simulate
 from orchestrator.schedule.spans import Span

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from orchestrator.config.run_config import ConfigError
 from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.durations import Durations, per_chunk
-from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.search.anneal import Cooling, anneal, mirrored
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules

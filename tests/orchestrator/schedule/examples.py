@@ -8,8 +8,8 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from orchestrator.schedule.actions import Compute, Kind, Pair, Split
-from orchestrator.schedule.forward_only import forward_only
-from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.forward_only import forward_only
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.stages import BOTH, FORWARD_ONLY, LOOP, Stages, V, chunks_of
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 
 from orchestrator.schedule.actions import Kind, Payload, dependencies, parse_csv
 from orchestrator.schedule.check import ScheduleError
-from orchestrator.schedule.dualpipe import dualpipe
 from orchestrator.schedule.graph import compiled
+from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.stages import SEARCHED, Stages, V
 from tests.orchestrator.schedule.examples import schedules

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from orchestrator.schedule.actions import Kind, Payload, Reduce, Transfer, parse_csv
 from orchestrator.schedule.check import ScheduleError, check
-from orchestrator.schedule.dualpipe import dualpipe
-from orchestrator.schedule.forward_only import forward_only
-from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.dualpipe import dualpipe
+from orchestrator.schedule.kinds.forward_only import forward_only
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.stages import LOOP, Stages, V, chunks_of
 

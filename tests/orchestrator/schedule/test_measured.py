@@ -11,7 +11,7 @@ from actors.trace import trace_json
 from orchestrator.layout.layout import Place
 from orchestrator.schedule.actions import Compute, Kind, Split, parse_csv
 from orchestrator.schedule.durations import Durations
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.measured import measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.render_trace import schedule_trace
 from orchestrator.schedule.simulate import simulate

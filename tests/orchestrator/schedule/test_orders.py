@@ -10,7 +10,7 @@ import pytest
 from orchestrator.schedule.actions import Kind, parse_csv
 from orchestrator.schedule.durations import UNIT, Durations, with_communication
 from orchestrator.schedule.grid import ScheduleError
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.orders import check_orders, forms, strands_of, with_orders
 from orchestrator.schedule.pieces import timed

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from orchestrator.schedule.actions import Pair, Split, parse_csv
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
-from orchestrator.schedule.forward_only import forward_only
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.forward_only import forward_only
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.measured import Measured
 from orchestrator.schedule.render import as_json, svg
 from orchestrator.schedule.render_bars import without

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.schedule.actions import Schedule
-from orchestrator.schedule.dualpipe import dualpipe
 from orchestrator.schedule.durations import UNIT, Durations
-from orchestrator.schedule.forward_only import forward_only
 from orchestrator.schedule.graph import compiled
-from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.dualpipe import dualpipe
+from orchestrator.schedule.kinds.forward_only import forward_only
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.simulate import makespan, simulate
 from orchestrator.schedule.spans import figures
 from orchestrator.schedule.stages import BOTH, Stages

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.schedule.durations import UNIT, Durations, with_communication
-from orchestrator.schedule.kinds import generate
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.search.anneal import OF_PAIRS, OF_SINGLES, is_mirrored, mirrored, shift
 from orchestrator.schedule.search.board import Board, differing
 from orchestrator.schedule.search.problem import NEVER, Problem

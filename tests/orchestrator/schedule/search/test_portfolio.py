@@ -11,7 +11,7 @@ from orchestrator.config.run_config import ConfigError
 from orchestrator.schedule.actions import Pair, Split, parse_csv, to_csv
 from orchestrator.schedule.check import check, peak_activations
 from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
-from orchestrator.schedule.kinds import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.search import Options, options_for, search, searched
 from orchestrator.schedule.simulate import makespan, simulate

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.schedule.actions import Compute, Kind, Split, parse_csv, to_csv
 from orchestrator.schedule.check import ScheduleError, check
 from orchestrator.schedule.durations import UNIT, Durations, with_communication
-from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.search.anneal import Cooling, anneal
 from orchestrator.schedule.search.problem import NEVER, Problem

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Compute, Kind, Schedule
-from orchestrator.schedule.interleaved import groups
+from orchestrator.schedule.kinds.interleaved import groups
 from orchestrator.schedule.stages import FORWARD_ONLY, LOOP, Stages
 
 

@@ -7,7 +7,7 @@ Sources: GPipe (arXiv 1811.06965); 1F1B: PipeDream-Flush (arXiv 2006.09503), sec
 from __future__ import annotations
 
 from orchestrator.schedule.actions import Compute, Kind, Row, Schedule
-from orchestrator.schedule.sizes import Sizes
+from orchestrator.schedule.kinds.sizes import Sizes
 from orchestrator.schedule.stages import stages_of
 
 GPIPE, ONE_F_ONE_B = Sizes("gpipe"), Sizes("1f1b")

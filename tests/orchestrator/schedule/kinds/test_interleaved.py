@@ -10,7 +10,7 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Pair, to_csv
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations
-from orchestrator.schedule.interleaved import groups, interleaved_1f1b, merged_interleaved_1f1b
+from orchestrator.schedule.kinds.interleaved import groups, interleaved_1f1b, merged_interleaved_1f1b
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.simulate import simulate
 from tests.reference.torch_schedules import torch_rows

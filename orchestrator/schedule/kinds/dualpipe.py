@@ -8,9 +8,9 @@ Source: DeepSeek-V3 report, section 3.2.1; the order of steps and their counts a
 from __future__ import annotations
 
 from orchestrator.schedule.actions import Compute, Kind, Pair, Row, Schedule
-from orchestrator.schedule.sizes import Sizes
+from orchestrator.schedule.kinds.sizes import Sizes
+from orchestrator.schedule.kinds.writer import RowWriter
 from orchestrator.schedule.stages import stages_of
-from orchestrator.schedule.writer import RowWriter
 
 KIND = "dualpipe"
 SIZES = Sizes(KIND, each=2, even=True)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from orchestrator.schedule.actions import Kind, to_csv
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import UNIT, Durations
+from orchestrator.schedule.kinds.one_f_one_b import one_f_one_b
+from orchestrator.schedule.kinds.zero_bubble import zb_h1, zbv
 from orchestrator.schedule.lower import lower
-from orchestrator.schedule.one_f_one_b import one_f_one_b
 from orchestrator.schedule.simulate import simulate
-from orchestrator.schedule.zero_bubble import zb_h1, zbv
 from tests.reference.torch_schedules import torch_rows
 
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 20))

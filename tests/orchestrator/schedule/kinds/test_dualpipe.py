@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Pair, parse_csv, to_csv
 from orchestrator.schedule.check import check, peak_activations
-from orchestrator.schedule.dualpipe import dualpipe
+from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.lower import lower
 
 GOLDEN = {

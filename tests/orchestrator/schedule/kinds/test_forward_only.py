@@ -10,7 +10,7 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import Kind, Reduce, to_csv
 from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import UNIT
-from orchestrator.schedule.forward_only import forward_only, smallest_microbatches
+from orchestrator.schedule.kinds.forward_only import forward_only, smallest_microbatches
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.simulate import simulate
 from orchestrator.schedule.stages import BOTH, LOOP, Stages, V

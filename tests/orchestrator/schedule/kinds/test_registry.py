@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.actions import parse_csv, to_csv
 from orchestrator.schedule.check import check
-from orchestrator.schedule.kinds import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.lower import lower
 from orchestrator.schedule.stages import chunks_of, stages_of
 

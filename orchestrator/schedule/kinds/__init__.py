@@ -1,0 +1,1 @@
+"""A generator for each kind of schedule, and `registry`, the one table of them."""
