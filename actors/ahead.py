@@ -16,8 +16,8 @@ from orchestrator.layout.layout import Layout
 from orchestrator.plan.scheduling import programs_for, smallest_microbatches
 from orchestrator.recovery.relayout import relaid
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import Program
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.actions import Program
+from orchestrator.schedule.ir.stages import Stages
 from orchestrator.topology import Node
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from actors.lane import Exchanges, InTurn
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
 from actors.strands import Closures, Strand, Weaver
-from orchestrator.schedule.actions import Compute, Form, Kind, Payload, Program, Split, Transfer, Work
-from orchestrator.schedule.pieces import Order
-from orchestrator.schedule.spans import Lane, Span
+from orchestrator.schedule.ir.actions import Compute, Form, Kind, Payload, Program, Split, Transfer, Work
+from orchestrator.schedule.ir.pieces import Order
+from orchestrator.schedule.ir.spans import Lane, Span
 
 Key = tuple[int, int]
 """(slot, microbatch)."""

@@ -14,8 +14,8 @@ from orchestrator.layout.placement import Placement
 from orchestrator.protocol.events import CallId, Ending, Fault
 from orchestrator.protocol.membership import Member
 from orchestrator.recovery.replay import Replay
-from orchestrator.schedule.actions import Program
-from orchestrator.schedule.spans import Figures, Span
+from orchestrator.schedule.ir.actions import Program
+from orchestrator.schedule.ir.spans import Figures, Span
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol.membership import Member
-from orchestrator.schedule.actions import Program
-from orchestrator.schedule.spans import figures
+from orchestrator.schedule.ir.actions import Program
+from orchestrator.schedule.ir.spans import figures
 from orchestrator.state import ownership, transfer
 
 

@@ -12,7 +12,7 @@ from actors.messages import LossSums, StepReport
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.schedule.spans import Figures
+from orchestrator.schedule.ir.spans import Figures
 
 
 def step_metrics(step: int, batch: Batch, losses: dict[str, float], rate: float, reports: Sequence[StepReport], seconds: float,

@@ -1,7 +1,7 @@
 """Strands of segments, and how a rank runs those of one action: compute here, exchanges on their lane, in a given order.
 
 A strand is one microbatch's (or half microbatch's) way through a forward or backward, as segments in order; weight gradients
-alone are a strand without segments. The order is a list of strand numbers as in orchestrator/schedule/pieces.py: `k` is the next
+alone are a strand without segments. The order is a list of strand numbers as in orchestrator/schedule/ir/pieces.py: `k` is the next
 segment of strand k, `~k` the oldest weight gradients that it has left and that have not run. It never depends on time or on how
 many tokens there are. So weight gradients are always added up in the same order, and all ranks of an EP group, which have the
 same order, enter the same collectives in the same one.
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from actors.lane import Exchange, Exchanges
 from actors.model.segment import Lane, Segment
 from actors.model.weights import WeightGradients
-from orchestrator.schedule.pieces import Order
-from orchestrator.schedule.spans import Span
+from orchestrator.schedule.ir.pieces import Order
+from orchestrator.schedule.ir.spans import Span
 
 Closures = list[Callable[[], None]]
 

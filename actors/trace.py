@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.layout.layout import Place
+from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.render_trace import event, process, trace_text
-from orchestrator.schedule.spans import Span
 
 
 def trace_json(steps: Mapping[int, Sequence[Span]], places: Mapping[int, Sequence[Place]] | None = None) -> str:

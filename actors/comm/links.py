@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from actors.comm.groups import Group, wait
-from orchestrator.schedule.actions import Payload, Transfer
+from orchestrator.schedule.ir.actions import Payload, Transfer
 
 Key = tuple[Payload, int, int]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.schedule.spans import Lane
+from orchestrator.schedule.ir.spans import Lane
 
 __all__ = ["Lane", "Segment", "crossed"]
 

@@ -24,7 +24,7 @@ from orchestrator.layout.layout import Layout, Place
 from orchestrator.layout.placement import Placement, moves, worst_unevenness
 from orchestrator.plan.recipe import learning_rate
 from orchestrator.protocol.commands import Tell
-from orchestrator.schedule.spans import Span
+from orchestrator.schedule.ir.spans import Span
 from orchestrator.telemetry import goodput
 
 Watch = Callable[[str, dict[str, Any]], None]

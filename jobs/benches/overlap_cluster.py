@@ -17,7 +17,7 @@ from jobs.benches.overlap_held import Seconds
 from jobs.benches.overlap_rank import Ours, Step, Torch, overlap_rank
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.schedule.stages import BOTH, Stages
+from orchestrator.schedule.ir.stages import BOTH, Stages
 
 _TIMEOUT_SECONDS = 300.0
 _LEAD_SECONDS = 0.03

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.schedule.actions import Action, Kind, Pair
-from orchestrator.schedule.spans import Figures, Span, figures, together
+from orchestrator.schedule.ir.actions import Action, Kind, Pair
+from orchestrator.schedule.ir.spans import Figures, Span, figures, together
 
 
 @dataclass(frozen=True)

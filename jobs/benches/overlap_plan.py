@@ -7,16 +7,16 @@ from statistics import mean
 from jobs.benches.overlap_cluster import Alone
 from jobs.benches.overlap_compare import Contestant
 from jobs.benches.overlap_rank import Ours, Torch
-from orchestrator.schedule.actions import Program, Schedule
-from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations, at, per_chunk
+from orchestrator.schedule.ir.actions import Program, Schedule
+from orchestrator.schedule.ir.check import check
+from orchestrator.schedule.ir.lower import lower
+from orchestrator.schedule.ir.orders import StageStrands, check_orders, with_orders
+from orchestrator.schedule.ir.pieces import Piece
+from orchestrator.schedule.ir.spans import Lane
+from orchestrator.schedule.ir.stages import BOTH, Stages, V
 from orchestrator.schedule.kinds.registry import generate
-from orchestrator.schedule.lower import lower
-from orchestrator.schedule.orders import StageStrands, check_orders, with_orders
-from orchestrator.schedule.pieces import Piece
 from orchestrator.schedule.search.portfolio import Options, search
-from orchestrator.schedule.spans import Lane
-from orchestrator.schedule.stages import BOTH, Stages, V
 
 
 def durations_of(alone: Alone, layers: int) -> Durations:

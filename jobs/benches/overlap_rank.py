@@ -30,9 +30,9 @@ from jobs.benches.overlap_torch import BlockingExchange, TorchDualPipeV
 from jobs.benches.schedule_held import HeldLane, exact_sleep, sleep_until
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.schedule.actions import Kind, Program, Work
-from orchestrator.schedule.spans import Span
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.actions import Kind, Program, Work
+from orchestrator.schedule.ir.spans import Span
+from orchestrator.schedule.ir.stages import Stages
 
 _TIMEOUT_SECONDS = 60.0
 _AHEAD_SECONDS = 0.005

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import schedules
 from jobs.benches.overlap_held import Journal, Seconds
 from jobs.benches.schedule_held import HeldLane, entering
 from jobs.benches.schedule_torch import HeldStage, _Loss
-from orchestrator.schedule.spans import Lane, Span
+from orchestrator.schedule.ir.spans import Lane, Span
 
 
 class BlockingExchange:

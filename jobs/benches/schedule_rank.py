@@ -21,9 +21,9 @@ from actors.model.weights import WeightGradients
 from jobs.benches.schedule_held import HeldChunk, HeldLane, entering, exact_sleep, sleep_until
 from jobs.benches.schedule_torch import TorchSchedule
 from orchestrator.config.run_config import RunConfig
-from orchestrator.schedule.actions import Kind, Program, Work
-from orchestrator.schedule.spans import Span
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.actions import Kind, Program, Work
+from orchestrator.schedule.ir.spans import Span
+from orchestrator.schedule.ir.stages import Stages
 
 _TIMEOUT_SECONDS = 60.0
 

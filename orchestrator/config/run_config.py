@@ -18,8 +18,8 @@ from orchestrator.config.precision import PrecisionSection, check_precision
 from orchestrator.config.section import Real, Section
 from orchestrator.config.settings import apply_override, read_tree
 from orchestrator.refusal import ConfigError, refusal
+from orchestrator.schedule.ir.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
 from orchestrator.schedule.kinds.registry import smallest_microbatches
-from orchestrator.schedule.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
 from orchestrator.topology import is_label, is_selector
 
 Auto = Literal["auto"]

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NoReturn
 
 from orchestrator.config.run_config import ConfigError, LayoutSection, ModelConfig
-from orchestrator.schedule.stages import BOTH, Stages
+from orchestrator.schedule.ir.stages import BOTH, Stages
 from orchestrator.topology import Node
 
 

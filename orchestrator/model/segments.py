@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import layer_parameters, mtp_layer
-from orchestrator.schedule.orders import StageStrands
-from orchestrator.schedule.pieces import Piece
-from orchestrator.schedule.spans import Lane
+from orchestrator.schedule.ir.orders import StageStrands
+from orchestrator.schedule.ir.pieces import Piece
+from orchestrator.schedule.ir.spans import Lane
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from orchestrator.layout.balance import Ranks, balanced, most_nodes, unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import default_placement, evenly_placed, place_experts
 from orchestrator.plan import cost, scheduling
-from orchestrator.schedule.check import peak_activations
-from orchestrator.schedule.stages import SEARCHED, Stages, V
+from orchestrator.schedule.ir.check import peak_activations
+from orchestrator.schedule.ir.stages import SEARCHED, Stages, V
 from orchestrator.state import ownership
 
 _NODES_SHOWN = 16

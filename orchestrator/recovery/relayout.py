@@ -25,9 +25,9 @@ from orchestrator.layout.placement import evenly_placed
 from orchestrator.model.parameters import stage_layers
 from orchestrator.plan.scheduling import smallest_microbatches
 from orchestrator.schedule.durations import Durations
+from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages, V
 from orchestrator.schedule.kinds import registry
 from orchestrator.schedule.simulate import makespan
-from orchestrator.schedule.stages import BOTH, SEARCHED, Stages, V
 from orchestrator.topology import Node
 
 MOST_IDLE = 0.2

@@ -21,7 +21,7 @@ from orchestrator.data.ledger import STEP, Cuts, Entry, entries
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.stages import Stages
 
 _PINS = ("expert", "data", "shape")
 

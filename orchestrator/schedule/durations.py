@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from orchestrator.schedule.actions import Compute, Kind, Split, Work
-from orchestrator.schedule.orders import StageStrands
-from orchestrator.schedule.pieces import Cost, Template, overlapped, planned, strand, timed
-from orchestrator.schedule.spans import Lane
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.actions import Compute, Kind, Split, Work
+from orchestrator.schedule.ir.orders import StageStrands
+from orchestrator.schedule.ir.pieces import Cost, Template, overlapped, planned, strand, timed
+from orchestrator.schedule.ir.spans import Lane
+from orchestrator.schedule.ir.stages import Stages
 
 PerStage = float | Sequence[float]
 Factors = tuple[float, float]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from orchestrator.schedule.actions import Kind, Pair, Schedule, Split
+from orchestrator.schedule.ir.actions import Kind, Pair, Schedule, Split
+from orchestrator.schedule.ir.stages import BOTH, V
 from orchestrator.schedule.render_bars import EXPOSED, HIDDEN, IDLE, REDUCE, action_box, ink, label
 from orchestrator.schedule.render_geometry import MARGIN, px, rectangle, text_width
-from orchestrator.schedule.stages import BOTH, V
 
 SIZE, LINE_HEIGHT, SPACE = 17, 25, 14
 NAMES = {

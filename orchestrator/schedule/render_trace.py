@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
+from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.measured import Measured
-from orchestrator.schedule.spans import Lane, Span
 
 _ROWS = {lane.value: row for row, lane in enumerate(Lane)}
 

@@ -10,10 +10,10 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.durations import UNIT, Durations
-from orchestrator.schedule.graph import Graph, Sort, compiled
-from orchestrator.schedule.spans import Figures, Lane, Span, figures, together
+from orchestrator.schedule.ir.actions import Schedule
+from orchestrator.schedule.ir.graph import Graph, Sort, compiled
+from orchestrator.schedule.ir.spans import Figures, Lane, Span, figures, together
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from orchestrator.layout.layout import Layout
-from orchestrator.schedule.spans import Lane
+from orchestrator.schedule.ir.spans import Lane
 
 WINDOW_STEPS = 5
 MAJORITY = WINDOW_STEPS // 2 + 1

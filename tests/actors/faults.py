@@ -23,7 +23,7 @@ from orchestrator.layout.layout import Layout
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId
 from orchestrator.protocol.membership import Member
-from orchestrator.schedule.actions import Kind
+from orchestrator.schedule.ir.actions import Kind
 from orchestrator.topology import Node
 
 KILL, FREEZE = signal.SIGKILL, signal.SIGSTOP

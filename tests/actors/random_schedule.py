@@ -10,8 +10,8 @@ from itertools import combinations, count, product
 import pytest
 
 from orchestrator.plan import scheduling
-from orchestrator.schedule.actions import Compute, Kind, Pair, Schedule, Split, Work
-from orchestrator.schedule.stages import SEARCHED, Stages
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Work
+from orchestrator.schedule.ir.stages import SEARCHED, Stages
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 PAIRS = {(F, F), (F, B), (F, I), (F, W), (B, B), (B, I), (B, W), (I, I), (I, W)}

@@ -13,7 +13,7 @@ from actors.executor import ActionFailed, Executor, StepWork
 from actors.lane import ExchangeLane
 from actors.model.chunk import Lane, Microbatch, Segment
 from actors.model.weights import WeightGradients
-from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Program, Reduce, Split, Transfer
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Payload, Program, Reduce, Split, Transfer
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 

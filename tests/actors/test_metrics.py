@@ -15,7 +15,7 @@ from actors.comm.traffic import Sent
 from actors.messages import LossSums, StepReport
 from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, _Scrapes, json_route, listening, reachable
 from actors.ray_token import NoToken, wanted_token
-from orchestrator.schedule.spans import Span, figures
+from orchestrator.schedule.ir.spans import Span, figures
 
 HOST = "127.0.0.1"
 

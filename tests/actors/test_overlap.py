@@ -12,7 +12,7 @@ from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, s
 
 from actors.dealing import Dealer
 from orchestrator.plan.scheduling import programs_for
-from orchestrator.schedule.actions import Split
+from orchestrator.schedule.ir.actions import Split
 
 STEPS = "training.steps=3", "training.batch_sequences=25", "training.microbatch_sequences=3"
 

@@ -14,7 +14,7 @@ from actors.checkpoint import MASTER
 from actors.dealing import Dealer
 from jobs.benches import plain
 from orchestrator.plan import scheduling
-from orchestrator.schedule.actions import Split
+from orchestrator.schedule.ir.actions import Split
 from orchestrator.schedule.kinds.registry import KINDS
 
 STEPS = 3

@@ -16,7 +16,7 @@ from actors.comm.wires import Wire, Wires
 from actors.messages import LossSums, StepReport, StepRequest
 from actors.slow import SlowWatch, flows
 from orchestrator.layout.placement import default_placement
-from orchestrator.schedule.spans import Figures, Lane
+from orchestrator.schedule.ir.spans import Figures, Lane
 
 SLOW_FROM, SLOW_UNTIL, STEPS, FACTOR = 6, 13, 22, 5.0
 

@@ -18,7 +18,7 @@ from jobs.benches.networks import Network
 from jobs.benches.overlap_tiny import rank_inside
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
-from orchestrator.schedule.spans import Lane
+from orchestrator.schedule.ir.spans import Lane
 from orchestrator.topology import virtual_nodes
 
 NODES, MEGABITS, SLOW_SHARE = 3, 30.0, 0.1

@@ -25,7 +25,7 @@ from orchestrator.data.ledger import read
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member
-from orchestrator.schedule.actions import Kind
+from orchestrator.schedule.ir.actions import Kind
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config.run_config import LayoutSection, ModelConfig, load
 from orchestrator.layout.layout import Layout, choose
-from orchestrator.schedule.stages import BOTH, Stages
+from orchestrator.schedule.ir.stages import BOTH, Stages
 from orchestrator.topology import Node
 
 DEEPSEEK_CONFIG = load(str(Path(__file__).parents[2] / "jobs" / "configs" / "deepseek_v3.yaml"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Payload, Reduce, Split
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Payload, Reduce, Split
 
 BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
 

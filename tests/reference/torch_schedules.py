@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch.distributed.pipelining import schedules
 
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.stages import Stages
 
 
 def torch_rows(name: str, stages: Stages, microbatches: int) -> list[str]:

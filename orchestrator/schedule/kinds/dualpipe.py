@@ -7,10 +7,10 @@ Source: DeepSeek-V3 report, section 3.2.1; the order of steps and their counts a
 
 from __future__ import annotations
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Row, Schedule
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Schedule
+from orchestrator.schedule.ir.stages import stages_of
 from orchestrator.schedule.kinds.sizes import Sizes
 from orchestrator.schedule.kinds.writer import RowWriter
-from orchestrator.schedule.stages import stages_of
 
 KIND = "dualpipe"
 SIZES = Sizes(KIND, each=2, even=True)

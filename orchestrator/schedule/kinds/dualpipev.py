@@ -8,11 +8,11 @@ Source: the released `dualpipev.py`; Sea AI Lab, "DualPipe could be better witho
 
 from __future__ import annotations
 
-from orchestrator.schedule.actions import Schedule
+from orchestrator.schedule.ir.actions import Schedule
+from orchestrator.schedule.ir.stages import stages_of
 from orchestrator.schedule.kinds.dualpipe import eight_steps
 from orchestrator.schedule.kinds.sizes import Sizes
 from orchestrator.schedule.kinds.writer import RowWriter
-from orchestrator.schedule.stages import stages_of
 
 KIND = "dualpipev"
 SIZES = Sizes(KIND, least=2, each=2)

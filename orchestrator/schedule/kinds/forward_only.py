@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import Compute, Kind, Schedule
+from orchestrator.schedule.ir.actions import Compute, Kind, Schedule
+from orchestrator.schedule.ir.stages import FORWARD_ONLY, LOOP, Stages
 from orchestrator.schedule.kinds.interleaved import groups
-from orchestrator.schedule.stages import FORWARD_ONLY, LOOP, Stages
 
 
 def smallest_microbatches(stages: Stages, wanted: int) -> int:

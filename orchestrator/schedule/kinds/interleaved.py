@@ -14,9 +14,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import Compute, Kind, Pair, Row, Schedule, Work
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Schedule, Work
+from orchestrator.schedule.ir.stages import Stages, stages_of
 from orchestrator.schedule.kinds.sizes import Sizes
-from orchestrator.schedule.stages import Stages, stages_of
 
 INTERLEAVED, MERGED = Sizes("interleaved_1f1b"), Sizes("merged_interleaved_1f1b")
 

@@ -6,9 +6,9 @@ Sources: GPipe (arXiv 1811.06965); 1F1B: PipeDream-Flush (arXiv 2006.09503), sec
 
 from __future__ import annotations
 
-from orchestrator.schedule.actions import Compute, Kind, Row, Schedule
+from orchestrator.schedule.ir.actions import Compute, Kind, Row, Schedule
+from orchestrator.schedule.ir.stages import stages_of
 from orchestrator.schedule.kinds.sizes import Sizes
-from orchestrator.schedule.stages import stages_of
 
 GPIPE, ONE_F_ONE_B = Sizes("gpipe"), Sizes("1f1b")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import Schedule
+from orchestrator.schedule.ir.actions import Schedule
+from orchestrator.schedule.ir.stages import chunks_of
 from orchestrator.schedule.kinds import dualpipe, dualpipev
 from orchestrator.schedule.kinds.interleaved import INTERLEAVED, MERGED, interleaved_1f1b, merged_interleaved_1f1b
 from orchestrator.schedule.kinds.one_f_one_b import GPIPE, ONE_F_ONE_B, gpipe, one_f_one_b
 from orchestrator.schedule.kinds.sizes import Sizes
 from orchestrator.schedule.kinds.zero_bubble import ZB_H1, ZBV, zb_h1, zbv
-from orchestrator.schedule.stages import chunks_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Row, Work
-from orchestrator.schedule.stages import Stages
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Work
+from orchestrator.schedule.ir.stages import Stages
 
 
 class RowWriter:

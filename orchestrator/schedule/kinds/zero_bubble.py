@@ -10,10 +10,10 @@ Memory" (arXiv 2405.15362).
 
 from __future__ import annotations
 
-from orchestrator.schedule.actions import Row, Schedule
+from orchestrator.schedule.ir.actions import Row, Schedule
+from orchestrator.schedule.ir.stages import Stages, stages_of
 from orchestrator.schedule.kinds.sizes import Sizes
 from orchestrator.schedule.kinds.writer import RowWriter
-from orchestrator.schedule.stages import Stages, stages_of
 
 ZB_H1, ZBV = Sizes("zb_h1"), Sizes("zbv")
 DOWN, UP = 0, 1

@@ -11,9 +11,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orchestrator.schedule.ir.stages import BOTH
 from orchestrator.schedule.search.board import Board, differing
 from orchestrator.schedule.search.problem import NEVER, B, I, Move, Part, Problem, Rows, W
-from orchestrator.schedule.stages import BOTH
 
 _STEPS = (-1, -1, -1, -2, -2, -3, -4, 1, 1, 2, 3, 5, 8)
 _NEAR = 5

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from orchestrator.schedule.ir.stages import BOTH
 from orchestrator.schedule.search.problem import NEVER, B, F, I, Move, Part, Problem, Rows, W
-from orchestrator.schedule.stages import BOTH
 
 _SOON = 1e-9
 

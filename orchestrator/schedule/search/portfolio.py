@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.run_config import ConfigError
-from orchestrator.schedule.actions import Schedule
 from orchestrator.schedule.durations import Durations, per_chunk
+from orchestrator.schedule.ir.actions import Schedule
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.search.anneal import Cooling, anneal, mirrored
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
 from orchestrator.schedule.search.problem import Move, Problem, Rows, W
-from orchestrator.schedule.stages import BOTH, LOOP, Stages, V, stages_of
 
 EFFORT = 36_000_000
 """Actions evaluated, about: some seconds of one core."""

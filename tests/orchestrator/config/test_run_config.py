@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.run_config import ConfigError, RunConfig, dump, load, parse
+from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.registry import KINDS
-from orchestrator.schedule.stages import Stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 

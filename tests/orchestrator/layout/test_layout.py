@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.config.run_config import ConfigError, LayoutSection
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import place_experts
-from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, DEEPSEEK_CONFIG, clusters, layout_of, small_model
 
 MODEL = small_model(num_hidden_layers=8)

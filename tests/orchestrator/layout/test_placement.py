@@ -15,7 +15,7 @@ from orchestrator.layout.balance import balanced, unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Move, _apart, balanced_placement, default_placement, moves, place_experts
 from orchestrator.model.parameters import stage_layers
-from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 
 MODELS = [small_model(num_hidden_layers=8, n_routed_experts=8, n_group=groups, topk_group=1, num_experts_per_tok=1)

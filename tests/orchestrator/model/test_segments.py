@@ -11,10 +11,10 @@ from orchestrator.config.run_config import ModelConfig, load, parse
 from orchestrator.model.segments import LayerCosts, stage_strands
 from orchestrator.plan.cost import flops_per_token
 from orchestrator.plan.scheduling import durations_of_run, programs_for, schedule_of, strands_of_stages
-from orchestrator.schedule.orders import forms, strands_of
-from orchestrator.schedule.pieces import timed
+from orchestrator.schedule.ir.orders import forms, strands_of
+from orchestrator.schedule.ir.pieces import timed
+from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.simulate import simulate
-from orchestrator.schedule.spans import Lane
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 COSTS = LayerCosts(forward=4.0, backward_input=6.0, backward_weight=5.0, dispatch=1.0, combine=2.0)

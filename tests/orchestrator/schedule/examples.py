@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Split
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Split
+from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, Stages, V, chunks_of
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.stages import BOTH, FORWARD_ONLY, LOOP, Stages, V, chunks_of
 
 
 @st.composite

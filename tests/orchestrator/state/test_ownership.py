@@ -13,7 +13,7 @@ from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import place_experts
 from orchestrator.model.parameters import ParameterSpec, stage_layers, stage_parameters
-from orchestrator.schedule.stages import BOTH, LOOP, Stages, V
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 from orchestrator.state.ownership import Bucket, buckets
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from layouts import layout_of, small_model
 
-from orchestrator.schedule.spans import Lane
-from orchestrator.schedule.stages import Stages, V
+from orchestrator.schedule.ir.spans import Lane
+from orchestrator.schedule.ir.stages import Stages, V
 from orchestrator.telemetry import stragglers
 from orchestrator.telemetry.stragglers import Flow, Straggler, Watch, Work
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import Kind, Pair, parse_csv, to_csv
-from orchestrator.schedule.check import check, peak_activations
+from orchestrator.schedule.ir.actions import Kind, Pair, parse_csv, to_csv
+from orchestrator.schedule.ir.check import check, peak_activations
+from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.dualpipe import dualpipe
-from orchestrator.schedule.lower import lower
 
 GOLDEN = {
     (2, 4): """\

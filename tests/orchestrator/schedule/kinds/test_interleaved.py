@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import Kind, Pair, to_csv
-from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations
+from orchestrator.schedule.ir.actions import Kind, Pair, to_csv
+from orchestrator.schedule.ir.check import check
+from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.interleaved import groups, interleaved_1f1b, merged_interleaved_1f1b
-from orchestrator.schedule.lower import lower
 from orchestrator.schedule.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
 

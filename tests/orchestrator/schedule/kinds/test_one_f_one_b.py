@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.actions import to_csv
-from orchestrator.schedule.check import check
 from orchestrator.schedule.durations import Durations
+from orchestrator.schedule.ir.actions import to_csv
+from orchestrator.schedule.ir.check import check
+from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.one_f_one_b import gpipe, one_f_one_b
-from orchestrator.schedule.lower import lower
 from orchestrator.schedule.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.actions import parse_csv, to_csv
-from orchestrator.schedule.check import check
+from orchestrator.schedule.ir.actions import parse_csv, to_csv
+from orchestrator.schedule.ir.check import check
+from orchestrator.schedule.ir.lower import lower
+from orchestrator.schedule.ir.stages import chunks_of, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.lower import lower
-from orchestrator.schedule.stages import chunks_of, stages_of
 
 FREE = tuple(kind for kind in KINDS if chunks_of(kind) is None)
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.actions import Compute, Kind, Split, parse_csv, to_csv
-from orchestrator.schedule.check import ScheduleError, check
 from orchestrator.schedule.durations import UNIT, Durations, with_communication
+from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv, to_csv
+from orchestrator.schedule.ir.check import ScheduleError, check
+from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.lower import lower
 from orchestrator.schedule.search.anneal import Cooling, anneal
 from orchestrator.schedule.search.problem import NEVER, Problem
 from orchestrator.schedule.simulate import simulate

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.schedule.pieces import Order
-from orchestrator.schedule.stages import FORWARD_ONLY, Place, Stages, stages_of
+from orchestrator.schedule.ir.pieces import Order
+from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages, stages_of
 
 
 class Kind(StrEnum):

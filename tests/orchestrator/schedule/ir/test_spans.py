@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.spans import Figures, Lane, Span, figures, together, union
+from orchestrator.schedule.ir.spans import Figures, Lane, Span, figures, together, union
 
 SPANS = st.lists(st.builds(lambda lane, start, length: Span(3, lane, "x", float(start), float(start + length)),
                            st.sampled_from(list(Lane)), st.integers(-5, 30), st.integers(0, 12)), max_size=14)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.pieces import Cost, Piece, Strand, Template, overlapped, planned, strand, timed
-from orchestrator.schedule.spans import Lane
+from orchestrator.schedule.ir.pieces import Cost, Piece, Strand, Template, overlapped, planned, strand, timed
+from orchestrator.schedule.ir.spans import Lane
 
 C, X = Lane.COMPUTE, Lane.EXCHANGE
 forward = Cost(2, compute=4.0, dispatch=1.0, combine=2.0)

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Program, Reduce, Schedule, Split, Transfer, parse_csv, to_csv
-from orchestrator.schedule.check import ScheduleError, check, peak_activations, relative_activations
-from orchestrator.schedule.graph import compiled
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Program, Reduce, Schedule, Split, Transfer, parse_csv, to_csv
+from orchestrator.schedule.ir.check import ScheduleError, check, peak_activations, relative_activations
+from orchestrator.schedule.ir.graph import compiled
+from orchestrator.schedule.ir.lower import lower
+from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages, stages_of
 from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.lower import lower
 from orchestrator.schedule.simulate import simulate
-from orchestrator.schedule.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages, stages_of
 from tests.orchestrator.schedule.examples import attempt, schedules
 from tests.reference.programs import works
 

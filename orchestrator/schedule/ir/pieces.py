@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations, product
 
-from orchestrator.schedule.spans import Lane
+from orchestrator.schedule.ir.spans import Lane
 
 _TINY = 1e-12
 Order = tuple[int, ...]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.schedule.actions import Action, Form, Kind, Program, Work, halved_of
-from orchestrator.schedule.grid import failure
-from orchestrator.schedule.pieces import Piece, Strand, planned, timed
+from orchestrator.schedule.ir.actions import Action, Form, Kind, Program, Work, halved_of
+from orchestrator.schedule.ir.grid import failure
+from orchestrator.schedule.ir.pieces import Piece, Strand, planned, timed
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from orchestrator.schedule.actions import Action, Program, Reduce, Schedule, Transfer, Work
-from orchestrator.schedule.graph import Crossing, Graph, compiled
-from orchestrator.schedule.grid import failure
+from orchestrator.schedule.ir.actions import Action, Program, Reduce, Schedule, Transfer, Work
+from orchestrator.schedule.ir.graph import Crossing, Graph, compiled
+from orchestrator.schedule.ir.grid import failure
 
 
 @dataclass(frozen=True, slots=True)

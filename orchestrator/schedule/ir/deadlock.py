@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.schedule.actions import Program, Schedule, Transfer, Work
-from orchestrator.schedule.grid import failure
+from orchestrator.schedule.ir.actions import Program, Schedule, Transfer, Work
+from orchestrator.schedule.ir.grid import failure
 
 WORK, SEND, POST = 0, 1, 2
 NAMED = 8

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 
-from orchestrator.schedule.actions import Compute, Kind, Payload, Schedule, Split, Transfer, Work, dependencies
-from orchestrator.schedule.grid import ScheduleError, failure
+from orchestrator.schedule.ir.actions import Compute, Kind, Payload, Schedule, Split, Transfer, Work, dependencies
+from orchestrator.schedule.ir.grid import ScheduleError, failure
 
 Numbers = tuple[int, ...]
 Carried = tuple[tuple[int, Compute], tuple[int, Compute]]

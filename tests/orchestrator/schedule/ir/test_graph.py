@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
-from orchestrator.schedule.actions import Kind, Payload, dependencies, parse_csv
-from orchestrator.schedule.check import ScheduleError
-from orchestrator.schedule.graph import compiled
+from orchestrator.schedule.ir.actions import Kind, Payload, dependencies, parse_csv
+from orchestrator.schedule.ir.check import ScheduleError
+from orchestrator.schedule.ir.graph import compiled
+from orchestrator.schedule.ir.lower import lower
+from orchestrator.schedule.ir.stages import SEARCHED, Stages, V
 from orchestrator.schedule.kinds.dualpipe import dualpipe
-from orchestrator.schedule.lower import lower
-from orchestrator.schedule.stages import SEARCHED, Stages, V
 from tests.orchestrator.schedule.examples import schedules
 from tests.reference.programs import works
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages, V, chunks_of, stages_of
+from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages, V, chunks_of, stages_of
 
 EVERY = st.one_of(
     st.builds(Stages, st.just(BOTH), st.integers(1, 9)),

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from orchestrator.schedule.actions import Action, Kind, Program, Reduce, Schedule, Transfer, Work
-from orchestrator.schedule.deadlock import POST, SEND, WORK, Arrival, Link, Step, refuse_deadlock
-from orchestrator.schedule.graph import Graph, compiled
-from orchestrator.schedule.grid import ScheduleError, failure
+from orchestrator.schedule.ir.actions import Action, Kind, Program, Reduce, Schedule, Transfer, Work
+from orchestrator.schedule.ir.deadlock import POST, SEND, WORK, Arrival, Link, Step, refuse_deadlock
+from orchestrator.schedule.ir.graph import Graph, compiled
+from orchestrator.schedule.ir.grid import ScheduleError, failure
 
 __all__ = ["ScheduleError", "check", "peak_activations", "relative_activations"]
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.actions import Kind, Payload, Reduce, Transfer, parse_csv
-from orchestrator.schedule.check import ScheduleError, check
+from orchestrator.schedule.ir.actions import Kind, Payload, Reduce, Transfer, parse_csv
+from orchestrator.schedule.ir.check import ScheduleError, check
+from orchestrator.schedule.ir.lower import lower
+from orchestrator.schedule.ir.stages import LOOP, Stages, V, chunks_of
 from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.lower import lower
-from orchestrator.schedule.stages import LOOP, Stages, V, chunks_of
 
 SIZES = [(2, 4), (2, 10), (4, 8), (6, 12), (8, 20)]
 

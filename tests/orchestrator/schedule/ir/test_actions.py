@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.schedule.actions import Compute, Kind, Pair, Schedule, Split, Transfer, dependencies, parse_csv, to_csv
-from orchestrator.schedule.stages import BOTH, LOOP, Stages, V, stages_of
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Transfer, dependencies, parse_csv, to_csv
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V, stages_of
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
