@@ -27,15 +27,15 @@ from jobs.cli import JobFailed, Parser, arguments, configuration, run
 from jobs.plan_run import comparison
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.plan.compare import as_objects, compare, contestants, searched_contestants, table
-from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.ir.actions import Schedule, to_csv
 from orchestrator.schedule.ir.stages import BOTH, LOOP, PLACEMENTS, SEARCHED, Stages, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.measured import Measured, measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.render import as_json, svg
 from orchestrator.schedule.render_trace import schedule_trace
 from orchestrator.schedule.search import searched
-from orchestrator.schedule.simulate import Timeline, simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
+from orchestrator.schedule.timing.measured import Measured, measured_durations, read_trace, refuse_another_schedule
+from orchestrator.schedule.timing.simulate import Timeline, simulate
 
 
 @dataclass(frozen=True)

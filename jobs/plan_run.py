@@ -11,12 +11,12 @@ from pathlib import Path
 from orchestrator.config.run_config import ConfigError, RunConfig, load
 from orchestrator.plan.compare import Contestant, as_objects, compare, table
 from orchestrator.plan.scheduling import schedule_of
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.stages import SEARCHED, Stages, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate
-from orchestrator.schedule.measured import Measured, durations_to_plan_with, read_trace, refuse_another_schedule
 from orchestrator.schedule.search import searched
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.measured import Measured, durations_to_plan_with, read_trace, refuse_another_schedule
 
 _TRACE = "trace.json"
 

@@ -25,8 +25,8 @@ from jobs.benches.overlap_plan import durations_of, fixed, found, task_of, torch
 from jobs.benches.overlap_tiny import tiny
 from orchestrator.config.run_config import Real, RunConfig, Section
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.durations import EXCHANGE_RATIO
 from orchestrator.schedule.search.portfolio import EFFORT
+from orchestrator.schedule.timing.durations import EXCHANGE_RATIO
 
 _SHAPE = re.compile(r"PP([1-9][0-9]*)xEP([1-9][0-9]*)")
 _FIXED = ("dualpipe", "dualpipev")

@@ -9,10 +9,10 @@ from typing import Any
 
 from jobs.benches.overlap_cluster import Measured, Payload, Shape
 from jobs.benches.overlap_figures import steady
-from orchestrator.schedule.durations import Durations, at, per_chunk
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.spans import Figures, Span, figures
-from orchestrator.schedule.simulate import Timeline, simulate
+from orchestrator.schedule.timing.durations import Durations, at, per_chunk
+from orchestrator.schedule.timing.simulate import Timeline, simulate
 
 EXPOSED, FASTER, PREDICTED = 0.033, 1.5, 0.03
 _HEADERS, _MESSAGE_BYTES = 1.12, 600

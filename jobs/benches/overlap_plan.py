@@ -7,7 +7,6 @@ from statistics import mean
 from jobs.benches.overlap_cluster import Alone
 from jobs.benches.overlap_compare import Contestant
 from jobs.benches.overlap_rank import Ours, Torch
-from orchestrator.schedule.durations import Durations, at, per_chunk
 from orchestrator.schedule.ir.actions import Program, Schedule
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
@@ -17,6 +16,7 @@ from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import BOTH, Stages, V
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.search.portfolio import Options, search
+from orchestrator.schedule.timing.durations import Durations, at, per_chunk
 
 
 def durations_of(alone: Alone, layers: int) -> Durations:

@@ -26,7 +26,6 @@ from jobs.benches.schedule_rank import Ours, Step, schedule_rank
 from jobs.benches.schedule_torch import CHUNKS
 from orchestrator.config.run_config import Real, RunConfig, Section
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
@@ -35,7 +34,8 @@ from orchestrator.schedule.ir.stages import SEARCHED, Stages, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.search.portfolio import EFFORT
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import Durations, per_chunk
+from orchestrator.schedule.timing.simulate import simulate
 
 SAME = {
     "1f1b": "Schedule1F1B", "gpipe": "ScheduleGPipe", "interleaved_1f1b": "ScheduleInterleaved1F1B",

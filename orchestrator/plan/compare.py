@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.ir.actions import Kind, Schedule
 from orchestrator.schedule.ir.check import relative_activations
 from orchestrator.schedule.ir.lower import lower
@@ -19,7 +18,8 @@ from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages, chunks_of, s
 from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.search import options_for, search
 from orchestrator.schedule.search.portfolio import EFFORT
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import Durations, per_chunk
+from orchestrator.schedule.timing.simulate import simulate
 
 CHUNKS = (2, 4)
 """Of kinds that leave a choice, as far as a rank has so many layers."""

@@ -8,7 +8,6 @@ from functools import cache
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig
 from orchestrator.model import segments
 from orchestrator.model.parameters import stage_layers
-from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.ir.actions import Program, Schedule
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
@@ -16,6 +15,7 @@ from orchestrator.schedule.ir.orders import StageStrands, check_orders, with_ord
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds import forward_only, registry
 from orchestrator.schedule.search import searched
+from orchestrator.schedule.timing.durations import Durations, per_chunk
 
 
 def smallest_microbatches(config: RunConfig, stages: Stages, wanted: int, *, training: bool) -> int:

@@ -24,10 +24,10 @@ from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import evenly_placed
 from orchestrator.model.parameters import stage_layers
 from orchestrator.plan.scheduling import smallest_microbatches
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages, V
 from orchestrator.schedule.kinds import registry
-from orchestrator.schedule.simulate import makespan
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.simulate import makespan
 from orchestrator.topology import Node
 
 MOST_IDLE = 0.2

@@ -16,10 +16,10 @@ from orchestrator.schedule.ir.actions import Schedule, Split
 from orchestrator.schedule.ir.check import peak_activations
 from orchestrator.schedule.ir.spans import Figures, Interval, Lane, Span, figures
 from orchestrator.schedule.ir.stages import SEARCHED
-from orchestrator.schedule.measured import Measured
 from orchestrator.schedule.render_bars import INK, Bar, Box, draw
 from orchestrator.schedule.render_geometry import BAR, MARGIN, RIGHT, Rows, Scale, px, rectangle, text_width
-from orchestrator.schedule.simulate import Timeline
+from orchestrator.schedule.timing.measured import Measured
+from orchestrator.schedule.timing.simulate import Timeline
 
 PALE_INK, LINE = "#55606c", "#c4cbd2"
 LEGEND_TOP, TITLE_SIZE, SUBTITLE_SIZE = 66, 17, 13

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from orchestrator.schedule.ir.spans import Lane, Span
-from orchestrator.schedule.measured import Measured
+from orchestrator.schedule.timing.measured import Measured
 
 _ROWS = {lane.value: row for row, lane in enumerate(Lane)}
 

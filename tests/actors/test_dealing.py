@@ -11,11 +11,11 @@ from actors.messages import Apply
 from orchestrator.config.run_config import ConfigError, CostsSection, parse
 from orchestrator.plan import scheduling
 from orchestrator.plan.scheduling import durations_of, programs_for, smallest_microbatches
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Compute, Kind, Schedule, Split
 from orchestrator.schedule.ir.check import ScheduleError
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.search import Found
+from orchestrator.schedule.timing.durations import Durations
 
 LENGTH = 8
 

@@ -14,11 +14,11 @@ from actors.lane import ExchangeLane, InTurn
 from actors.model.segment import Lane, Segment
 from actors.model.weights import WeightGradients
 from actors.strands import Strand, Weaver, alternating
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Kind
 from orchestrator.schedule.ir.orders import strands_of
 from orchestrator.schedule.ir.pieces import planned
 from orchestrator.schedule.ir.spans import Span, figures
+from orchestrator.schedule.timing.durations import Durations
 
 C, X = Lane.COMPUTE, Lane.EXCHANGE
 BOUND_SECONDS = 20.0

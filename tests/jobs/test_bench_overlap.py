@@ -27,12 +27,12 @@ from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Toke
 from jobs.benches.overlap_plan import durations_of, task_of
 from jobs.benches.schedule_held import HeldLane
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair
 from orchestrator.schedule.ir.orders import StageStrands, forms, strands_of
 from orchestrator.schedule.ir.pieces import timed
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.kinds.registry import generate
+from orchestrator.schedule.timing.durations import Durations
 
 NAME, HOLD, LAYERS, MICROBATCHES = "PP2xEP2", 0.003, 2, 6
 CONTESTANTS = ("compute only", "dualpipe", "searched", "overlap off", "ScheduleDualPipeV")

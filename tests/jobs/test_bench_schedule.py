@@ -11,7 +11,7 @@ from jobs.benches import schedule
 from jobs.benches.schedule import Block, Settings
 from orchestrator.config.run_config import RunConfig
 from orchestrator.schedule.kinds.registry import generate
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.simulate import simulate
 
 BLOCK = "4 microbatches, 64 KiB"
 KINDS = {"1f1b": 0.006, "zbv": 0.003, "dualpipe": 0.006}  # seconds of F, I and W together in a stage of each

@@ -18,13 +18,13 @@ from jobs.cli import JobFailed, Parser, UsageError, arguments, configuration, ru
 from jobs.plan import main
 from orchestrator.config.run_config import ConfigError, dump, parse
 from orchestrator.plan.compare import searched_contestants
-from orchestrator.schedule.durations import UNIT, Durations, per_chunk
 from orchestrator.schedule.ir.actions import Kind, parse_csv
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.ir.stages import stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.search import searched
-from orchestrator.schedule.simulate import makespan, simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk
+from orchestrator.schedule.timing.simulate import makespan, simulate
 
 ROOT = Path(__file__).parents[2]
 

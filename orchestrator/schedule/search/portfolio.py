@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.run_config import ConfigError
-from orchestrator.schedule.durations import Durations, per_chunk
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate
@@ -18,6 +17,7 @@ from orchestrator.schedule.search.anneal import Cooling, anneal, mirrored
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
 from orchestrator.schedule.search.problem import Move, Problem, Rows, W
+from orchestrator.schedule.timing.durations import Durations, per_chunk
 
 EFFORT = 36_000_000
 """Actions evaluated, about: some seconds of one core."""

@@ -10,9 +10,9 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.schedule.durations import Durations, at
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Work
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
+from orchestrator.schedule.timing.durations import Durations, at
 
 F, B, I, W = range(4)
 KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)

@@ -14,7 +14,7 @@ from orchestrator.plan.scheduling import durations_of_run, programs_for, schedul
 from orchestrator.schedule.ir.orders import forms, strands_of
 from orchestrator.schedule.ir.pieces import timed
 from orchestrator.schedule.ir.spans import Lane
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.simulate import simulate
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 COSTS = LayerCosts(forward=4.0, backward_input=6.0, backward_weight=5.0, dispatch=1.0, combine=2.0)

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.plan.compare import Contestant, Refused, as_objects, compare, contestants, searched_contestants, table
-from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.ir.actions import to_csv
 from orchestrator.schedule.kinds.registry import KINDS, generate
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
+from orchestrator.schedule.timing.simulate import simulate
 
 
 def by_name(positions, microbatches, durations=UNIT):

@@ -14,9 +14,9 @@ from orchestrator.config.run_config import ConfigError, RunConfig, check, parse
 from orchestrator.layout.layout import Layout
 from orchestrator.plan import scheduling
 from orchestrator.recovery.relayout import MOST_IDLE, predicted_duration, relaid
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.stages import V
-from orchestrator.schedule.simulate import makespan
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.simulate import makespan
 from orchestrator.topology import Node
 from tests.orchestrator.layouts import DEEPSEEK_CONFIG, nodes, small_model
 

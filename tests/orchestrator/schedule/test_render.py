@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.ir.actions import Pair, Split, parse_csv
 from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import generate
-from orchestrator.schedule.measured import Measured
 from orchestrator.schedule.render import as_json, svg
 from orchestrator.schedule.render_bars import without
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
+from orchestrator.schedule.timing.measured import Measured
+from orchestrator.schedule.timing.simulate import simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVERY_SHAPE = parse_csv("F0.0/2,F0.1|F0.2,I0.0,F0.3|I0.1,I0.2|W0.0,B0.3/2,W0.1,W0.2\n", SEARCHED, Stages("loop", 1))

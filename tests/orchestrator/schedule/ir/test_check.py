@@ -19,7 +19,7 @@ from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, 
 from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.simulate import simulate
 from tests.orchestrator.schedule.examples import attempt, schedules
 from tests.reference.programs import works
 

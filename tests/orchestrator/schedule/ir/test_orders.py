@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.durations import UNIT, Durations, with_communication
 from orchestrator.schedule.ir.actions import Kind, parse_csv
 from orchestrator.schedule.ir.grid import ScheduleError
 from orchestrator.schedule.ir.lower import lower
@@ -15,6 +14,7 @@ from orchestrator.schedule.ir.orders import check_orders, forms, strands_of, wit
 from orchestrator.schedule.ir.pieces import timed
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.kinds.registry import generate
+from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 COSTS = Durations(1.0, 1.0, 1.0, dispatch=0.5, combine=0.5, layers=2)

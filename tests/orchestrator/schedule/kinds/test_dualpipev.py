@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.kinds.dualpipev import dualpipev
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
 
 SIZES = st.builds(lambda positions, more: (positions, 2 * positions + more), st.integers(1, 8), st.integers(0, 9))

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.durations import UNIT
 from orchestrator.schedule.ir.actions import Kind, Reduce, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 from orchestrator.schedule.kinds.forward_only import forward_only, smallest_microbatches
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import UNIT
+from orchestrator.schedule.timing.simulate import simulate
 
 EVERY = st.one_of(
     st.builds(Stages, st.just(BOTH), st.integers(1, 10)),

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Kind, Pair, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.interleaved import groups, interleaved_1f1b, merged_interleaved_1f1b
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
 
 POSITIONS, CHUNKS, MICROBATCHES = st.integers(1, 6), st.integers(1, 4), st.integers(1, 20)

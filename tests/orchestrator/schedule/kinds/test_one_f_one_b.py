@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.one_f_one_b import gpipe, one_f_one_b
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
 
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 16))

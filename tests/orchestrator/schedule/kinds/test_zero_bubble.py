@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import UNIT, Durations
 from orchestrator.schedule.ir.actions import Kind, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.one_f_one_b import one_f_one_b
 from orchestrator.schedule.kinds.zero_bubble import zb_h1, zbv
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations
+from orchestrator.schedule.timing.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
 
 SIZES = st.tuples(st.integers(1, 8), st.integers(1, 20))

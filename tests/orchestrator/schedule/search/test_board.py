@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.durations import UNIT, Durations, with_communication
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.search.anneal import OF_PAIRS, OF_SINGLES, is_mirrored, mirrored, shift
 from orchestrator.schedule.search.board import Board, differing
 from orchestrator.schedule.search.problem import NEVER, Problem
+from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
 COSTS = [UNIT, with_communication(UNIT, 0.913),
          replace(with_communication(Durations(2.0, 3.0, 1.0, hop=0.3), 0.5), slowdown=(1.0, 1.5, 1.0, 0.5), links={(1, 2): 4.0}),

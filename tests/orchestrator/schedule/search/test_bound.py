@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import UNIT, Durations, at, with_communication
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import Stages
@@ -18,7 +17,8 @@ from orchestrator.schedule.search.anneal import Cooling, anneal
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
 from orchestrator.schedule.search.problem import B, F, I, Problem, W
-from orchestrator.schedule.simulate import makespan
+from orchestrator.schedule.timing.durations import UNIT, Durations, at, with_communication
+from orchestrator.schedule.timing.simulate import makespan
 
 
 def shortest_of_all(problem):

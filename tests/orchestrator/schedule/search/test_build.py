@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import UNIT, with_communication
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.search.build import build, rules
 from orchestrator.schedule.search.problem import Problem
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import UNIT, with_communication
+from orchestrator.schedule.timing.simulate import simulate
 
 PLACEMENTS = [Stages("both", 4), Stages("both", 3), Stages("v", 3, 2), Stages("v", 2, 4), Stages("loop", 4), Stages("loop", 3, 3)]
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.durations import UNIT, Durations, with_communication
 from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv, to_csv
 from orchestrator.schedule.ir.check import ScheduleError, check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.search.anneal import Cooling, anneal
 from orchestrator.schedule.search.problem import NEVER, Problem
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
+from orchestrator.schedule.timing.simulate import simulate
 
 COSTS = {
     "unit": UNIT,

@@ -9,14 +9,14 @@ import pytest
 
 from actors.trace import trace_json
 from orchestrator.layout.layout import Place
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv
 from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds.registry import generate
-from orchestrator.schedule.measured import measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.render_trace import schedule_trace
-from orchestrator.schedule.simulate import simulate
+from orchestrator.schedule.timing.durations import Durations
+from orchestrator.schedule.timing.measured import measured_durations, read_trace, refuse_another_schedule
+from orchestrator.schedule.timing.simulate import simulate
 
 SEGMENTS = {Kind.FORWARD: ("dispatch", "combine"), Kind.BACKWARD: ("combine", "dispatch"),
             Kind.BACKWARD_INPUT: ("combine", "dispatch")}

@@ -10,10 +10,10 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-from orchestrator.schedule.durations import UNIT, Durations
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.graph import Graph, Sort, compiled
 from orchestrator.schedule.ir.spans import Figures, Lane, Span, figures, together
+from orchestrator.schedule.timing.durations import UNIT, Durations
 
 
 @dataclass(frozen=True, eq=False)

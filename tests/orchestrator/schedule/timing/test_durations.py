@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Split
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import Stages
+from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 

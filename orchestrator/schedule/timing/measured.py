@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from orchestrator.schedule.durations import Durations
 from orchestrator.schedule.ir.actions import Compute, Kind, Schedule, Work
 from orchestrator.schedule.ir.spans import Interval, Lane, Span, measure, union
 from orchestrator.schedule.ir.stages import Stages
+from orchestrator.schedule.timing.durations import Durations
 
 _ACTION = re.compile(r"([FBIW])(\d+)\.(\d+)(?:/2)?")
 _WORK = (Lane.COMPUTE, Lane.EXCHANGE)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.durations import UNIT, Durations
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.graph import compiled
 from orchestrator.schedule.ir.spans import figures
@@ -19,7 +18,8 @@ from orchestrator.schedule.ir.stages import BOTH, Stages
 from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.simulate import makespan, simulate
+from orchestrator.schedule.timing.durations import UNIT, Durations
+from orchestrator.schedule.timing.simulate import makespan, simulate
 
 
 @pytest.mark.parametrize("positions, microbatches, makespan, bubble, overlapped", [

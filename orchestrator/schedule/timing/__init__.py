@@ -1,0 +1,1 @@
+"""Durations of actions, measured and assumed, and the simulation of a schedule with them."""
