@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.layout.layout import Place
 from orchestrator.schedule.ir.spans import Span
-from orchestrator.schedule.render_trace import event, process, trace_text
+from orchestrator.schedule.pictures.trace import event, process, trace_text
 
 
 def trace_json(steps: Mapping[int, Sequence[Span]], places: Mapping[int, Sequence[Place]] | None = None) -> str:

@@ -30,8 +30,8 @@ from orchestrator.plan.compare import as_objects, compare, contestants, searched
 from orchestrator.schedule.ir.actions import Schedule, to_csv
 from orchestrator.schedule.ir.stages import BOTH, LOOP, PLACEMENTS, SEARCHED, Stages, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
-from orchestrator.schedule.render import as_json, svg
-from orchestrator.schedule.render_trace import schedule_trace
+from orchestrator.schedule.pictures.render import as_json, svg
+from orchestrator.schedule.pictures.trace import schedule_trace
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.timing.measured import Measured, measured_durations, read_trace, refuse_another_schedule

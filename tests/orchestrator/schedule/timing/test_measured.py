@@ -13,7 +13,7 @@ from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv
 from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds.registry import generate
-from orchestrator.schedule.render_trace import schedule_trace
+from orchestrator.schedule.pictures.trace import schedule_trace
 from orchestrator.schedule.timing.durations import Durations
 from orchestrator.schedule.timing.measured import measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.timing.simulate import simulate

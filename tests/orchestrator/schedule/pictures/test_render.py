@@ -17,8 +17,8 @@ from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import generate
-from orchestrator.schedule.render import as_json, svg
-from orchestrator.schedule.render_bars import without
+from orchestrator.schedule.pictures.bars import without
+from orchestrator.schedule.pictures.render import as_json, svg
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.timing.measured import Measured
 from orchestrator.schedule.timing.simulate import simulate

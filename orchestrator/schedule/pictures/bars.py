@@ -13,7 +13,7 @@ from html import escape
 
 from orchestrator.schedule.ir.actions import Compute, Kind
 from orchestrator.schedule.ir.spans import Interval, union
-from orchestrator.schedule.render_geometry import BAR, STRIP, Rows, Scale, fitting_size, outline, px, rectangle
+from orchestrator.schedule.pictures.geometry import BAR, STRIP, Rows, Scale, fitting_size, outline, px, rectangle
 
 LIGHT = ("#b9d6f2", "#fbd59b", "#c3e4ba", "#e3c6ea", "#b3e2de", "#f6c5cf")
 MIDDLE = ("#6fa8df", "#ee9a42", "#78bd72", "#b67fc3", "#56b5ae", "#df7d92")

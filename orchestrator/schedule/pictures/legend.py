@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from orchestrator.schedule.ir.actions import Kind, Pair, Schedule, Split
 from orchestrator.schedule.ir.stages import BOTH, V
-from orchestrator.schedule.render_bars import EXPOSED, HIDDEN, IDLE, REDUCE, action_box, ink, label
-from orchestrator.schedule.render_geometry import MARGIN, px, rectangle, text_width
+from orchestrator.schedule.pictures.bars import EXPOSED, HIDDEN, IDLE, REDUCE, action_box, ink, label
+from orchestrator.schedule.pictures.geometry import MARGIN, px, rectangle, text_width
 
 SIZE, LINE_HEIGHT, SPACE = 17, 25, 14
 NAMES = {

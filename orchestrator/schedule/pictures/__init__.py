@@ -1,0 +1,1 @@
+"""Schedules and measured steps as SVG and as traces."""
