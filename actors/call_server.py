@@ -21,13 +21,13 @@ from actors.authority import Superseded
 from actors.checkpoint import CheckpointError
 from actors.comm.waiting import Aborted
 from actors.errors import named_line
+from actors.files.storage import StorageError
 from actors.hugging_face import FolderError
 from actors.lifeline_wire import Address
 from actors.messages import Recollection
 from actors.probe import Prober
 from actors.rank import Rank
 from actors.ranks import Reply
-from actors.storage import StorageError
 from orchestrator.protocol.events import CallId, FailKind, Fault
 from orchestrator.protocol.membership import Member
 

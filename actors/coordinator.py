@@ -21,21 +21,21 @@ from typing import Any
 
 import ray
 
-from actors import storage
 from actors.board import Board
 from actors.checkpoint import CheckpointError
 from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
 from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.dealing import Batch
 from actors.feed import Feed, read_validation
+from actors.files import storage
+from actors.files.run_folder import IN_USE, LIVE, RunFolder, Token
+from actors.files.storage import StorageError, join
 from actors.messages import Failure, Outcome, Start
 from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
-from actors.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.silence import LOOK_SECONDS, Silence
 from actors.stage_actor import FIRST_SECONDS, create
-from actors.storage import StorageError, join
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout

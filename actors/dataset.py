@@ -24,7 +24,7 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
-from actors import storage
+from actors.files import storage
 from orchestrator.config.run_config import ConfigError
 from orchestrator.data.order import Shape
 

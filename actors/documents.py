@@ -23,7 +23,7 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
-from actors import storage
+from actors.files import storage
 from actors.tokenizer import Tokenizer
 from orchestrator.config.run_config import ConfigError
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import ray
 
-from actors import names
 from actors.call_server import CallServer
 from actors.cluster import actor_options, many_hosts, outliving
 from actors.errors import named_line
+from actors.files import names
+from actors.files.run_folder import reads
 from actors.messages import StepReport
 from actors.metrics import Exporter, RankMetrics, listening, reachable
 from actors.rank import Rank
 from actors.ranks import Reply
 from actors.ray_token import wanted_token
-from actors.run_folder import reads
 from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.events import CallId, Fault

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy
 
-from actors import storage
+from actors.files import storage
 
 BYTE = "byte"
 _BYTE_DEFINITION = b"256 byte values, then end of document"

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from actors import checkpoint
 from actors.checkpoint import CheckpointError, Manifest
 from actors.dataset import DatasetError
+from actors.files.run_folder import RunFolder
+from actors.files.storage import Damaged, StorageError
 from actors.lifelines import Lifelines
 from actors.messages import Outcome, Start
 from actors.protocol.batches import Batches, Reader, Sources
@@ -26,8 +28,6 @@ from actors.protocol.shell import Listened, Parts, RealShell
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling, Watch
 from actors.ranks import RankCalls
-from actors.run_folder import RunFolder
-from actors.storage import Damaged, StorageError
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data.ledger import Ledger
 from orchestrator.layout.layout import Layout, Place

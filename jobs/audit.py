@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors import storage
 from actors.dataset import Dataset
+from actors.files import storage
 from orchestrator.config.run_config import RunConfig, TrainingSection
 from orchestrator.data import order
 from orchestrator.data.ledger import STEP, Cuts, Entry, combine, digest_text, entries, sequence_digest

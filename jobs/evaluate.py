@@ -16,10 +16,10 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from actors import storage
 from actors.checkpoint import CheckpointError, read_manifest
 from actors.dataset import Dataset, DatasetError
 from actors.feed import read_validation
+from actors.files import storage
 from jobs import cli, session
 from jobs.export import configuration
 from jobs.lost import ClusterWatch

@@ -11,10 +11,10 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 
-from actors import storage
-from actors.names import run_of
+from actors.files import storage
+from actors.files.names import run_of
+from actors.files.run_folder import LIVE, RunFolder
 from actors.ray_token import NoToken, wanted_token
-from actors.run_folder import LIVE, RunFolder
 
 _ANSWER_SECONDS, _AGAIN_SECONDS = 3.0, 5.0
 _MOST_NODES = 32

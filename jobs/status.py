@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from actors import storage
 from actors.dataset import Dataset, DatasetError
+from actors.files import storage
 from jobs import audit, cli, live, session
 from orchestrator.config.run_config import RunConfig, load, parse
 from orchestrator.data.ledger import committed_by

@@ -12,10 +12,11 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from actors import checkpoint, storage
+from actors import checkpoint
 from actors.errors import first_line
+from actors.files import storage
+from actors.files.run_folder import LIVE, RunFolder
 from actors.messages import Failure, Outcome
-from actors.run_folder import LIVE, RunFolder
 from jobs import cli, session, status
 from orchestrator.config.run_config import RunConfig, parse
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy
 
-from actors import documents, packing, storage
+from actors import documents, packing
 from actors import tokenizer as tokenizers
 from actors.dataset import FORMAT, MANIFEST, Dataset, DatasetError
 from actors.documents import Source
+from actors.files import storage
 from actors.packing import Packer, SplitProgress
 from actors.tokenizer import Tokenizer, TokenizerError
 from jobs import cli, session

@@ -16,9 +16,9 @@ from typing import Any
 
 from actors import checkpoint
 from actors.checkpoint import CheckpointError, Manifest
-from actors.journal import Overtaken
-from actors.run_folder import RunFolder
-from actors.storage import StorageError
+from actors.files.journal import Overtaken
+from actors.files.run_folder import RunFolder
+from actors.files.storage import StorageError
 from orchestrator.protocol.events import Ending, LineRefused, Stored, StoreFailed
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from actors.files.run_folder import RunFolder
 from actors.messages import StepRequest
 from actors.protocol.book import StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
 from actors.records import loads_of, step_metrics, timeline
-from actors.run_folder import RunFolder
 from actors.slow import SlowWatch
 from actors.spending import Spending
 from actors.trace import trace_json

@@ -21,10 +21,10 @@ from typing import Any
 
 from actors import checkpoint
 from actors.dataset import Dataset
+from actors.files.run_folder import RunFolder
 from actors.messages import Start
 from actors.processes import ProcessRanks
 from actors.ranks import News
-from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs.benches import chaos_rank
 from jobs.benches.chaos_company import Company, Ended, Kind, Strike

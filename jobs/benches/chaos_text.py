@@ -16,8 +16,8 @@ import pyarrow
 
 from actors.dataset import Dataset, DatasetError, Split
 from actors.dealing import Batch
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs import tokenize
 from jobs.benches.chaos_company import CONFIG, LENGTH

@@ -23,8 +23,8 @@ from typing import Any
 from pydantic import Field
 
 from actors.dataset import Dataset
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.run_folder import RunFolder
 from jobs import audit, corpus, session
 from jobs.benches.churn_rank import held_rank
 from jobs.benches.churn_run import Churn, Rows, Told, changes, train

@@ -15,9 +15,9 @@ import numpy
 
 from actors.dataset import Dataset
 from actors.dealing import Batch
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.ranks import News
-from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order

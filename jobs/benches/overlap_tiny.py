@@ -6,8 +6,8 @@ import statistics
 import tempfile
 from typing import Any
 
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs.benches.networks import Network, enter
 from jobs.benches.overlap_cluster import say

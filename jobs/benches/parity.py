@@ -18,8 +18,8 @@ import numpy
 
 from actors import checkpoint
 from actors.dealing import Batch
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.run_folder import RunFolder
 from actors.seated_answers import call
 from actors.trainer import Sources, Trainer
 from jobs.benches import plain

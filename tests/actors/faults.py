@@ -16,8 +16,8 @@ import torch
 from runtime import TIMEOUT_SECONDS, Host, Run, configured, state, train
 
 import actors.checkpoint
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.run_folder import RunFolder
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.commands import Lane

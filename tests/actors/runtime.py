@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.dealing import Batch
+from actors.files.run_folder import RunFolder
 from actors.held import Held
 from actors.messages import Assignment, Outcome, Start
 from actors.processes import ProcessRanks
 from actors.rank import Rank
-from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.data import order

@@ -11,8 +11,9 @@ import pytest
 from corpus import make, rows_by_hand, texts
 
 from actors import dataset as dataset_module
-from actors import packing, storage
+from actors import packing
 from actors.dataset import Dataset, DatasetError
+from actors.files import storage
 from actors.packing import Packer, SplitProgress
 from actors.tokenizer import ByteTokenizer
 from orchestrator.config.run_config import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.run_folder import RunFolder
+from actors.files.run_folder import RunFolder
 from jobs import audit
 from jobs.benches.chaos_processes import KINDS, Processes, processes
 from jobs.benches.chaos_text import undisturbed

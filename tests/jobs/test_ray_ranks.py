@@ -12,9 +12,9 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError
 
 from actors import ray_ranks
+from actors.files.run_folder import RunFolder
 from actors.ranks import LOST, Arrived, News, Reply
 from actors.ray_ranks import RayRanks
-from actors.run_folder import RunFolder
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NodeJoined, NotMade
 from orchestrator.protocol.membership import Member

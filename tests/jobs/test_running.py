@@ -9,9 +9,9 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors.coordinator import TAKEN_OVER
+from actors.files.run_folder import RunFolder
+from actors.files.storage import StorageError
 from actors.messages import Failure
-from actors.run_folder import RunFolder
-from actors.storage import StorageError
 from jobs import cli, running, session
 from jobs.running import CoordinatorLost, Interrupt, TakenOver
 from orchestrator.config.run_config import ConfigError

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from actors.dataset import Dataset
 from actors.dealing import Batch, Dealer
+from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.run_folder import RunFolder
 from actors.trainer import Sources, Trainer
 from jobs import audit, cli, status
 from orchestrator.config.run_config import BatchRamp, TrainingSection, parse

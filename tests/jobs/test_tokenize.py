@@ -19,8 +19,9 @@ import pytest
 import tokenizers
 from pyarrow import parquet
 
-from actors import documents, packing, storage
+from actors import documents, packing
 from actors.dataset import Dataset
+from actors.files import storage
 from actors.tokenizer import ByteTokenizer
 from jobs.cli import JobFailed
 from jobs.tokenize import load_tokenizer, main, tokenize

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actors import storage
+from actors.files import storage
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 _LONGEST_HEADER = 1 << 30

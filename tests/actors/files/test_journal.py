@@ -11,11 +11,11 @@ import os
 import pytest
 from pyarrow._fs import _MockFileSystem
 
-from actors import journal as journal_module
-from actors import storage
-from actors.journal import Journal, Overtaken
-from actors.run_folder import RunFolder
-from actors.storage import StorageError
+from actors.files import journal as journal_module
+from actors.files import storage
+from actors.files.journal import Journal, Overtaken
+from actors.files.run_folder import RunFolder
+from actors.files.storage import StorageError
 
 
 def test_lines_are_appended_at_once(tmp_path):

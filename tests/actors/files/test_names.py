@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.names import meaning, of_coordinator, of_rank, run_of
+from actors.files.names import meaning, of_coordinator, of_rank, run_of
 from orchestrator.protocol.membership import Member
 
 RUN = run_of("/shared/runs/tiny")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from actors import storage
-from actors.storage import StorageError
+from actors.files import storage
+from actors.files.storage import StorageError
 
 
 @pytest.fixture(params=["path", "uri", "relative"])

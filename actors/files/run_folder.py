@@ -17,8 +17,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from actors import storage
-from actors.journal import Journal
+from actors.files import storage
+from actors.files.journal import Journal
 from orchestrator.data import ledger
 
 CHECKPOINTS, LEDGER, LIVE = "checkpoints", "ledger.jsonl", "live.json"

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from pyarrow import fs
 
-from actors import storage
+from actors.files import storage
 
 _REWRITE_SECONDS = 5.0
 _LOCK_SECONDS, _POLL_SECONDS = 2.0, 0.02

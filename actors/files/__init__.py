@@ -1,0 +1,1 @@
+"""Paths and URIs of any file system, journals, tensor files, the folder of a run."""
