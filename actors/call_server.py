@@ -18,16 +18,16 @@ from dataclasses import replace
 import torch
 
 from actors.authority import Superseded
+from actors.calls.messages import Recollection
+from actors.calls.rank_calls import Reply
 from actors.checkpoint import CheckpointError
 from actors.comm.waiting import Aborted
 from actors.errors import named_line
 from actors.files.storage import StorageError
 from actors.hugging_face import FolderError
 from actors.lifeline_wire import Address
-from actors.messages import Recollection
 from actors.probe import Prober
 from actors.rank import Rank
-from actors.ranks import Reply
 from orchestrator.protocol.events import CallId, FailKind, Fault
 from orchestrator.protocol.membership import Member
 

@@ -14,9 +14,9 @@ from ray.autoscaler.sdk import request_resources
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.calls.rank_calls import News
 from actors.errors import named_line
 from actors.files import names
-from actors.ranks import News
 from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig, TopologySection
 from orchestrator.protocol.membership import Member

@@ -22,6 +22,7 @@ from typing import Any
 import ray
 
 from actors.board import Board
+from actors.calls.messages import Failure, Outcome, Start
 from actors.checkpoint import CheckpointError
 from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
 from actors.dataset import MANIFEST, Dataset, DatasetError
@@ -30,7 +31,6 @@ from actors.feed import Feed, read_validation
 from actors.files import storage
 from actors.files.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.files.storage import StorageError, join
-from actors.messages import Failure, Outcome, Start
 from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token

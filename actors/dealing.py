@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy
 
-from actors.messages import Apply, LossDivisors, StepRequest
+from actors.calls.messages import Apply, LossDivisors, StepRequest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from actors.calls.messages import Assignment, Recollection
 from actors.comm.waiting import OutOfStep
-from actors.messages import Assignment, Recollection
 from actors.optimizer import OwnedShard
 from orchestrator.state.ownership import Bucket
 

@@ -20,7 +20,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics, make_wsgi_app
 
-from actors.messages import StepReport
+from actors.calls.messages import StepReport
 from orchestrator.telemetry.goodput import KINDS, RECOVERY
 
 AUTO, _LOOPBACK = "auto", "127.0.0.1"

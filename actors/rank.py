@@ -15,20 +15,7 @@ import torch
 import torch.distributed as dist
 
 from actors.authority import Authority
-from actors.checkpoint import CheckpointError, PieceWriter, restore_shards
-from actors.comm.groups import Generation, Group
-from actors.comm.links import Links
-from actors.comm.traffic import Traffic
-from actors.comm.waiting import OutOfStep, Progress
-from actors.comm.wires import Wires
-from actors.executor import Executor, StepWork
-from actors.held import Held, State
-from actors.host import device_name, settle, stay_on_a_core, warm_up
-from actors.hugging_face import ModelFolder
-from actors.lane import ExchangeLane, lane_for
-from actors.lifeline import Lifeline
-from actors.meeting import MeetingPlace
-from actors.messages import (
+from actors.calls.messages import (
     Apply,
     Assignment,
     Formed,
@@ -42,6 +29,19 @@ from actors.messages import (
     StepReport,
     StepRequest,
 )
+from actors.checkpoint import CheckpointError, PieceWriter, restore_shards
+from actors.comm.groups import Generation, Group
+from actors.comm.links import Links
+from actors.comm.traffic import Traffic
+from actors.comm.waiting import OutOfStep, Progress
+from actors.comm.wires import Wires
+from actors.executor import Executor, StepWork
+from actors.held import Held, State
+from actors.host import device_name, settle, stay_on_a_core, warm_up
+from actors.hugging_face import ModelFolder
+from actors.lane import ExchangeLane, lane_for
+from actors.lifeline import Lifeline
+from actors.meeting import MeetingPlace
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
 from actors.optimizer import Optimizer, shards_of
 from actors.probe import ProbeListener

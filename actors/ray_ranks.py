@@ -20,10 +20,10 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from actors.calls.rank_calls import LOST, Arrived, answered, as_event
 from actors.cluster import NodeWatch
 from actors.errors import named_line
 from actors.files.run_folder import Token
-from actors.ranks import LOST, Arrived, answered, as_event
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
 from orchestrator.protocol.membership import Member

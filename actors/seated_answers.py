@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from actors.ranks import LOST
+from actors.calls.rank_calls import LOST
 
 
 class RankFailed(RuntimeError):

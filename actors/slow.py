@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from actors.messages import StepReport, StepRequest
+from actors.calls.messages import StepReport, StepRequest
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
 from orchestrator.telemetry.stragglers import Change, Flow, Watch, Work

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from actors.messages import StepReport
+from actors.calls.messages import StepReport
 from actors.records import mean_figures
 from orchestrator.telemetry.goodput import TimeAccount
 

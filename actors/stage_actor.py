@@ -12,14 +12,14 @@ from typing import Any
 import ray
 
 from actors.call_server import CallServer
+from actors.calls.messages import StepReport
+from actors.calls.rank_calls import Reply
 from actors.cluster import actor_options, many_hosts, outliving
 from actors.errors import named_line
 from actors.files import names
 from actors.files.run_folder import reads
-from actors.messages import StepReport
 from actors.metrics import Exporter, RankMetrics, listening, reachable
 from actors.rank import Rank
-from actors.ranks import Reply
 from actors.ray_token import wanted_token
 from actors.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig

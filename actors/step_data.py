@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy
 import torch
 
+from actors.calls.messages import LossDivisors, LossSums, StepRequest
 from actors.comm.groups import Group
 from actors.comm.links import Links
-from actors.messages import LossDivisors, LossSums, StepRequest
 from actors.model.chunk import Chunk, LossScales, Microbatch
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data.ledger import combine, sequence_digest

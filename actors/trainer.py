@@ -12,12 +12,13 @@ from typing import Any
 import torch.distributed as dist
 
 from actors import checkpoint
+from actors.calls.messages import Outcome, Start
+from actors.calls.rank_calls import RankCalls
 from actors.checkpoint import CheckpointError, Manifest
 from actors.dataset import DatasetError
 from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
 from actors.lifelines import Lifelines
-from actors.messages import Outcome, Start
 from actors.protocol.batches import Batches, Reader, Sources
 from actors.protocol.book import Book
 from actors.protocol.clerk import Clerk
@@ -27,7 +28,6 @@ from actors.protocol.planning import RealPlanner
 from actors.protocol.shell import Listened, Parts, RealShell
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling, Watch
-from actors.ranks import RankCalls
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data.ledger import Ledger
 from orchestrator.layout.layout import Layout, Place

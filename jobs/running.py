@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+from actors.calls.messages import Failure, Outcome, Start
 from actors.files import storage
 from actors.files.names import of_coordinator, run_of
 from actors.files.run_folder import RunFolder, Token
-from actors.messages import Failure, Outcome, Start
 from jobs import cli, session
 from jobs.progress import Progress
 from orchestrator.config.run_config import ConfigError, RunConfig

@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from actors.calls.messages import Failure
 from actors.files.names import run_of
 from actors.files.run_folder import RunFolder
-from actors.messages import Failure
 from jobs import cli
 from jobs.progress import Progress
 from jobs.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest

@@ -10,10 +10,10 @@ import importlib.util
 import sys
 import time
 
+from actors.calls.messages import Outcome
 from actors.dataset import MANIFEST, Dataset, DatasetError
 from actors.files import storage
 from actors.files.run_folder import IN_USE, RunFolder
-from actors.messages import Outcome
 from jobs import cli, corpus, session, summary, takeover
 from jobs.live import Announced, ask
 from jobs.lost import ClusterWatch

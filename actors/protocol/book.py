@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from actors.calls.messages import LossSums, StepReport
 from actors.dealing import Batch
-from actors.messages import LossSums, StepReport
 from actors.records import generation_record, losses_of
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from actors import messages
 from actors.ahead import Ahead
+from actors.calls import messages
 from actors.checkpoint import Manifest
 from actors.dealing import Batch, Dealer
 from actors.protocol.tables import Tables

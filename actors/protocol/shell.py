@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from actors.calls.messages import LossSums
+from actors.calls.rank_calls import Arrived, RankCalls
 from actors.checkpoint import Manifest
 from actors.dealing import Batch
 from actors.lifelines import Lifelines
-from actors.messages import LossSums
 from actors.protocol.batches import Reader
 from actors.protocol.book import Book, StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
-from actors.ranks import Arrived, RankCalls
 from actors.records import losses_of, scores_of
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement, balanced_placement, moves

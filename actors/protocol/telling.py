@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from actors.calls.messages import StepRequest
 from actors.files.run_folder import RunFolder
-from actors.messages import StepRequest
 from actors.protocol.book import StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables

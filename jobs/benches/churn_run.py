@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy
 
+from actors.calls.rank_calls import News
 from actors.dataset import Dataset
 from actors.dealing import Batch
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.ranks import News
 from actors.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order

@@ -10,9 +10,9 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from actors.calls.messages import LossDivisors
 from actors.dealing import Batch
 from actors.host import settle
-from actors.messages import LossDivisors
 from actors.model.plain import PlainModel
 from actors.rank import DTYPES
 from orchestrator.config.run_config import RunConfig

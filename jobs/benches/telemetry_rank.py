@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.messages import StepReport, StepRequest
+from actors.calls.messages import StepReport, StepRequest
 from actors.metrics import Exporter, RankMetrics
 from jobs.benches.churn_rank import HeldRank, held_rank
 from orchestrator.config.run_config import RunConfig

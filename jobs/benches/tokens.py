@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import Field
 
+from actors.calls.messages import Failure
 from actors.dealing import Batch
 from actors.files.run_folder import RunFolder
-from actors.messages import Failure
 from jobs import corpus, session
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text

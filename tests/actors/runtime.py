@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from actors.calls.messages import Assignment, Outcome, Start
 from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.dealing import Batch
 from actors.files.run_folder import RunFolder
 from actors.held import Held
-from actors.messages import Assignment, Outcome, Start
 from actors.processes import ProcessRanks
 from actors.rank import Rank
 from actors.trainer import Sources, Trainer

@@ -11,14 +11,14 @@ import torch
 
 from actors.authority import Authority
 from actors.call_server import CallServer, fault_of
+from actors.calls.messages import Recollection
+from actors.calls.rank_calls import Reply
 from actors.checkpoint import CheckpointError
 from actors.comm.waiting import Aborted, OutOfStep
 from actors.executor import ActionFailed
 from actors.files.storage import StorageError
 from actors.hugging_face import FolderError
-from actors.messages import Recollection
 from actors.probe import ProbeListener
-from actors.ranks import Reply
 from orchestrator.protocol.events import CallId, FailKind, Fault
 from orchestrator.protocol.membership import Member
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from actors.calls.messages import Failure, Start
 from actors.coordinator import Coordinator
-from actors.messages import Failure, Start
 from actors.ray_ranks import RayRanks
 from actors.trainer import TrainingFailed
 from orchestrator.config.run_config import parse

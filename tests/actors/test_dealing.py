@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from runtime import LAYOUTS, configured
 
+from actors.calls.messages import Apply
 from actors.dealing import Batch, Dealer
-from actors.messages import Apply
 from orchestrator.config.run_config import ConfigError, CostsSection, parse
 from orchestrator.plan import scheduling
 from orchestrator.plan.scheduling import durations_of, programs_for, smallest_microbatches

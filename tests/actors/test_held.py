@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from runtime import TIMEOUT_SECONDS, batch_of, configured, form, meeting_place, on_all, same, state
 
+from actors.calls.messages import Apply, Assignment, Former, Standing
 from actors.comm.waiting import Aborted, OutOfStep
 from actors.dealing import Dealer
-from actors.messages import Apply, Assignment, Former, Standing
 from orchestrator.plan.scheduling import programs_for
 
 CONFIG, LAYOUT = configured("EP4", "model.num_hidden_layers=2")

@@ -11,8 +11,8 @@ import urllib.request
 
 import pytest
 
+from actors.calls.messages import LossSums, StepReport
 from actors.comm.traffic import Sent
-from actors.messages import LossSums, StepReport
 from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, _Scrapes, json_route, listening, reachable
 from actors.ray_token import NoToken, wanted_token
 from orchestrator.schedule.ir.spans import Span, figures

@@ -14,8 +14,8 @@ import time
 import pytest
 
 from actors import processes
+from actors.calls.rank_calls import LOST, Arrived, News, Reply
 from actors.processes import ProcessRanks
-from actors.ranks import LOST, Arrived, News, Reply
 from actors.seated_answers import RankFailed, call
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Lane

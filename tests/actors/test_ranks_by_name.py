@@ -11,11 +11,11 @@ import runtime
 from lifeline_tools import expect
 from runtime import batch_of, configured, meeting_place, placement_of
 
+from actors.calls.messages import Apply, Assignment, Standing, StepReport
+from actors.calls.rank_calls import Arrived
 from actors.dealing import Dealer
 from actors.lifelines import Lifelines
-from actors.messages import Apply, Assignment, Standing, StepReport
 from actors.processes import ProcessRanks
-from actors.ranks import Arrived
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Failed, FailKind

@@ -11,7 +11,7 @@ import torch
 from faults import FREEZE, FROZEN, KILL, QUICK, STEPS, Company, Fault, Stage, exactly, node, ranks_of, whole
 from runtime import Run
 
-from actors.ranks import News
+from actors.calls.rank_calls import News
 from actors.trainer import TrainingFailed
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node

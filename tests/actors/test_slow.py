@@ -12,8 +12,8 @@ from functools import partial
 import pytest
 from runtime import configured, on_all, train
 
+from actors.calls.messages import LossSums, StepReport, StepRequest
 from actors.comm.wires import Wire, Wires
-from actors.messages import LossSums, StepReport, StepRequest
 from actors.slow import SlowWatch, flows
 from orchestrator.layout.placement import default_placement
 from orchestrator.schedule.ir.spans import Figures, Lane

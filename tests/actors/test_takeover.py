@@ -13,7 +13,7 @@ from runtime import Run, on_all, state, train
 
 from actors import checkpoint
 from actors import rank as rank_module
-from actors.messages import Start
+from actors.calls.messages import Start
 from actors.protocol.shell import RealShell
 from actors.trainer import TrainingFailed
 from orchestrator.protocol.commands import Append, Apply, Call, CutLine, Form, Initialise, Restore, Snapshot, Step, StepLine

@@ -16,7 +16,7 @@ from faults import QUICK, RELATIVE, SMALLEST, STEPS, Folder, exactly
 from runtime import Run, train
 from sabotage import Died, Survivors, check_curve, dies, stall
 
-from actors.messages import Start
+from actors.calls.messages import Start
 from orchestrator.protocol.commands import Append, Call, CutLine, OriginLine, Restore
 from orchestrator.protocol.membership import Member
 

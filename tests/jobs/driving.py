@@ -10,7 +10,7 @@ import ray
 
 import actors.cluster
 import actors.coordinator
-from actors.messages import Failure, Outcome
+from actors.calls.messages import Failure, Outcome
 from jobs import session
 from jobs.running import RunActors
 from orchestrator.config.run_config import parse

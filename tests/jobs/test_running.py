@@ -8,10 +8,10 @@ import signal
 import pytest
 from ray.exceptions import RayActorError
 
+from actors.calls.messages import Failure
 from actors.coordinator import TAKEN_OVER
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
-from actors.messages import Failure
 from jobs import cli, running, session
 from jobs.running import CoordinatorLost, Interrupt, TakenOver
 from orchestrator.config.run_config import ConfigError

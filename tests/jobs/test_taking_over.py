@@ -8,8 +8,8 @@ import pytest
 import ray
 
 import actors.cluster
+from actors.calls.messages import Failure
 from actors.files.run_folder import RunFolder
-from actors.messages import Failure
 from jobs import cli, session, takeover
 from jobs.running import RunActors
 from orchestrator.config.run_config import ConfigError, parse

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from lifeline_tools import expect
 from runtime import batch_of, meeting_place
 
+from actors.calls.rank_calls import Arrived
 from actors.lifelines import Lifelines
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
-from actors.ranks import Arrived
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Call, Lane, Rearrange, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed
