@@ -25,9 +25,9 @@ from actors.board import Board
 from actors.calls.messages import Failure, Outcome, Start
 from actors.checkpoint import CheckpointError
 from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
-from actors.dataset import MANIFEST, Dataset, DatasetError
-from actors.dealing import Batch
-from actors.feed import Feed, read_validation
+from actors.data.batching import Batch
+from actors.data.dataset import MANIFEST, Dataset, DatasetError
+from actors.data.feed import Feed, read_validation
 from actors.files import storage
 from actors.files.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.files.storage import StorageError, join

@@ -8,7 +8,7 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 from actors.calls.messages import LossSums, StepReport
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement

@@ -15,7 +15,7 @@ from actors import checkpoint
 from actors.calls.messages import Outcome, Start
 from actors.calls.rank_calls import RankCalls
 from actors.checkpoint import CheckpointError, Manifest
-from actors.dataset import DatasetError
+from actors.data.dataset import DatasetError
 from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
 from actors.lifelines import Lifelines

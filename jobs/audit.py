@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from actors.files import storage
 from orchestrator.config.run_config import RunConfig, TrainingSection
 from orchestrator.data import order

@@ -17,8 +17,8 @@ from argparse import Namespace
 from typing import Any
 
 from actors.checkpoint import CheckpointError, read_manifest
-from actors.dataset import Dataset, DatasetError
-from actors.feed import read_validation
+from actors.data.dataset import Dataset, DatasetError
+from actors.data.feed import read_validation
 from actors.files import storage
 from jobs import cli, session
 from jobs.export import configuration

@@ -16,8 +16,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from actors import tokenizer
 from actors.checkpoint import CheckpointError, WholeTensors
+from actors.data import tokenizer
 from actors.files import storage
 from actors.hugging_face import CONFIG, INDEX, SCALE, in_float8, names, published_config
 from actors.tiles import BLOCKS, tiled

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from actors.dataset import Dataset, DatasetError
+from actors.data.dataset import Dataset, DatasetError
 from actors.files import storage
 from jobs import audit, cli, live, session
 from orchestrator.config.run_config import RunConfig, load, parse

@@ -3,7 +3,7 @@
     python -m jobs.tokenize --input PATH... --tokenizer byte|FILE --output DIR [--config FILE] [--set data.sequence_length=256]
 
 Inputs are files, folders, URIs, or `stdlib`, the source of Python's own standard library. Ray Data tokenises the documents
-on all free CPUs, in order; packing (actors.packing) is sequential and cheap. The output depends on the inputs and settings
+on all free CPUs, in order; packing (actors.data.packing) is sequential and cheap. The output depends on the inputs and settings
 alone. After each shard `progress.json` says where the next one begins: the same command continues there after a kill and
 gives the same bytes. `manifest.json` comes last and says what the folder holds; it is the same for the same inputs, while
 `progress.json` also remembers when the input files were last changed.
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy
 
-from actors import documents, packing
-from actors import tokenizer as tokenizers
-from actors.dataset import FORMAT, MANIFEST, Dataset, DatasetError
-from actors.documents import Source
+from actors.data import documents, packing
+from actors.data import tokenizer as tokenizers
+from actors.data.dataset import FORMAT, MANIFEST, Dataset, DatasetError
+from actors.data.documents import Source
+from actors.data.packing import Packer, SplitProgress
+from actors.data.tokenizer import Tokenizer, TokenizerError
 from actors.files import storage
-from actors.packing import Packer, SplitProgress
-from actors.tokenizer import Tokenizer, TokenizerError
 from jobs import cli, session
 from orchestrator.config.run_config import ConfigError, RunConfig
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_tokenizer(name: str, end_token: str | None = None) -> Tokenizer:
-    """`actors.tokenizer.load`, refusing as a setting does. Raises ConfigError."""
+    """`actors.data.tokenizer.load`, refusing as a setting does. Raises ConfigError."""
     try:
         return tokenizers.load(name, end_token)
     except TokenizerError as error:
@@ -168,7 +168,7 @@ def _tables(reader: documents.UnitTokenizer, rows: list[dict[str, Any]]) -> Iter
         return
     import ray.data
 
-    from actors.feed import quiet_context
+    from actors.data.feed import quiet_context
 
     _wait_for_cpu()
     with ray.data.DataContext.current(quiet_context()):

@@ -11,7 +11,7 @@ import sys
 import time
 
 from actors.calls.messages import Outcome
-from actors.dataset import MANIFEST, Dataset, DatasetError
+from actors.data.dataset import MANIFEST, Dataset, DatasetError
 from actors.files import storage
 from actors.files.run_folder import IN_USE, RunFolder
 from jobs import cli, corpus, session, summary, takeover

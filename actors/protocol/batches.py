@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.errors import named_line
 from orchestrator.protocol.events import BatchFailed, BatchReady
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actors.calls.messages import LossSums, StepReport
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.records import generation_record, losses_of
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order

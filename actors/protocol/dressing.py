@@ -15,7 +15,7 @@ import torch.distributed as dist
 from actors.ahead import Ahead
 from actors.calls import messages
 from actors.checkpoint import Manifest
-from actors.dealing import Batch, Dealer
+from actors.data.batching import Batch, Dealer
 from actors.protocol.tables import Tables
 from actors.records import SHOWN_RANKS
 from orchestrator.config.run_config import RunConfig

@@ -12,7 +12,7 @@ from typing import Any
 from actors.calls.messages import LossSums
 from actors.calls.rank_calls import Arrived, RankCalls
 from actors.checkpoint import Manifest
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.lifelines import Lifelines
 from actors.protocol.batches import Reader
 from actors.protocol.book import Book, StepAccount

@@ -22,7 +22,7 @@ from typing import Any
 from actors import checkpoint
 from actors.calls.messages import Start
 from actors.calls.rank_calls import News
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.trainer import Sources, Trainer

@@ -14,8 +14,8 @@ from unittest.mock import patch
 import numpy
 import pyarrow
 
-from actors.dataset import Dataset, DatasetError, Split
-from actors.dealing import Batch
+from actors.data.batching import Batch
+from actors.data.dataset import Dataset, DatasetError, Split
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.trainer import Sources, Trainer

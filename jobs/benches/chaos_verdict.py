@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from jobs import audit
 from jobs.benches.chaos_company import COPIES, Company, Strike
 from orchestrator.config.run_config import load

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import Field
 
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from jobs import audit, corpus, session

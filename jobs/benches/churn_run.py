@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 
 from actors.calls.rank_calls import News
-from actors.dataset import Dataset
-from actors.dealing import Batch
+from actors.data.batching import Batch
+from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.trainer import Sources, Trainer

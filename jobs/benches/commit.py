@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from actors.processes import ProcessRanks
 from jobs import corpus, session
 from jobs.benches.churn import small

@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 
 from actors import checkpoint
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.seated_answers import call

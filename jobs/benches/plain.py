@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from actors.calls.messages import LossDivisors
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.host import settle
 from actors.model.plain import PlainModel
 from actors.rank import DTYPES

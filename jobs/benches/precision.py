@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from jobs import corpus, session
 from jobs.benches import precision_products
 from jobs.benches.precision_train import say, trained

@@ -6,7 +6,7 @@ import statistics
 import sys
 import tempfile
 
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from actors.processes import ProcessRanks
 from jobs.benches.churn_run import Rows, train
 from orchestrator.config.run_config import RunConfig

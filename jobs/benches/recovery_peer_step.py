@@ -11,7 +11,7 @@ import numpy
 import torch
 import yaml
 
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.host import settle
 from jobs.benches.plain import PlainTraining
 from jobs.benches.recovery_journal import Done, StepJournal

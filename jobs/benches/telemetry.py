@@ -22,8 +22,8 @@ from typing import Any
 
 from pydantic import Field
 
-from actors.dataset import Dataset
-from actors.dealing import Batch
+from actors.data.batching import Batch
+from actors.data.dataset import Dataset
 from actors.metrics import Exporter, RunMetrics
 from actors.processes import ProcessRanks
 from actors.trainer import Trainer

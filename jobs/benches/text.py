@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from orchestrator.config.run_config import RunConfig
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from actors.calls.messages import Failure
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
 from jobs import corpus, session
 from jobs.benches import plain

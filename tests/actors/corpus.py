@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy
 
-from actors import packing
-from actors.dataset import Dataset
-from actors.packing import Packer
-from actors.tokenizer import ByteTokenizer
+from actors.data import packing
+from actors.data.dataset import Dataset
+from actors.data.packing import Packer
+from actors.data.tokenizer import ByteTokenizer
 
 
 def make(folder: Path, train: list[bytes], validation: list[bytes], length: int) -> Dataset:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from actors.calls.messages import Assignment, Outcome, Start
 from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
-from actors.dealing import Batch
+from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
 from actors.held import Held
 from actors.processes import ProcessRanks

@@ -6,7 +6,7 @@ import pytest
 
 from actors import ahead as ahead_module
 from actors.ahead import Ahead
-from actors.dealing import Dealer
+from actors.data.batching import Dealer
 from orchestrator.layout.layout import choose
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.recovery.relayout import relaid

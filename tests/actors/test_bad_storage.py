@@ -14,7 +14,7 @@ from faults import QUICK, STEPS, Folder
 from runtime import Run, batch_of
 from sabotage import Died, check_curve, dies, once
 
-from actors.dataset import DatasetError
+from actors.data.dataset import DatasetError
 from actors.trainer import TrainingFailed
 from orchestrator.protocol.commands import Call, Step
 from orchestrator.protocol.events import Ending

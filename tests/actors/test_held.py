@@ -10,7 +10,7 @@ from runtime import TIMEOUT_SECONDS, batch_of, configured, form, meeting_place, 
 
 from actors.calls.messages import Apply, Assignment, Former, Standing
 from actors.comm.waiting import Aborted, OutOfStep
-from actors.dealing import Dealer
+from actors.data.batching import Dealer
 from orchestrator.plan.scheduling import programs_for
 
 CONFIG, LAYOUT = configured("EP4", "model.num_hidden_layers=2")

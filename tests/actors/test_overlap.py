@@ -10,7 +10,7 @@ import pytest
 from random_schedule import draw_schedules
 from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, state, train
 
-from actors.dealing import Dealer
+from actors.data.batching import Dealer
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.schedule.ir.actions import Split
 

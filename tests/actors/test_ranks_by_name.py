@@ -13,7 +13,7 @@ from runtime import batch_of, configured, meeting_place, placement_of
 
 from actors.calls.messages import Apply, Assignment, Standing, StepReport
 from actors.calls.rank_calls import Arrived
-from actors.dealing import Dealer
+from actors.data.batching import Dealer
 from actors.lifelines import Lifelines
 from actors.processes import ProcessRanks
 from orchestrator.plan.scheduling import programs_for

@@ -11,7 +11,7 @@ from random_schedule import draw_schedules
 from runtime import batch_of, configured, digest_by_hand, state, train
 
 from actors.checkpoint import MASTER
-from actors.dealing import Dealer
+from actors.data.batching import Dealer
 from jobs.benches import plain
 from orchestrator.plan import scheduling
 from orchestrator.schedule.ir.actions import Split

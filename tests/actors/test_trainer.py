@@ -16,7 +16,7 @@ from runtime import Run, batch_of, configured, digest_by_hand, furthest, on_all,
 
 from actors import checkpoint
 from actors.calls.messages import Start
-from actors.dataset import DatasetError
+from actors.data.dataset import DatasetError
 from actors.files import storage
 from actors.files.journal import Journal
 from actors.files.run_folder import RunFolder

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from actors import checkpoint
 from actors.checkpoint import WholeTensors, bias_name
-from actors.dataset import Dataset
+from actors.data.dataset import Dataset
 from actors.model.plain import PlainModel
 from orchestrator.config.run_config import load
 from tests.jobs.conftest import command

@@ -14,8 +14,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.dataset import Dataset
-from actors.dealing import Batch, Dealer
+from actors.data.batching import Batch, Dealer
+from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.trainer import Sources, Trainer

@@ -19,10 +19,10 @@ import pytest
 import tokenizers
 from pyarrow import parquet
 
-from actors import documents, packing
-from actors.dataset import Dataset
+from actors.data import documents, packing
+from actors.data.dataset import Dataset
+from actors.data.tokenizer import ByteTokenizer
 from actors.files import storage
-from actors.tokenizer import ByteTokenizer
 from jobs.cli import JobFailed
 from jobs.tokenize import load_tokenizer, main, tokenize
 from orchestrator.config.run_config import ConfigError, parse

@@ -23,8 +23,8 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
+from actors.data.tokenizer import Tokenizer
 from actors.files import storage
-from actors.tokenizer import Tokenizer
 from orchestrator.config.run_config import ConfigError
 
 STDLIB = "stdlib"

@@ -10,12 +10,12 @@ import pyarrow
 import pytest
 from corpus import make, rows_by_hand, texts
 
-from actors import dataset as dataset_module
-from actors import packing
-from actors.dataset import Dataset, DatasetError
+from actors.data import dataset as dataset_module
+from actors.data import packing
+from actors.data.dataset import Dataset, DatasetError
+from actors.data.packing import Packer, SplitProgress
+from actors.data.tokenizer import ByteTokenizer
 from actors.files import storage
-from actors.packing import Packer, SplitProgress
-from actors.tokenizer import ByteTokenizer
 from orchestrator.config.run_config import ConfigError
 
 LENGTH = 8

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from actors.tokenizer import ByteTokenizer, TokenizerError, load
+from actors.data.tokenizer import ByteTokenizer, TokenizerError, load
 
 WORDS = ["[UNK]", "hello", "world", "[CLS]"]
 

@@ -2,7 +2,7 @@
 
 orchestrator.data.order says which rows a step has; this module has Ray Data read them. The positions from step t on are cut, at
 the borders of shuffle windows, into chunks of a few megabytes; a chunk is one task that reads its row groups from storage
-(actors.dataset, verified) and returns the rows in order. Ray Data runs the chunks in order (`preserve_order`), a few at a time
+(actors.data.dataset, verified) and returns the rows in order. Ray Data runs the chunks in order (`preserve_order`), a few at a time
 (a leg: 16 MB, or one step if that is more); a background thread cuts their rows into steps and keeps `data.prefetch_steps`
 of them ready. Starting at step t reads nothing that lies before it but the row groups of the window that it starts in.
 Needs an initialised Ray with a free CPU.
@@ -22,8 +22,8 @@ import pyarrow
 import ray
 import ray.data
 
-from actors.dataset import COLUMN, Dataset, DatasetError, list_to_matrix, matrix_to_list
-from actors.dealing import Batch
+from actors.data.batching import Batch
+from actors.data.dataset import COLUMN, Dataset, DatasetError, list_to_matrix, matrix_to_list
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 

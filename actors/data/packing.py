@@ -18,7 +18,7 @@ import numpy
 import pyarrow
 from pyarrow import parquet
 
-from actors.dataset import COLUMN, Shard, matrix_to_list
+from actors.data.dataset import COLUMN, Shard, matrix_to_list
 
 ROWS_PER_GROUP = 64
 _SHARD_BYTES = 64 << 20

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy
 import pytest
 
-from actors import ngram
-from actors.ngram import bigram_entropy, ngram_cross_entropy, text_of_rows
+from actors.data import ngram
+from actors.data.ngram import bigram_entropy, ngram_cross_entropy, text_of_rows
 
 
 def by_dictionary(train, text, vocab):

@@ -7,7 +7,7 @@ import pytest
 from runtime import LAYOUTS, configured
 
 from actors.calls.messages import Apply
-from actors.dealing import Batch, Dealer
+from actors.data.batching import Batch, Dealer
 from orchestrator.config.run_config import ConfigError, CostsSection, parse
 from orchestrator.plan import scheduling
 from orchestrator.plan.scheduling import durations_of, programs_for, smallest_microbatches

@@ -8,10 +8,10 @@ import pytest
 import ray
 from corpus import make, texts
 
-from actors import feed as feed_module
-from actors import packing
-from actors.dataset import Dataset, DatasetError
-from actors.feed import VALIDATION, Feed, read_validation
+from actors.data import feed as feed_module
+from actors.data import packing
+from actors.data.dataset import Dataset, DatasetError
+from actors.data.feed import VALIDATION, Feed, read_validation
 from orchestrator.config.run_config import parse
 from orchestrator.data import order
 
