@@ -20,14 +20,14 @@ import torch
 from actors.authority import Superseded
 from actors.calls.messages import Recollection
 from actors.calls.rank_calls import Reply
-from actors.checkpoint import CheckpointError
 from actors.comm.waiting import Aborted
 from actors.errors import named_line
 from actors.files.storage import StorageError
-from actors.hugging_face import FolderError
 from actors.lifeline_wire import Address
 from actors.probe import Prober
 from actors.rank import Rank
+from actors.state.checkpoint import CheckpointError
+from actors.state.hugging_face import FolderError
 from orchestrator.protocol.events import CallId, FailKind, Fault
 from orchestrator.protocol.membership import Member
 

@@ -23,7 +23,6 @@ import ray
 
 from actors.board import Board
 from actors.calls.messages import Failure, Outcome, Start
-from actors.checkpoint import CheckpointError
 from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
 from actors.data.batching import Batch
 from actors.data.dataset import MANIFEST, Dataset, DatasetError
@@ -36,6 +35,7 @@ from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
 from actors.silence import LOOK_SECONDS, Silence
 from actors.stage_actor import FIRST_SECONDS, create
+from actors.state.checkpoint import CheckpointError
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout

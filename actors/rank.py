@@ -29,24 +29,24 @@ from actors.calls.messages import (
     StepReport,
     StepRequest,
 )
-from actors.checkpoint import CheckpointError, PieceWriter, restore_shards
 from actors.comm.groups import Generation, Group
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
 from actors.comm.waiting import OutOfStep, Progress
 from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
-from actors.held import Held, State
 from actors.host import device_name, settle, stay_on_a_core, warm_up
-from actors.hugging_face import ModelFolder
 from actors.lane import ExchangeLane, lane_for
 from actors.lifeline import Lifeline
 from actors.meeting import MeetingPlace
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
-from actors.optimizer import Optimizer, shards_of
 from actors.probe import ProbeListener
 from actors.stages import Stages, groups_of
-from actors.state import Carried, carry_over
+from actors.state.checkpoint import CheckpointError, PieceWriter, restore_shards
+from actors.state.generations import Held, State
+from actors.state.hugging_face import ModelFolder
+from actors.state.optimizer import Optimizer, shards_of
+from actors.state.resharding import Carried, carry_over
 from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement

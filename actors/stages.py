@@ -15,7 +15,7 @@ from actors.comm.traffic import Traffic
 from actors.model.chunk import Chunk
 from actors.model.float8 import in8_of
 from actors.model.weights import DTYPES, Weight, WeightGradients
-from actors.optimizer import Optimizer
+from actors.state.optimizer import Optimizer
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.balance import Ranks
 from orchestrator.layout.layout import Layout, Place

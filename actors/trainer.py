@@ -11,10 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from actors import checkpoint
 from actors.calls.messages import Outcome, Start
 from actors.calls.rank_calls import RankCalls
-from actors.checkpoint import CheckpointError, Manifest
 from actors.data.dataset import DatasetError
 from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
@@ -28,6 +26,8 @@ from actors.protocol.planning import RealPlanner
 from actors.protocol.shell import Listened, Parts, RealShell
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling, Watch
+from actors.state import checkpoint
+from actors.state.checkpoint import CheckpointError, Manifest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data.ledger import Ledger
 from orchestrator.layout.layout import Layout, Place

@@ -16,10 +16,10 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from actors.checkpoint import CheckpointError, read_manifest
 from actors.data.dataset import Dataset, DatasetError
 from actors.data.feed import read_validation
 from actors.files import storage
+from actors.state.checkpoint import CheckpointError, read_manifest
 from jobs import cli, session
 from jobs.export import configuration
 from jobs.lost import ClusterWatch

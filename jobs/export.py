@@ -16,10 +16,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from actors.checkpoint import CheckpointError, WholeTensors
 from actors.data import tokenizer
 from actors.files import storage
-from actors.hugging_face import CONFIG, INDEX, SCALE, in_float8, names, published_config
+from actors.state.checkpoint import CheckpointError, WholeTensors
+from actors.state.hugging_face import CONFIG, INDEX, SCALE, in_float8, names, published_config
 from actors.tiles import BLOCKS, tiled
 from jobs import cli
 from orchestrator.config.run_config import ConfigError, ModelConfig, RunConfig, load, parse

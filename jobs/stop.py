@@ -12,11 +12,11 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from actors import checkpoint
 from actors.calls.messages import Failure, Outcome
 from actors.errors import first_line
 from actors.files import storage
 from actors.files.run_folder import LIVE, RunFolder
+from actors.state import checkpoint
 from jobs import cli, session, status
 from orchestrator.config.run_config import RunConfig, parse
 

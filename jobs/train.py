@@ -240,7 +240,7 @@ def _checked_dataset(config: RunConfig, data: str) -> Dataset:
 
 def _check_model_folder(config: RunConfig) -> None:
     """Raises ConfigError: there is no model, or another one."""
-    from actors.hugging_face import FolderError, ModelFolder  # it needs torch, which takes seconds
+    from actors.state.hugging_face import FolderError, ModelFolder  # it needs torch, which takes seconds
 
     try:
         ModelFolder(config.training.init_from).check(config.model)

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from actors import checkpoint
-from actors.checkpoint import CheckpointError, Manifest
 from actors.files.journal import Overtaken
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
+from actors.state import checkpoint
+from actors.state.checkpoint import CheckpointError, Manifest
 from orchestrator.protocol.events import Ending, LineRefused, Stored, StoreFailed
 
 logger = logging.getLogger(__name__)

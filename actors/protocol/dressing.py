@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from actors.ahead import Ahead
 from actors.calls import messages
-from actors.checkpoint import Manifest
 from actors.data.batching import Batch, Dealer
 from actors.protocol.tables import Tables
 from actors.records import SHOWN_RANKS
+from actors.state.checkpoint import Manifest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement

@@ -11,7 +11,6 @@ from typing import Any
 
 from actors.calls.messages import LossSums
 from actors.calls.rank_calls import Arrived, RankCalls
-from actors.checkpoint import Manifest
 from actors.data.batching import Batch
 from actors.lifelines import Lifelines
 from actors.protocol.batches import Reader
@@ -21,6 +20,7 @@ from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.records import losses_of, scores_of
+from actors.state.checkpoint import Manifest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement, balanced_placement, moves
 from orchestrator.protocol import commands

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors import checkpoint
 from actors.calls.messages import Start
 from actors.calls.rank_calls import News
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
+from actors.state import checkpoint
 from actors.trainer import Sources, Trainer
 from jobs.benches import chaos_rank
 from jobs.benches.chaos_company import Company, Ended, Kind, Strike

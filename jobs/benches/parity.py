@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy
 
-from actors import checkpoint
 from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.seated_answers import call
+from actors.state import checkpoint
 from actors.trainer import Sources, Trainer
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text

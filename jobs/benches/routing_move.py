@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from actors.comm.groups import Group, wait
-from actors.optimizer import OwnedShard, shards_of
-from actors.state import carry_over
+from actors.state.optimizer import OwnedShard, shards_of
+from actors.state.resharding import carry_over
 from orchestrator.config.run_config import ModelConfig, OptimizerSection
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement

@@ -15,7 +15,7 @@ import runtime
 import torch
 from runtime import TIMEOUT_SECONDS, Host, Run, configured, state, train
 
-import actors.checkpoint
+import actors.state.checkpoint
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from orchestrator.config.run_config import RunConfig
@@ -124,7 +124,7 @@ def doom(host: Host, place: str, count: int, number: int) -> None:
         case "snapshot":
             before(host, "snapshot")
         case "write":
-            before(actors.checkpoint.storage, "write_atomic")
+            before(actors.state.checkpoint.storage, "write_atomic")
         case "form":
             before(host, "form")
         case "carry":

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from actors.calls.messages import Assignment, Outcome, Start
-from actors.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
-from actors.held import Held
 from actors.processes import ProcessRanks
 from actors.rank import Rank
+from actors.state.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
+from actors.state.generations import Held
 from actors.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.data import order

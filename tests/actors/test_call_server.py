@@ -13,12 +13,12 @@ from actors.authority import Authority
 from actors.call_server import CallServer, fault_of
 from actors.calls.messages import Recollection
 from actors.calls.rank_calls import Reply
-from actors.checkpoint import CheckpointError
 from actors.comm.waiting import Aborted, OutOfStep
 from actors.executor import ActionFailed
 from actors.files.storage import StorageError
-from actors.hugging_face import FolderError
 from actors.probe import ProbeListener
+from actors.state.checkpoint import CheckpointError
+from actors.state.hugging_face import FolderError
 from orchestrator.protocol.events import CallId, FailKind, Fault
 from orchestrator.protocol.membership import Member
 

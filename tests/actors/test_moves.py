@@ -12,10 +12,10 @@ import torch
 from runtime import configured, furthest, on_all, placement_of, state, train
 
 from actors import rank as rank_module
-from actors import state as state_module
-from actors.checkpoint import EXP_AVG, EXP_AVG_SQ
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
+from actors.state import resharding as state_module
+from actors.state.checkpoint import EXP_AVG, EXP_AVG_SQ
 
 STEPS = 8
 MOVING = ["placement.every=2", "placement.least_gain=0.02"]

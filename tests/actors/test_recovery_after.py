@@ -16,8 +16,8 @@ import pytest
 from faults import FREEZE, FROZEN, KILL, STEPS, Fault
 from runtime import Run, on_all
 
-from actors import checkpoint
 from actors.protocol.planning import RealPlanner
+from actors.state import checkpoint
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.events import Failed, FailKind
 

@@ -10,8 +10,8 @@ import torch
 from random_schedule import draw_schedules
 from runtime import batch_of, configured, digest_by_hand, state, train
 
-from actors.checkpoint import MASTER
 from actors.data.batching import Dealer
+from actors.state.checkpoint import MASTER
 from jobs.benches import plain
 from orchestrator.plan import scheduling
 from orchestrator.schedule.ir.actions import Split

@@ -14,13 +14,13 @@ import pytest
 import torch
 from runtime import Run, batch_of, configured, digest_by_hand, furthest, on_all, same, state, train
 
-from actors import checkpoint
 from actors.calls.messages import Start
 from actors.data.dataset import DatasetError
 from actors.files import storage
 from actors.files.journal import Journal
 from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
+from actors.state import checkpoint
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.data.ledger import read
 from orchestrator.protocol.commands import Lane

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import checkpoint
+from actors.state import checkpoint
 from jobs.benches.chaos_raylets import command_line, command_of, lines, tokens
 from jobs.benches.raylets import RayletCluster
 from tests.cluster import committed, eventually

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from actors import checkpoint
-from actors.checkpoint import WholeTensors, bias_name
 from actors.data.dataset import Dataset
 from actors.model.plain import PlainModel
+from actors.state import checkpoint
+from actors.state.checkpoint import WholeTensors, bias_name
 from orchestrator.config.run_config import load
 from tests.jobs.conftest import command
 

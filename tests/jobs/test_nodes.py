@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from actors import checkpoint
 from actors.cluster import rank_kind
+from actors.state import checkpoint
 from tests.cluster import committed, eventually
 
 

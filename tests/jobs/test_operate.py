@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import checkpoint
+from actors.state import checkpoint
 from tests.cluster import BIN, REPOSITORY, eventually
 from tests.cluster import committed as steps_of
 from tests.cluster.browser import Browser

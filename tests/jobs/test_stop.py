@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import checkpoint
 from actors.files.run_folder import RunFolder
+from actors.state import checkpoint
 from jobs import session, stop
 from orchestrator.config.run_config import ConfigError
 

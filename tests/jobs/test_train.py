@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors import checkpoint
 from actors.files import storage
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
+from actors.state import checkpoint
 from jobs import cli, live, running, session, train
 from orchestrator.config.run_config import ConfigError, parse
 from tests.cluster import committed, eventually, free_port

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from actors.checkpoint import Manifest, complete, folder, read_manifest
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
 from actors.protocol.batches import Reader
 from actors.protocol.clerk import Clerk
+from actors.state.checkpoint import Manifest, complete, folder, read_manifest
 from orchestrator.protocol.events import BatchFailed, BatchReady, Ending, LineRefused, Stored, StoreFailed
 
 SECONDS = 20.0

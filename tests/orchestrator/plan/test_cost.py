@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.optimizer import Optimizer
+from actors.state.optimizer import Optimizer
 from orchestrator.config.run_config import load, parse
 from orchestrator.plan import cost
 from orchestrator.state.ownership import buckets

@@ -14,7 +14,7 @@ import torch
 
 from actors.comm.groups import Group, wait
 from actors.comm.waiting import Operation
-from actors.optimizer import OwnedShard
+from actors.state.optimizer import OwnedShard
 from orchestrator.state.transfer import Message, Plan
 
 _TAG = 1  # nothing else is sent from one to one in the group of all ranks

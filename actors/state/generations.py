@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actors.calls.messages import Assignment, Recollection
 from actors.comm.waiting import OutOfStep
-from actors.optimizer import OwnedShard
+from actors.state.optimizer import OwnedShard
 from orchestrator.state.ownership import Bucket
 
 

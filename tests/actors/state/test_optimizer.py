@@ -6,7 +6,7 @@ import pytest
 import torch
 from runtime import configured, form, on_all, same, state
 
-from actors.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
+from actors.state.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER
 from orchestrator.model.parameters import stage_parameters
 
 STEPS, RATES = 5, [1e-2, 7e-3, 3e-2, 1e-3, 5e-3]

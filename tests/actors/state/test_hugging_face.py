@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import modeling_rope_utils
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as published
 
-from actors import checkpoint
-from actors.checkpoint import MASTER
-from actors.hugging_face import SCALE, FolderError, ModelFolder, in_float8
+from actors.state import checkpoint
+from actors.state.checkpoint import MASTER
+from actors.state.hugging_face import SCALE, FolderError, ModelFolder, in_float8
 from jobs import export
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import stage_parameters

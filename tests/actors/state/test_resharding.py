@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from runtime import configured, form, meeting_place, on_all, same, state
 
-from actors.checkpoint import BIAS, EXP_AVG, MASTER
 from actors.comm.groups import Aborted, Generation
-from actors.held import State
-from actors.optimizer import Optimizer, shards_of
 from actors.stages import groups_of
-from actors.state import carry_over
+from actors.state.checkpoint import BIAS, EXP_AVG, MASTER
+from actors.state.generations import State
+from actors.state.optimizer import Optimizer, shards_of
+from actors.state.resharding import carry_over
 from orchestrator.state import ownership, transfer
 
 

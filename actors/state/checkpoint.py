@@ -21,7 +21,7 @@ from actors.calls.messages import SavedPiece
 from actors.errors import first_line
 from actors.files import storage
 from actors.files.tensor_files import TensorFiles
-from actors.optimizer import OwnedShard, owned_by_name
+from actors.state.optimizer import OwnedShard, owned_by_name
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import stage_parameters
 

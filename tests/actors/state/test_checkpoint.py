@@ -17,10 +17,10 @@ from pyarrow import fs
 from pyarrow._fs import _MockFileSystem
 from runtime import LAYOUTS, configured, form, same, state, train
 
-from actors import checkpoint
-from actors.checkpoint import CheckpointError, Manifest, PieceWriter
 from actors.files import storage
-from actors.optimizer import Optimizer
+from actors.state import checkpoint
+from actors.state.checkpoint import CheckpointError, Manifest, PieceWriter
+from actors.state.optimizer import Optimizer
 from orchestrator.config.run_config import OptimizerSection
 from orchestrator.model.parameters import ParameterSpec
 from orchestrator.state.ownership import Bucket

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from actors.checkpoint import bias_name
 from actors.files import storage
 from actors.files.tensor_files import TensorFiles
+from actors.state.checkpoint import bias_name
 from actors.tiles import BLOCKS, E4M3, Tiled
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import ParameterSpec, moe_layers, mtp_layer, stage_parameters

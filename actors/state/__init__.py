@@ -1,0 +1,1 @@
+"""Shards of the optimizer, state by generation, how it moves, checkpoints, Hugging Face folders. `orchestrator.state` plans it."""
