@@ -21,7 +21,6 @@ from typing import Any
 
 import ray
 
-from actors.board import Board
 from actors.calls.messages import Failure, Outcome, Start
 from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
 from actors.data.batching import Batch
@@ -30,12 +29,13 @@ from actors.data.feed import Feed, read_validation
 from actors.files import storage
 from actors.files.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.files.storage import StorageError, join
-from actors.metrics import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
 from actors.silence import LOOK_SECONDS, Silence
 from actors.stage_actor import FIRST_SECONDS, create
 from actors.state.checkpoint import CheckpointError
+from actors.telemetry.exporter import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
+from actors.telemetry.live_state import Board
 from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
@@ -322,7 +322,7 @@ def _event_files(config: RunConfig) -> Any:
     """Where they are wanted: TensorBoard is no part of what is always installed."""
     if not config.telemetry.tensorboard:
         return None
-    from actors.tensorboard import FOLDER, EventFiles
+    from actors.telemetry.tensorboard import FOLDER, EventFiles
 
     return EventFiles(join(config.run.directory, config.run.name, FOLDER))
 

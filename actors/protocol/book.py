@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.calls.messages import LossSums, StepReport
 from actors.data.batching import Batch
-from actors.records import generation_record, losses_of
+from actors.telemetry.step_metrics import generation_record, losses_of
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.data.ledger import LedgerLine, combine, digest_text

@@ -16,8 +16,8 @@ from actors.ahead import Ahead
 from actors.calls import messages
 from actors.data.batching import Batch, Dealer
 from actors.protocol.tables import Tables
-from actors.records import SHOWN_RANKS
 from actors.state.checkpoint import Manifest
+from actors.telemetry.step_metrics import SHOWN_RANKS
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement

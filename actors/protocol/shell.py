@@ -19,8 +19,8 @@ from actors.protocol.clerk import Clerk
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
-from actors.records import losses_of, scores_of
 from actors.state.checkpoint import Manifest
+from actors.telemetry.step_metrics import losses_of, scores_of
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement, balanced_placement, moves
 from orchestrator.protocol import commands

@@ -14,10 +14,10 @@ from actors.files.run_folder import RunFolder
 from actors.protocol.book import StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
-from actors.records import loads_of, step_metrics, timeline
-from actors.slow import SlowWatch
-from actors.spending import Spending
-from actors.trace import trace_json
+from actors.telemetry.step_metrics import loads_of, step_metrics, timeline
+from actors.telemetry.straggler_events import SlowWatch
+from actors.telemetry.time_account import Spending
+from actors.telemetry.trace import trace_json
 from orchestrator.config.run_config import RunConfig, dump
 from orchestrator.layout.expert_load import ExpertLoad
 from orchestrator.layout.layout import Layout, Place

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from actors.trace import trace_json
+from actors.telemetry.trace import trace_json
 from jobs.benches.networks import NetworkRefused
 from jobs.benches.overlap_cluster import Alone, Cluster, Measured, Payload, Shape, say
 from jobs.benches.overlap_compare import OFF, PEER, Contestant, compare, expected_bytes, verdicts

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from actors.processes import ProcessRanks
 from actors.seated_answers import call
-from actors.trace import trace_json
+from actors.telemetry.trace import trace_json
 from jobs.benches.schedule_held import expected_sums
 from jobs.benches.schedule_rank import Ours, Step, schedule_rank
 from jobs.benches.schedule_torch import CHUNKS

@@ -24,8 +24,8 @@ from pydantic import Field
 
 from actors.data.batching import Batch
 from actors.data.dataset import Dataset
-from actors.metrics import Exporter, RunMetrics
 from actors.processes import ProcessRanks
+from actors.telemetry.exporter import Exporter, RunMetrics
 from actors.trainer import Trainer
 from jobs import corpus, session
 from jobs.benches.churn import small

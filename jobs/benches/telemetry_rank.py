@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.calls.messages import StepReport, StepRequest
-from actors.metrics import Exporter, RankMetrics
+from actors.telemetry.exporter import Exporter, RankMetrics
 from jobs.benches.churn_rank import HeldRank, held_rank
 from orchestrator.config.run_config import RunConfig
 

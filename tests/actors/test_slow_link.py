@@ -11,8 +11,8 @@ import pytest
 from runtime import TIMEOUT_SECONDS, VOCABULARY, Batches
 
 from actors.files.run_folder import RunFolder
-from actors.metrics import RunMetrics
 from actors.processes import ProcessRanks
+from actors.telemetry.exporter import RunMetrics
 from actors.trainer import Sources, Trainer
 from jobs.benches.networks import Network
 from jobs.benches.overlap_tiny import rank_inside

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from actors.metrics import RankMetrics, RunMetrics
+from actors.telemetry.exporter import RankMetrics, RunMetrics
 from tests.cluster import REPOSITORY
 from tests.dashboards.build import build
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from prometheus_client import CollectorRegistry
 
-from actors.board import Board
-from actors.metrics import Exporter, json_route
+from actors.telemetry.exporter import Exporter, json_route
+from actors.telemetry.live_state import Board
 from jobs import cli, status
 from jobs.live import ask, lines
 from orchestrator.config.run_config import parse

@@ -7,8 +7,8 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from actors.board import Board
-from actors.metrics import PAGE, Exporter, json_route
+from actors.telemetry.exporter import PAGE, Exporter, json_route
+from actors.telemetry.live_state import Board
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes

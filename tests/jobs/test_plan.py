@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from actors.trace import trace_json
+from actors.telemetry.trace import trace_json
 from jobs.cli import JobFailed, Parser, UsageError, arguments, configuration, run
 from jobs.plan import main
 from orchestrator.config.run_config import ConfigError, dump, parse

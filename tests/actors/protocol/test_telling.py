@@ -7,12 +7,12 @@ import queue
 
 import pytest
 
-from actors.board import Board
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
 from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
+from actors.telemetry.live_state import Board
 from orchestrator.protocol.commands import Tell
 from tests.actors.runtime import configured, placement_of
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from actors.trace import trace_json
+from actors.telemetry.trace import trace_json
 from orchestrator.layout.layout import Place
 from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv
 from orchestrator.schedule.ir.spans import Lane, Span

@@ -13,8 +13,18 @@ import pytest
 
 from actors.calls.messages import LossSums, StepReport
 from actors.comm.traffic import Sent
-from actors.metrics import AUTO, Exporter, PortInUse, RankMetrics, RunMetrics, _Scrapes, json_route, listening, reachable
 from actors.ray_token import NoToken, wanted_token
+from actors.telemetry.exporter import (
+    AUTO,
+    Exporter,
+    PortInUse,
+    RankMetrics,
+    RunMetrics,
+    _Scrapes,
+    json_route,
+    listening,
+    reachable,
+)
 from orchestrator.schedule.ir.spans import Span, figures
 
 HOST = "127.0.0.1"

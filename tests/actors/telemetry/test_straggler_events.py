@@ -14,7 +14,7 @@ from runtime import configured, on_all, train
 
 from actors.calls.messages import LossSums, StepReport, StepRequest
 from actors.comm.wires import Wire, Wires
-from actors.slow import SlowWatch, flows
+from actors.telemetry.straggler_events import SlowWatch, flows
 from orchestrator.layout.placement import default_placement
 from orchestrator.schedule.ir.spans import Figures, Lane
 

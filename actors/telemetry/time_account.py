@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from actors.calls.messages import StepReport
-from actors.records import mean_figures
+from actors.telemetry.step_metrics import mean_figures
 from orchestrator.telemetry.goodput import TimeAccount
 
 

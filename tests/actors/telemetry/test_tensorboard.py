@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from actors.tensorboard import EventFiles
+from actors.telemetry.tensorboard import EventFiles
 
 
 def step(number: int, loss: float) -> dict:

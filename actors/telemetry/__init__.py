@@ -1,0 +1,1 @@
+"""What leaves a run to be seen: metrics, live page, traces, TensorBoard."""
