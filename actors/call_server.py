@@ -23,8 +23,8 @@ from actors.calls.rank_calls import Reply
 from actors.comm.waiting import Aborted
 from actors.errors import named_line
 from actors.files.storage import StorageError
-from actors.lifeline_wire import Address
 from actors.probe import Prober
+from actors.protocol.heartbeat_wire import Address
 from actors.rank import Rank
 from actors.state.checkpoint import CheckpointError
 from actors.state.hugging_face import FolderError

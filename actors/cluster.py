@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.calls.rank_calls import News
 from actors.errors import named_line
 from actors.files import names
-from actors.silence import LOOK_SECONDS, Silence
+from actors.protocol.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig, TopologySection
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node, selects

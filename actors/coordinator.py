@@ -29,14 +29,14 @@ from actors.data.feed import Feed, read_validation
 from actors.files import storage
 from actors.files.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.files.storage import StorageError, join
+from actors.protocol.silence import LOOK_SECONDS, Silence
+from actors.protocol.trainer import Sources, Trainer, TrainingFailed
 from actors.ray_ranks import RayRanks
 from actors.ray_token import NoToken, wanted_token
-from actors.silence import LOOK_SECONDS, Silence
 from actors.stage_actor import FIRST_SECONDS, create
 from actors.state.checkpoint import CheckpointError
 from actors.telemetry.exporter import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.telemetry.live_state import Board
-from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from actors.lifeline_wire import Address
+from actors.protocol.heartbeat_wire import Address
 from orchestrator.protocol.membership import Member
 
 ECHOED_BYTES = 1 << 16

@@ -21,8 +21,8 @@ from typing import Any, Self
 
 from actors import process_host
 from actors.calls.rank_calls import LOST, News, answered, as_event
-from actors.lifeline_wire import bell_and_rope, ring, silence
 from actors.pipes import Inbox, Outbox
+from actors.protocol.heartbeat_wire import bell_and_rope, ring, silence
 from actors.seated_answers import RankFailed, SeatedAnswers
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Lane

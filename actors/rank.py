@@ -37,10 +37,10 @@ from actors.comm.wires import Wires
 from actors.executor import Executor, StepWork
 from actors.host import device_name, settle, stay_on_a_core, warm_up
 from actors.lane import ExchangeLane, lane_for
-from actors.lifeline import Lifeline
 from actors.meeting import MeetingPlace
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
 from actors.probe import ProbeListener
+from actors.protocol.heartbeat_client import Lifeline
 from actors.stages import Stages, groups_of
 from actors.state.checkpoint import CheckpointError, PieceWriter, restore_shards
 from actors.state.generations import Held, State

@@ -18,9 +18,9 @@ from actors.cluster import actor_options, many_hosts, outliving
 from actors.errors import named_line
 from actors.files import names
 from actors.files.run_folder import reads
+from actors.protocol.silence import LOOK_SECONDS, Silence
 from actors.rank import Rank
 from actors.ray_token import wanted_token
-from actors.silence import LOOK_SECONDS, Silence
 from actors.telemetry.exporter import Exporter, RankMetrics, listening, reachable
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.events import CallId, Fault

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from actors.ahead import Ahead
 from actors.calls import messages
 from actors.data.batching import Batch, Dealer
+from actors.protocol.program_cache import Ahead
 from actors.protocol.tables import Tables
 from actors.state.checkpoint import Manifest
 from actors.telemetry.step_metrics import SHOWN_RANKS

@@ -12,11 +12,11 @@ from typing import Any
 from actors.calls.messages import LossSums
 from actors.calls.rank_calls import Arrived, RankCalls
 from actors.data.batching import Batch
-from actors.lifelines import Lifelines
 from actors.protocol.batches import Reader
 from actors.protocol.book import Book, StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
+from actors.protocol.heartbeat_server import Lifelines
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.state.checkpoint import Manifest

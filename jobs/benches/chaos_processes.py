@@ -24,8 +24,8 @@ from actors.calls.rank_calls import News
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
+from actors.protocol.trainer import Sources, Trainer
 from actors.state import checkpoint
-from actors.trainer import Sources, Trainer
 from jobs.benches import chaos_rank
 from jobs.benches.chaos_company import Company, Ended, Kind, Strike
 from jobs.benches.chaos_machine import Disk, Stops, alive, send

@@ -18,7 +18,7 @@ from actors.data.batching import Batch
 from actors.data.dataset import Dataset, DatasetError, Split
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.trainer import Sources, Trainer
+from actors.protocol.trainer import Sources, Trainer
 from jobs import tokenize
 from jobs.benches.chaos_company import CONFIG, LENGTH
 from orchestrator.config.run_config import RunConfig, parse

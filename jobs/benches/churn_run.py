@@ -18,7 +18,7 @@ from actors.data.batching import Batch
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.trainer import Sources, Trainer
+from actors.protocol.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout

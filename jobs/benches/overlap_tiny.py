@@ -8,7 +8,7 @@ from typing import Any
 
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
-from actors.trainer import Sources, Trainer
+from actors.protocol.trainer import Sources, Trainer
 from jobs.benches.networks import Network, enter
 from jobs.benches.overlap_cluster import say
 from jobs.benches.text import batches_of_text

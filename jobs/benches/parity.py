@@ -19,9 +19,9 @@ import numpy
 from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
+from actors.protocol.trainer import Sources, Trainer
 from actors.seated_answers import call
 from actors.state import checkpoint
-from actors.trainer import Sources, Trainer
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text
 from orchestrator.config.run_config import RunConfig, parse

@@ -25,8 +25,8 @@ from pydantic import Field
 from actors.data.batching import Batch
 from actors.data.dataset import Dataset
 from actors.processes import ProcessRanks
+from actors.protocol.trainer import Trainer
 from actors.telemetry.exporter import Exporter, RunMetrics
-from actors.trainer import Trainer
 from jobs import corpus, session
 from jobs.benches.churn import small
 from jobs.benches.churn_run import Rows, Told, train

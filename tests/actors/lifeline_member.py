@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from actors.lifeline import Lifeline
+from actors.protocol.heartbeat_client import Lifeline
 from orchestrator.protocol.membership import Member
 
 
@@ -70,7 +70,7 @@ def main(host: str, port: str, node: str, local: str, incarnation: str, beat: st
         return Lifeline((host, at), Member(node, int(local), int(incarnation)), lambda generation: tell("abort", generation),
                         float(beat), about=lambda: {"generation": 7}, run="a run")
 
-    logger = logging.getLogger("actors.lifeline")
+    logger = logging.getLogger("actors.protocol.heartbeat_client")
     logger.setLevel(logging.INFO)
     logger.addHandler(Ends(tell))
     threading.Thread(target=listen, args=(begin, int(port)), daemon=True).start()

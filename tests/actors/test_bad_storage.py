@@ -15,7 +15,7 @@ from runtime import Run, batch_of
 from sabotage import Died, check_curve, dies, once
 
 from actors.data.dataset import DatasetError
-from actors.trainer import TrainingFailed
+from actors.protocol.trainer import TrainingFailed
 from orchestrator.protocol.commands import Call, Step
 from orchestrator.protocol.events import Ending
 

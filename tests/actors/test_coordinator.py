@@ -13,8 +13,8 @@ import ray
 
 from actors.calls.messages import Failure, Start
 from actors.coordinator import Coordinator
+from actors.protocol.trainer import TrainingFailed
 from actors.ray_ranks import RayRanks
-from actors.trainer import TrainingFailed
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member

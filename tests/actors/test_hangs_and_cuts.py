@@ -15,7 +15,7 @@ from faults import KILL, QUICK, STEPS, Stage, ranks_of, whole
 from runtime import Run, configured
 from sabotage import Apart, Survivors, arm, lost, newcomers, once, reason
 
-from actors.trainer import Trainer
+from actors.protocol.trainer import Trainer
 from jobs.benches.networks import Network
 from orchestrator.protocol.deadlines import Deadlines
 

@@ -14,8 +14,8 @@ from runtime import batch_of, configured, meeting_place, placement_of
 from actors.calls.messages import Apply, Assignment, Standing, StepReport
 from actors.calls.rank_calls import Arrived
 from actors.data.batching import Dealer
-from actors.lifelines import Lifelines
 from actors.processes import ProcessRanks
+from actors.protocol.heartbeat_server import Lifelines
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Failed, FailKind

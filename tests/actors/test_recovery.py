@@ -12,7 +12,7 @@ from faults import FREEZE, FROZEN, KILL, QUICK, STEPS, Company, Fault, Stage, ex
 from runtime import Run
 
 from actors.calls.rank_calls import News
-from actors.trainer import TrainingFailed
+from actors.protocol.trainer import TrainingFailed
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 

@@ -12,8 +12,8 @@ from runtime import TIMEOUT_SECONDS, VOCABULARY, Batches
 
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
+from actors.protocol.trainer import Sources, Trainer
 from actors.telemetry.exporter import RunMetrics
-from actors.trainer import Sources, Trainer
 from jobs.benches.networks import Network
 from jobs.benches.overlap_tiny import rank_inside
 from orchestrator.config.run_config import parse

@@ -14,8 +14,8 @@ from runtime import Run, on_all, state, train
 from actors import rank as rank_module
 from actors.calls.messages import Start
 from actors.protocol.shell import RealShell
+from actors.protocol.trainer import TrainingFailed
 from actors.state import checkpoint
-from actors.trainer import TrainingFailed
 from orchestrator.protocol.commands import Append, Apply, Call, CutLine, Form, Initialise, Restore, Snapshot, Step, StepLine
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member

@@ -15,8 +15,8 @@ import time
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.lifeline import Lifeline
-from actors.lifelines import Lifelines
+from actors.protocol.heartbeat_client import Lifeline
+from actors.protocol.heartbeat_server import Lifelines
 from orchestrator.protocol.membership import Member
 
 BEAT = 0.1

@@ -10,8 +10,8 @@ from lifeline_tools import expect
 from runtime import batch_of, meeting_place
 
 from actors.calls.rank_calls import Arrived
-from actors.lifelines import Lifelines
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
+from actors.protocol.heartbeat_server import Lifelines
 from actors.protocol.tables import Tables
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Call, Lane, Rearrange, lane_of

@@ -11,9 +11,9 @@ import time
 import pytest
 from lifeline_tools import BEAT, RUN, beats_on, expect, heard
 
-from actors import lifeline_wire, lifelines
-from actors.lifeline import Lifeline
-from actors.lifelines import End, Lifelines
+from actors.protocol import heartbeat_server, heartbeat_wire
+from actors.protocol.heartbeat_client import Lifeline
+from actors.protocol.heartbeat_server import End, Lifelines
 from orchestrator.protocol.events import LetGo
 from orchestrator.protocol.membership import Member
 
@@ -54,7 +54,7 @@ def closed(peer):
 
 STRANGE = [
     b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", b"\n", b"\x16\x03\x01\x02\x00\x01\xfc\n", b"[]\n", b"7\n", b"{}\n",
-    b"[" * 60_000 + b"\n", b"x" * (lifeline_wire._LINE_BYTES + 5000),
+    b"[" * 60_000 + b"\n", b"x" * (heartbeat_wire._LINE_BYTES + 5000),
     json.dumps(hello(Member("a", 0), lifeline=1)).encode() + b"\n",
     json.dumps(hello(Member("a", 0), member=["a", "0", 0])).encode() + b"\n",
     json.dumps(hello(Member("a", 0), member=["a", True, 0])).encode() + b"\n",
@@ -73,8 +73,8 @@ def test_a_stranger_is_dropped_without_harm(server, text):
 
 
 def test_who_says_nothing_is_dropped(monkeypatch):
-    monkeypatch.setattr(lifelines, "INTRODUCTION_SECONDS", 0.2)
-    monkeypatch.setattr(lifelines, "_TICK_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat_server, "INTRODUCTION_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat_server, "_TICK_SECONDS", 0.1)
     with Lifelines("127.0.0.1", run=RUN) as server, connect(server) as silent, introduced(server, Member("a", 0)) as member:
         assert answer(member) == {"welcome": 2, "epoch": 0} and closed(silent) and heard(server).keys() == {Member("a", 0)}
 
@@ -141,7 +141,7 @@ def test_the_same_process_may_come_again_another_may_not(server):
 
 def test_other_runs_members_are_refused_and_do_not_come_again(caplog):
     def reasons():
-        return [record.getMessage() for record in caplog.records if record.name == "actors.lifeline"]
+        return [record.getMessage() for record in caplog.records if record.name == "actors.protocol.heartbeat_client"]
 
     with Lifelines("127.0.0.1", run="other") as other, Lifeline(other.address, Member("a", 0), print, BEAT, run=RUN):
         expect(other, reasons)
@@ -150,7 +150,7 @@ def test_other_runs_members_are_refused_and_do_not_come_again(caplog):
 
 
 def test_who_does_not_read_is_dropped_and_holds_up_nobody(server, monkeypatch):
-    monkeypatch.setattr(lifeline_wire, "_UNACKNOWLEDGED_SECONDS", 100.0)  # which would drop it too
+    monkeypatch.setattr(heartbeat_wire, "_UNACKNOWLEDGED_SECONDS", 100.0)  # which would drop it too
     reader, deaf = Member("a", 0), Member("a", 1)
     with socket.socket() as peer, Lifeline(server.address, reader, lambda generation: None, BEAT, run=RUN):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

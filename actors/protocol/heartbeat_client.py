@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from actors.lifeline_wire import (
+from actors.protocol.heartbeat_wire import (
     INTRODUCTION_SECONDS,
     VERSION,
     Address,

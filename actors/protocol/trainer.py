@@ -16,12 +16,12 @@ from actors.calls.rank_calls import RankCalls
 from actors.data.dataset import DatasetError
 from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
-from actors.lifelines import Lifelines
 from actors.protocol.batches import Batches, Reader, Sources
 from actors.protocol.book import Book
 from actors.protocol.clerk import Clerk
 from actors.protocol.conductor import Conductor
 from actors.protocol.dressing import Dresser
+from actors.protocol.heartbeat_server import Lifelines
 from actors.protocol.planning import RealPlanner
 from actors.protocol.shell import Listened, Parts, RealShell
 from actors.protocol.tables import Tables

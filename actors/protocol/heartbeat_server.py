@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
-from actors.lifeline_wire import (
+from actors.protocol.heartbeat_wire import (
     INTRODUCTION_SECONDS,
     VERSION,
     Address,

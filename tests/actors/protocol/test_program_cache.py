@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from actors import ahead as ahead_module
-from actors.ahead import Ahead
 from actors.data.batching import Dealer
+from actors.protocol import program_cache as ahead_module
+from actors.protocol.program_cache import Ahead
 from orchestrator.layout.layout import choose
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.recovery.relayout import relaid

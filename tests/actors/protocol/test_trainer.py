@@ -20,8 +20,8 @@ from actors.files import storage
 from actors.files.journal import Journal
 from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
+from actors.protocol.trainer import Sources, Trainer, TrainingFailed
 from actors.state import checkpoint
-from actors.trainer import Sources, Trainer, TrainingFailed
 from orchestrator.data.ledger import read
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import Ending

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from actors.silence import LOOK_SECONDS, Silence
+from actors.protocol.silence import LOOK_SECONDS, Silence
 
 
 class Clock:

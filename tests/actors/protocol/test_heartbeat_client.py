@@ -18,10 +18,10 @@ import time
 import pytest
 from lifeline_tools import BEAT, REPOSITORY, RUN, Process, beats_on, expect, heard
 
-from actors import lifeline_wire
-from actors.lifeline import Lifeline
-from actors.lifeline_wire import Wire
-from actors.lifelines import End, Lifelines
+from actors.protocol import heartbeat_wire
+from actors.protocol.heartbeat_client import Lifeline
+from actors.protocol.heartbeat_server import End, Lifelines
+from actors.protocol.heartbeat_wire import Wire
 from jobs.benches.networks import Network
 from orchestrator.protocol.membership import Member
 
@@ -142,7 +142,7 @@ def test_when_a_member_ends_it_is_no_longer_waited_for(server, begin):
 SERVER = """
 import sys
 import time
-from actors.lifelines import Lifelines
+from actors.protocol.heartbeat_server import Lifelines
 server = Lifelines("127.0.0.1", int(sys.argv[1]), run="a run")
 print(server.address[1], flush=True)
 while not (hello := server.beats()):
@@ -248,9 +248,9 @@ def test_a_link_that_is_cut_is_silence_and_the_server_goes_on(begin):
         assert time.monotonic() - started < 0.05
         assert server.aborted([near, far], 1, 0.3).keys() == {near} and server.ended() == []
         assert beats_on(server, near)
-        lost, _, how = expect(server, server.ended, 3 * lifeline_wire._UNACKNOWLEDGED_SECONDS)[0]
+        lost, _, how = expect(server, server.ended, 3 * heartbeat_wire._UNACKNOWLEDGED_SECONDS)[0]
         assert (lost, how) == (far, End.TIMED_OUT) and heard(server).keys() == {near}
-        assert processes[1].told(3 * lifeline_wire._UNACKNOWLEDGED_SECONDS) == "orphaned"
+        assert processes[1].told(3 * heartbeat_wire._UNACKNOWLEDGED_SECONDS) == "orphaned"
         network.restore(network.interface(1))
         assert [member for member, _ in expect(server, server.hello)] == [far] and beats_on(server, far)
         assert processes[0].told() == "abort 1" and processes[0].quiet(0.01) and processes[1].quiet(0.01)
