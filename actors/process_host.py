@@ -93,7 +93,7 @@ def _server_of(rank: Any) -> Any:
         return rank
     if not hasattr(rank, "authority"):
         return None
-    from actors.call_server import CallServer  # it needs torch, which not every host does
+    from actors.runtime.call_server import CallServer  # it needs torch, which not every host does
 
     return CallServer(rank)
 

@@ -38,7 +38,7 @@ _END_SECONDS = 5.0
 
 def rank_here(config: RunConfig) -> Any:
     """The rank that a process hosts; imported there, so that starting processes does not need torch here."""
-    from actors.rank import Rank
+    from actors.runtime.rank import Rank
 
     return Rank(config, host="127.0.0.1")
 
@@ -59,7 +59,7 @@ class _Process:
     gone: bool = False
 
 
-_PRELOADED = ["actors.rank", "actors.call_server", "safetensors.torch", "torch._dynamo"]
+_PRELOADED = ["actors.runtime.rank", "actors.runtime.call_server", "safetensors.torch", "torch._dynamo"]
 """The last one is what torch imports at the first step of an optimizer, for as long as itself takes."""
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 
-from actors.call_server import CallServer
 from actors.calls.messages import StepReport
 from actors.calls.rank_calls import Reply
 from actors.cluster import actor_options, many_hosts, outliving
@@ -19,8 +18,9 @@ from actors.errors import named_line
 from actors.files import names
 from actors.files.run_folder import reads
 from actors.protocol.silence import LOOK_SECONDS, Silence
-from actors.rank import Rank
 from actors.ray_token import wanted_token
+from actors.runtime.call_server import CallServer
+from actors.runtime.rank import Rank
 from actors.telemetry.exporter import Exporter, RankMetrics, listening, reachable
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.events import CallId, Fault

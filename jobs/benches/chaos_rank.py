@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.model.segment import Lane, Segment
-from actors.rank import Rank
+from actors.runtime.rank import Rank
 from jobs.benches.churn_rank import Home
 from jobs.benches.networks import enter
 from orchestrator.config.run_config import RunConfig

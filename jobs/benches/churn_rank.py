@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from actors.model.segment import Lane, Segment
-from actors.rank import Rank
+from actors.runtime.rank import Rank
 from jobs.benches.networks import enter
 from jobs.benches.schedule_held import exact_sleep, sleep_until
 from orchestrator.config.run_config import RunConfig

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from actors.comm.exchange import ExpertExchange, TwoHops
 from actors.comm.groups import Generation, wait
 from actors.comm.links import Links
-from actors.executor import Executor, StepWork
-from actors.host import settle
-from actors.lane import ExchangeLane, InTurn
 from actors.model.weights import WeightGradients
+from actors.runtime.exchange_lane import ExchangeLane, InTurn
+from actors.runtime.executor import Executor, StepWork
+from actors.runtime.process_setup import settle
 from jobs.benches.networks import enter
 from jobs.benches.overlap_figures import Shares, shares
 from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Tokens

@@ -23,7 +23,7 @@ _ROUNDS = 2
 def rank_inside(config: RunConfig, namespace: str, address: str) -> Any:
     """The rank that a process hosts, in a namespace."""
     enter(namespace)
-    from actors.rank import Rank
+    from actors.runtime.rank import Rank
 
     return Rank(config, host=address)
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from actors.calls.messages import LossDivisors
 from actors.data.batching import Batch
-from actors.host import settle
 from actors.model.plain import PlainModel
-from actors.rank import DTYPES
+from actors.runtime.process_setup import settle
+from actors.runtime.rank import DTYPES
 from orchestrator.config.run_config import RunConfig
 from orchestrator.plan.recipe import learning_rate
 

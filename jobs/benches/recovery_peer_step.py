@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from actors.data.batching import Batch
-from actors.host import settle
+from actors.runtime.process_setup import settle
 from jobs.benches.plain import PlainTraining
 from jobs.benches.recovery_journal import Done, StepJournal
 from jobs.benches.text import batches_of_text

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from actors.comm.exchange import ExpertExchange, TwoHops
 from actors.comm.groups import Generation
 from actors.comm.traffic import Sent
-from actors.host import settle
 from actors.model.gate import choose_experts, expert_weights
+from actors.runtime.process_setup import settle
 from jobs.benches.routing_move import MoveFound, MoveTask, move
 from orchestrator.config.run_config import ModelConfig, RunConfig
 from orchestrator.layout.layout import Layout

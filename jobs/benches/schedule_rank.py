@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from actors.comm.groups import Generation, Group, wait
 from actors.comm.links import Links
-from actors.executor import Executor, StepWork
-from actors.host import settle
 from actors.model.tape import Microbatch
 from actors.model.weights import WeightGradients
+from actors.runtime.executor import Executor, StepWork
+from actors.runtime.process_setup import settle
 from jobs.benches.schedule_held import HeldChunk, HeldLane, entering, exact_sleep, sleep_until
 from jobs.benches.schedule_torch import TorchSchedule
 from orchestrator.config.run_config import RunConfig

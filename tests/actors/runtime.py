@@ -19,7 +19,7 @@ from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
 from actors.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
-from actors.rank import Rank
+from actors.runtime.rank import Rank
 from actors.state.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER
 from actors.state.generations import Held
 from orchestrator.config.run_config import RunConfig, parse

@@ -11,10 +11,10 @@ import torch
 from faults import QUICK, RELATIVE, SMALLEST, STEPS, Folder, exactly, ranks_of
 from runtime import Run, on_all, state, train
 
-from actors import rank as rank_module
 from actors.calls.messages import Start
 from actors.protocol.shell import RealShell
 from actors.protocol.trainer import TrainingFailed
+from actors.runtime import rank as rank_module
 from actors.state import checkpoint
 from orchestrator.protocol.commands import Append, Apply, Call, CutLine, Form, Initialise, Restore, Snapshot, Step, StepLine
 from orchestrator.protocol.events import Ending

@@ -12,9 +12,9 @@ import faults
 import torch
 from runtime import Host
 
-from actors.call_server import CallServer
-from actors.meeting import MeetingPlace
 from actors.processes import ProcessRanks
+from actors.runtime.call_server import CallServer
+from actors.runtime.meeting import MeetingPlace
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId

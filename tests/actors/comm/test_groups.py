@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from runtime import configured, form, meeting_place, on_all
 
-from actors import meeting as meeting_module
 from actors.comm.groups import Aborted, Generation
+from actors.runtime import meeting as meeting_module
 
 ALL, SOME = (0, 1, 2, 3), (0, 1, 3)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64]

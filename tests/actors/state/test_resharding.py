@@ -10,7 +10,7 @@ import torch.distributed as dist
 from runtime import configured, form, meeting_place, on_all, same, state
 
 from actors.comm.groups import Aborted, Generation
-from actors.stages import groups_of
+from actors.runtime.stage_builder import groups_of
 from actors.state.checkpoint import BIAS, EXP_AVG, MASTER
 from actors.state.generations import State
 from actors.state.optimizer import Optimizer, shards_of

@@ -19,9 +19,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from actors.lane import Exchange, Exchanges
 from actors.model.segment import Lane, Segment
 from actors.model.weights import WeightGradients
+from actors.runtime.exchange_lane import Exchange, Exchanges
 from orchestrator.schedule.ir.pieces import Order
 from orchestrator.schedule.ir.spans import Span
 

@@ -7,12 +7,12 @@ from enum import StrEnum
 import pytest
 import torch
 
-from actors import executor as executor_module
 from actors.comm.links import Links
-from actors.executor import ActionFailed, Executor, StepWork
-from actors.lane import ExchangeLane
 from actors.model.chunk import Lane, Microbatch, Segment
 from actors.model.weights import WeightGradients
+from actors.runtime import executor as executor_module
+from actors.runtime.exchange_lane import ExchangeLane
+from actors.runtime.executor import ActionFailed, Executor, StepWork
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Payload, Program, Reduce, Split, Transfer
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT

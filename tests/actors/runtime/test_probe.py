@@ -15,7 +15,7 @@ import time
 import pytest
 from lifeline_tools import REPOSITORY
 
-from actors.probe import ProbeListener, Prober
+from actors.runtime.probe import ProbeListener, Prober
 from jobs.benches.networks import Network
 from orchestrator.protocol.membership import Member
 
@@ -24,14 +24,14 @@ A, B, C = (Member(name, 0) for name in "abc")
 
 LISTENER = """
 import sys
-from actors.probe import ProbeListener
+from actors.runtime.probe import ProbeListener
 listener = ProbeListener(sys.argv[1])
 print(listener.address[1], flush=True)
 sys.stdin.read()
 """
 PROBER = """
 import sys
-from actors.probe import Prober
+from actors.runtime.probe import Prober
 from orchestrator.protocol.membership import Member
 peers = {Member(text.split("=")[0], 0): (text.split("=")[1], int(text.split("=")[2])) for text in sys.argv[2:]}
 print(*(member.node for member in Prober().not_reached(peers, float(sys.argv[1]))))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from actors.comm.links import Links
 from actors.comm.waiting import Progress
-from actors.lane import Exchanges, InTurn
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
-from actors.strands import Closures, Strand, Weaver
+from actors.runtime.exchange_lane import Exchanges, InTurn
+from actors.runtime.weaver import Closures, Strand, Weaver
 from orchestrator.schedule.ir.actions import Compute, Form, Kind, Payload, Program, Split, Transfer, Work
 from orchestrator.schedule.ir.pieces import Order
 from orchestrator.schedule.ir.spans import Lane, Span

@@ -17,15 +17,15 @@ from dataclasses import replace
 
 import torch
 
-from actors.authority import Superseded
 from actors.calls.messages import Recollection
 from actors.calls.rank_calls import Reply
 from actors.comm.waiting import Aborted
 from actors.errors import named_line
 from actors.files.storage import StorageError
-from actors.probe import Prober
 from actors.protocol.heartbeat_wire import Address
-from actors.rank import Rank
+from actors.runtime.authority import Superseded
+from actors.runtime.probe import Prober
+from actors.runtime.rank import Rank
 from actors.state.checkpoint import CheckpointError
 from actors.state.hugging_face import FolderError
 from orchestrator.protocol.events import CallId, FailKind, Fault

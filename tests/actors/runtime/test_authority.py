@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors.authority import Authority, Superseded
 from actors.comm.waiting import Aborted
+from actors.runtime.authority import Authority, Superseded
 
 
 class Groups:

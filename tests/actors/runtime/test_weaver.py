@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.lane import ExchangeLane, InTurn
 from actors.model.segment import Lane, Segment
 from actors.model.weights import WeightGradients
-from actors.strands import Strand, Weaver, alternating
+from actors.runtime.exchange_lane import ExchangeLane, InTurn
+from actors.runtime.weaver import Strand, Weaver, alternating
 from orchestrator.schedule.ir.actions import Kind
 from orchestrator.schedule.ir.orders import strands_of
 from orchestrator.schedule.ir.pieces import planned

@@ -9,14 +9,14 @@ import time
 import pytest
 import torch
 
-from actors.authority import Authority
-from actors.call_server import CallServer, fault_of
 from actors.calls.messages import Recollection
 from actors.calls.rank_calls import Reply
 from actors.comm.waiting import Aborted, OutOfStep
-from actors.executor import ActionFailed
 from actors.files.storage import StorageError
-from actors.probe import ProbeListener
+from actors.runtime.authority import Authority
+from actors.runtime.call_server import CallServer, fault_of
+from actors.runtime.executor import ActionFailed
+from actors.runtime.probe import ProbeListener
 from actors.state.checkpoint import CheckpointError
 from actors.state.hugging_face import FolderError
 from orchestrator.protocol.events import CallId, FailKind, Fault

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.comm.groups import Aborted
-from actors.lane import ExchangeLane, InTurn
+from actors.runtime.exchange_lane import ExchangeLane, InTurn
 
 BOUND_SECONDS = 20.0
 
@@ -83,7 +83,7 @@ def test_close_ends_the_thread_and_refuses_what_has_not_begun():
 
 
 def test_an_exchange_that_nothing_ends_is_reported(monkeypatch):
-    monkeypatch.setattr("actors.lane._CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("actors.runtime.exchange_lane._CLOSE_SECONDS", 0.05)
     lane = ExchangeLane()
     run, begun, end = blocked()
     lane.start(run)

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from actors.authority import Authority
 from actors.calls.messages import (
     Apply,
     Assignment,
@@ -34,20 +33,21 @@ from actors.comm.links import Links
 from actors.comm.traffic import Traffic
 from actors.comm.waiting import OutOfStep, Progress
 from actors.comm.wires import Wires
-from actors.executor import Executor, StepWork
-from actors.host import device_name, settle, stay_on_a_core, warm_up
-from actors.lane import ExchangeLane, lane_for
-from actors.meeting import MeetingPlace
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
-from actors.probe import ProbeListener
 from actors.protocol.heartbeat_client import Lifeline
-from actors.stages import Stages, groups_of
+from actors.runtime.authority import Authority
+from actors.runtime.exchange_lane import ExchangeLane, lane_for
+from actors.runtime.executor import Executor, StepWork
+from actors.runtime.meeting import MeetingPlace
+from actors.runtime.probe import ProbeListener
+from actors.runtime.process_setup import device_name, settle, stay_on_a_core, warm_up
+from actors.runtime.stage_builder import Stages, groups_of
+from actors.runtime.step_io import digests, links, loss_sums, microbatches, scales
 from actors.state.checkpoint import CheckpointError, PieceWriter, restore_shards
 from actors.state.generations import Held, State
 from actors.state.hugging_face import ModelFolder
 from actors.state.optimizer import Optimizer, shards_of
 from actors.state.resharding import Carried, carry_over
-from actors.step_data import digests, links, loss_sums, microbatches, scales
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol.membership import Member

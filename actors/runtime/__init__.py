@@ -1,0 +1,1 @@
+"""A rank from its program to its spans: generations, stages, the streams of operations, the exchange lane."""
