@@ -14,7 +14,7 @@ from typing import Any
 from actors.files import storage
 from actors.files.names import run_of
 from actors.files.run_folder import LIVE, RunFolder
-from actors.ray_token import NoToken, wanted_token
+from actors.hosts.auth_token import NoToken, wanted_token
 
 _ANSWER_SECONDS, _AGAIN_SECONDS = 3.0, 5.0
 _MOST_NODES = 32

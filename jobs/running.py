@@ -228,8 +228,8 @@ class RunActors:
 
     def _start(self, ranks: Mapping[Member, Any], start: Start) -> None:
         """Raises JobFailed: somebody else has started one."""
-        from actors.cluster import beside_the_driver, outliving
-        from actors.coordinator import Coordinator
+        from actors.hosts.cluster import beside_the_driver, outliving
+        from actors.hosts.coordinator import Coordinator
 
         options = beside_the_driver()
         if self._name:
@@ -258,7 +258,7 @@ class RunActors:
 
     def _restart(self, progress: Progress) -> None:
         """Another coordinator for the ranks that there are; those that do not live will not answer it."""
-        from actors.cluster import named_actors
+        from actors.hosts.cluster import named_actors
 
         if self._evaluate is not None:
             raise cli.JobFailed("the coordinator was lost")
@@ -297,7 +297,7 @@ class RunActors:
 
     def _create(self) -> None:
         """The first ranks. Raises JobFailed: there are actors of these names."""
-        from actors.stage_actor import create
+        from actors.hosts.stage_actor import create
 
         try:
             for member in _members(self._layout, self._replay):
@@ -318,7 +318,7 @@ class RunActors:
 
     def _end(self) -> None:
         """Of all: also of those that the coordinator has created."""
-        from actors.cluster import end_actors
+        from actors.hosts.cluster import end_actors
 
         for actor in (self._coordinator, *self._ranks.values()):
             if actor is not None:

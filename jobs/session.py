@@ -117,7 +117,7 @@ def nodes(config: RunConfig) -> tuple[Node, ...]:
     """The nodes that a run can use, each with its ranks. Connected to Ray, unless the nodes are virtual."""
     if config.topology.virtual_nodes:  # without Ray, which takes seconds to import
         return virtual_nodes(config.topology.virtual_nodes, config.topology.ranks_per_node)
-    from actors.cluster import nodes
+    from actors.hosts.cluster import nodes
 
     return nodes(config)
 
@@ -125,7 +125,7 @@ def nodes(config: RunConfig) -> tuple[Node, ...]:
 def ask_for_nodes(config: RunConfig) -> None:
     """Tell an autoscaler, if there is one, how many nodes the run wants."""
     if not config.topology.virtual_nodes:
-        from actors.cluster import ask_for_nodes
+        from actors.hosts.cluster import ask_for_nodes
 
         answer_for(config)
         ask_for_nodes(config)
@@ -150,7 +150,7 @@ def ask_for_no_more() -> None:
         import ray
 
         if ray.is_initialized():
-            from actors.cluster import ask_for_no_more
+            from actors.hosts.cluster import ask_for_no_more
 
             with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
                 ask_for_no_more(config)
@@ -160,7 +160,7 @@ def settled(config: RunConfig) -> RunConfig:
     """The configuration with what a rank takes of a node. Connected to Ray, unless the nodes are virtual."""
     if config.topology.virtual_nodes:
         return config
-    from actors.cluster import settled
+    from actors.hosts.cluster import settled
 
     return settled(config)
 

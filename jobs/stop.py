@@ -47,7 +47,7 @@ def main() -> int:
 
 def stop(folder: str, actors: str, config: RunConfig, now: bool) -> str:
     """What has come of it, in one line. actors: what the names of the run's begin with. Raises JobFailed."""
-    from actors.cluster import end_actors
+    from actors.hosts.cluster import end_actors
 
     deadline = time.monotonic() + config.training.step_timeout_seconds + config.elastic.storage_seconds
     found: Outcome | Failure | None = None
@@ -106,7 +106,7 @@ def _connect(folder: str, live: Mapping[str, Any]) -> None:
 
 def _coordinator(actors: str) -> Any | None:
     """The newest. Where there are only ranks, one may be on its way."""
-    from actors.cluster import named_actors
+    from actors.hosts.cluster import named_actors
 
     deadline = time.monotonic() + _END_SECONDS
     while True:
@@ -138,7 +138,7 @@ def _ended(coordinator: Any, now: bool, deadline: float) -> Outcome | Failure | 
 
 
 def _anybody(actors: str) -> bool:
-    from actors.cluster import named_actors
+    from actors.hosts.cluster import named_actors
 
     return any(named_actors(actors))
 

@@ -32,7 +32,7 @@ _FREE_OF_RANKS = ("telemetry", "checkpoint", "elastic", "placement", "training.s
 
 def coordinator_of(folder: RunFolder) -> tuple[int, Any] | None:
     """Epoch and handle of the newest one that lives, as far as Ray knows."""
-    from actors.cluster import named_actors
+    from actors.hosts.cluster import named_actors
 
     found = named_actors(run_of(folder.path))[0]
     return max(found.items()) if found else None
@@ -40,7 +40,7 @@ def coordinator_of(folder: RunFolder) -> tuple[int, Any] | None:
 
 def has_begun(folder: RunFolder) -> bool:
     """Whether there is anything of this run that it would go on from: committed steps, or ranks that live."""
-    from actors.cluster import named_actors
+    from actors.hosts.cluster import named_actors
 
     return bool(folder.ledger().steps or named_actors(run_of(folder.path))[1])
 
@@ -79,7 +79,7 @@ def left_ranks(folder: RunFolder, config: RunConfig, progress: Progress) -> dict
     """Ranks of this run that live without a coordinator; the folder must be held. Those that are of no use are ended."""
     import ray
 
-    from actors.cluster import named_actors
+    from actors.hosts.cluster import named_actors
 
     ranks = newest(named_actors(run_of(folder.path))[1])
     if not ranks:
@@ -158,7 +158,7 @@ def _wait_for_its_end(coordinator: Any, config: RunConfig, progress: Progress, i
 
 def _end_all(folder: RunFolder) -> None:
     """Raises JobFailed: they do not end."""
-    from actors.cluster import end_actors
+    from actors.hosts.cluster import end_actors
 
     if not end_actors(run_of(folder.path), _REFUSED_SECONDS):
         raise cli.JobFailed(f"{folder.path}: actors of this run do not end")

@@ -23,7 +23,7 @@ from actors.calls.messages import Start
 from actors.calls.rank_calls import News
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from actors.state import checkpoint
 from jobs.benches import chaos_rank

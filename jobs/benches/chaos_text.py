@@ -17,7 +17,7 @@ import pyarrow
 from actors.data.batching import Batch
 from actors.data.dataset import Dataset, DatasetError, Split
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from jobs import tokenize
 from jobs.benches.chaos_company import CONFIG, LENGTH

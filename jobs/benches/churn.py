@@ -24,7 +24,7 @@ from pydantic import Field
 
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from jobs import audit, corpus, session
 from jobs.benches.churn_rank import held_rank
 from jobs.benches.churn_run import Churn, Rows, Told, changes, train

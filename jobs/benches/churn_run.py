@@ -17,7 +17,7 @@ from actors.calls.rank_calls import News
 from actors.data.batching import Batch
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order

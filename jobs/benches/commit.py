@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from actors.data.dataset import Dataset
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from jobs import corpus, session
 from jobs.benches.churn import small
 from jobs.benches.churn_rank import Home, held_rank

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
-from actors.processes import ProcessRanks
-from actors.seated_answers import call
+from actors.hosts.processes import ProcessRanks
+from actors.hosts.seated_answers import call
 from jobs.benches.networks import Network
 from jobs.benches.overlap_held import Seconds
 from jobs.benches.overlap_rank import Ours, Step, Torch, overlap_rank

@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from jobs.benches.networks import Network, enter
 from jobs.benches.overlap_cluster import say

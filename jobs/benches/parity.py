@@ -18,9 +18,9 @@ import numpy
 
 from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
+from actors.hosts.seated_answers import call
 from actors.protocol.trainer import Sources, Trainer
-from actors.seated_answers import call
 from actors.state import checkpoint
 from jobs.benches import plain
 from jobs.benches.text import batches_of_text

@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 from actors.data.dataset import Dataset
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from jobs.benches.churn_run import Rows, train
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import choose

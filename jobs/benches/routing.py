@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from actors.processes import ProcessRanks
-from actors.seated_answers import call
+from actors.hosts.processes import ProcessRanks
+from actors.hosts.seated_answers import call
 from jobs.benches.routing_expected import Reach, limited, published_packing, unlimited
 from jobs.benches.routing_gate import measure, peer_is_here
 from jobs.benches.routing_move import MoveFound, MoveTask

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from actors.processes import ProcessRanks
-from actors.seated_answers import call
+from actors.hosts.processes import ProcessRanks
+from actors.hosts.seated_answers import call
 from actors.telemetry.trace import trace_json
 from jobs.benches.schedule_held import expected_sums
 from jobs.benches.schedule_rank import Ours, Step, schedule_rank

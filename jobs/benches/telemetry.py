@@ -24,7 +24,7 @@ from pydantic import Field
 
 from actors.data.batching import Batch
 from actors.data.dataset import Dataset
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Trainer
 from actors.telemetry.exporter import Exporter, RunMetrics
 from jobs import corpus, session

@@ -103,8 +103,8 @@ def _system(config: RunConfig, data: str) -> tuple[float, dict[str, float]]:
         corpus.prepare(config, data)
         config = config.model_copy(update={"run": config.run.model_copy(update={"directory": folder})})
         layout = choose(session.nodes(config), config.layout, config.model, config.stages)
-        from actors.coordinator import Coordinator
-        from actors.stage_actor import create
+        from actors.hosts.coordinator import Coordinator
+        from actors.hosts.stage_actor import create
 
         ranks = [create(config, Member(place.node, place.local)) for place in layout.places]
         coordinator = Coordinator.remote(config, layout, ranks, data)

@@ -8,7 +8,7 @@ import pytest
 import runtime
 from faults import Company, Stage
 
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 
 # torch looks up the names of both ends of a TCPStore's connections; a name server that does not answer costs 5 s each
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")

@@ -17,7 +17,7 @@ from runtime import TIMEOUT_SECONDS, Host, Run, configured, state, train
 
 import actors.state.checkpoint
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.commands import Lane

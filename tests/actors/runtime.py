@@ -17,7 +17,7 @@ import torch.distributed as dist
 from actors.calls.messages import Assignment, Outcome, Start
 from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from actors.runtime.rank import Rank
 from actors.state.checkpoint import BIAS, EXP_AVG, EXP_AVG_SQ, MASTER

@@ -18,7 +18,7 @@ import torch
 from faults import RELATIVE, SMALLEST, Company, Stage, exactly
 from runtime import TIMEOUT_SECONDS, Host, Run
 
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.shell import RealShell
 from jobs.benches.networks import Network, enter
 from orchestrator.config.run_config import RunConfig

@@ -12,7 +12,7 @@ import torch
 from runtime import configured, form, host, on_all
 
 from actors.comm.groups import Aborted, wait
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 
 SILENT, BLOCKED, QUICKER = 1, 2, 3
 

@@ -12,7 +12,7 @@ import torch
 from runtime import configured, furthest, on_all, placement_of, state, train
 
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.runtime import rank as rank_module
 from actors.state import resharding as state_module
 from actors.state.checkpoint import EXP_AVG, EXP_AVG_SQ

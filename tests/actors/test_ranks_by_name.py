@@ -14,7 +14,7 @@ from runtime import batch_of, configured, meeting_place, placement_of
 from actors.calls.messages import Apply, Assignment, Standing, StepReport
 from actors.calls.rank_calls import Arrived
 from actors.data.batching import Dealer
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.heartbeat_server import Lifelines
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.protocol.commands import Lane

@@ -11,7 +11,7 @@ import pytest
 from runtime import TIMEOUT_SECONDS, VOCABULARY, Batches
 
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from actors.telemetry.exporter import RunMetrics
 from jobs.benches.networks import Network

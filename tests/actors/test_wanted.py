@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors import cluster
-from actors.cluster import wanted_bundles
+from actors.hosts import cluster
+from actors.hosts.cluster import wanted_bundles
 from orchestrator.config.run_config import parse
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors import cluster as ray_cluster
-from actors.cluster import NodeWatch
+from actors.hosts import cluster as ray_cluster
+from actors.hosts.cluster import NodeWatch
 from jobs.benches.chaos_raylets import drained
 from orchestrator.config.run_config import parse
 from orchestrator.topology import Node

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import ray
 
-import actors.cluster
-import actors.coordinator
+import actors.hosts.cluster
+import actors.hosts.coordinator
 from actors.calls.messages import Failure, Outcome
 from jobs import session
 from jobs.running import RunActors
@@ -57,10 +57,10 @@ class Driver:
         self.run = RunActors.of(first, 0, 1, "driver", config, None, "a:1", "data", None)
         self.run._ray = SimpleNamespace(exceptions=ray.exceptions, get=get, kill=self.ended.append)
         making = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: self.made.pop(0)))
-        monkeypatch.setattr(actors.coordinator, "Coordinator", making)
-        monkeypatch.setattr(actors.cluster, "beside_the_driver", dict)
-        monkeypatch.setattr(actors.cluster, "end_actors", lambda name, seconds: self.ended.append("all"))
-        monkeypatch.setattr(actors.cluster, "named_actors", lambda name: (self.living, {RANK: "rank"}))
+        monkeypatch.setattr(actors.hosts.coordinator, "Coordinator", making)
+        monkeypatch.setattr(actors.hosts.cluster, "beside_the_driver", dict)
+        monkeypatch.setattr(actors.hosts.cluster, "end_actors", lambda name, seconds: self.ended.append("all"))
+        monkeypatch.setattr(actors.hosts.cluster, "named_actors", lambda name: (self.living, {RANK: "rank"}))
 
 
 class Shown:

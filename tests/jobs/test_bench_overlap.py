@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from actors.comm.exchange import ExpertExchange
+from actors.hosts.seated_answers import RankFailed
 from actors.model.segment import Lane
 from actors.model.weights import WeightGradients
-from actors.seated_answers import RankFailed
 from jobs.benches import overlap
 from jobs.benches.overlap import Settings
 from jobs.benches.overlap_cluster import Alone, Payload, Shape

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from actors.cluster import rank_kind
+from actors.hosts.cluster import rank_kind
 from actors.state import checkpoint
 from tests.cluster import committed, eventually
 

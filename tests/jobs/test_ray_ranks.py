@@ -11,10 +11,10 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError
 
-from actors import ray_ranks
 from actors.calls.rank_calls import LOST, Arrived, News, Reply
 from actors.files.run_folder import RunFolder
-from actors.ray_ranks import RayRanks
+from actors.hosts import ray_ranks
+from actors.hosts.ray_ranks import RayRanks
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NodeJoined, NotMade
 from orchestrator.protocol.membership import Member

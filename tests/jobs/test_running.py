@@ -9,9 +9,9 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors.calls.messages import Failure
-from actors.coordinator import TAKEN_OVER
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
+from actors.hosts.coordinator import TAKEN_OVER
 from jobs import cli, running, session
 from jobs.running import CoordinatorLost, Interrupt, TakenOver
 from orchestrator.config.run_config import ConfigError
@@ -156,7 +156,7 @@ def test_another_signal_while_actors_are_ended_leaves_none_behind(driver, monkey
         for number in SIGNALS:
             os.kill(os.getpid(), number)
         ended.append(name)
-    monkeypatch.setattr("actors.cluster.end_actors", end_actors)
+    monkeypatch.setattr("actors.hosts.cluster.end_actors", end_actors)
     os.kill(os.getpid(), signal.SIGINT)
     with found.run:
         assert found.run.follow(Shown(), interrupt) == DONE

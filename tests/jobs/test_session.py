@@ -9,7 +9,7 @@ import sys
 import pytest
 import ray
 
-from actors import cluster
+from actors.hosts import cluster
 from jobs import session
 from orchestrator.config.run_config import parse
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from actors.data.batching import Batch, Dealer
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from jobs import audit, cli, status
 from orchestrator.config.run_config import BatchRamp, TrainingSection, parse

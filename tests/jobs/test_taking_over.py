@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-import actors.cluster
+import actors.hosts.cluster
 from actors.calls.messages import Failure
 from actors.files.run_folder import RunFolder
 from jobs import cli, session, takeover
@@ -91,8 +91,8 @@ def left(tmp_path, monkeypatch):
     members, shown = (Member("a", 0), Member("b", 0)), Shown()
     ranks = {member: SimpleNamespace(configuration=SimpleNamespace(remote=lambda member=member: member)) for member in members}
     monkeypatch.setattr(ray, "get", lambda reference, timeout: CONFIG)
-    monkeypatch.setattr(actors.cluster, "named_actors", lambda name: ({}, ranks))
-    monkeypatch.setattr(actors.cluster, "end_actors", lambda name, seconds: begin.ended.append(name) or True)
+    monkeypatch.setattr(actors.hosts.cluster, "named_actors", lambda name: ({}, ranks))
+    monkeypatch.setattr(actors.hosts.cluster, "end_actors", lambda name, seconds: begin.ended.append(name) or True)
 
     def begin(setting, answering=2):
         monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked[:answering], asked[answering:]))

@@ -269,7 +269,7 @@ def test_a_start_that_is_refused_takes_nothing_back_from_the_autoscaler(tmp_path
     monkeypatch.setattr(session, "connect", lambda: None)
     monkeypatch.setattr(session, "disconnect", lambda: None)
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("actors.cluster.ask_for_no_more", withdrawn.append)
+    monkeypatch.setattr("actors.hosts.cluster.ask_for_no_more", withdrawn.append)
     monkeypatch.setattr(train, "ClusterWatch", lambda consequence: nullcontext())
     monkeypatch.setattr(train, "Interrupt", Signals)
     monkeypatch.setattr(train.takeover, "coordinator_of", lambda folder: (1, "alive"))

@@ -12,7 +12,7 @@ import faults
 import torch
 from runtime import Host
 
-from actors.processes import ProcessRanks
+from actors.hosts.processes import ProcessRanks
 from actors.runtime.call_server import CallServer
 from actors.runtime.meeting import MeetingPlace
 from orchestrator.config.run_config import RunConfig

@@ -13,7 +13,7 @@ import pytest
 
 from actors.calls.messages import LossSums, StepReport
 from actors.comm.traffic import Sent
-from actors.ray_token import NoToken, wanted_token
+from actors.hosts.auth_token import NoToken, wanted_token
 from actors.telemetry.exporter import (
     AUTO,
     Exporter,

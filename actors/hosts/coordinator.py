@@ -22,18 +22,18 @@ from typing import Any
 import ray
 
 from actors.calls.messages import Failure, Outcome, Start
-from actors.cluster import NodeWatch, ask_for_no_more, many_hosts
 from actors.data.batching import Batch
 from actors.data.dataset import MANIFEST, Dataset, DatasetError
 from actors.data.feed import Feed, read_validation
 from actors.files import storage
 from actors.files.run_folder import IN_USE, LIVE, RunFolder, Token
 from actors.files.storage import StorageError, join
+from actors.hosts.auth_token import NoToken, wanted_token
+from actors.hosts.cluster import NodeWatch, ask_for_no_more, many_hosts
+from actors.hosts.ray_ranks import RayRanks
+from actors.hosts.stage_actor import FIRST_SECONDS, create
 from actors.protocol.silence import LOOK_SECONDS, Silence
 from actors.protocol.trainer import Sources, Trainer, TrainingFailed
-from actors.ray_ranks import RayRanks
-from actors.ray_token import NoToken, wanted_token
-from actors.stage_actor import FIRST_SECONDS, create
 from actors.state.checkpoint import CheckpointError
 from actors.telemetry.exporter import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
 from actors.telemetry.live_state import Board

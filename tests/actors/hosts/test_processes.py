@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from actors import processes
 from actors.calls.rank_calls import LOST, Arrived, News, Reply
-from actors.processes import ProcessRanks
-from actors.seated_answers import RankFailed, call
+from actors.hosts import processes
+from actors.hosts.processes import ProcessRanks
+from actors.hosts.seated_answers import RankFailed, call
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import (

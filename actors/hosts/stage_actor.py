@@ -13,12 +13,12 @@ import ray
 
 from actors.calls.messages import StepReport
 from actors.calls.rank_calls import Reply
-from actors.cluster import actor_options, many_hosts, outliving
 from actors.errors import named_line
 from actors.files import names
 from actors.files.run_folder import reads
+from actors.hosts.auth_token import wanted_token
+from actors.hosts.cluster import actor_options, many_hosts, outliving
 from actors.protocol.silence import LOOK_SECONDS, Silence
-from actors.ray_token import wanted_token
 from actors.runtime.call_server import CallServer
 from actors.runtime.rank import Rank
 from actors.telemetry.exporter import Exporter, RankMetrics, listening, reachable

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Self
 
-from actors import process_host
 from actors.calls.rank_calls import LOST, News, answered, as_event
-from actors.pipes import Inbox, Outbox
+from actors.hosts import process_host
+from actors.hosts.pipes import Inbox, Outbox
+from actors.hosts.seated_answers import RankFailed, SeatedAnswers
 from actors.protocol.heartbeat_wire import bell_and_rope, ring, silence
-from actors.seated_answers import RankFailed, SeatedAnswers
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade

@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from actors.calls.messages import Failure, Start
-from actors.coordinator import Coordinator
+from actors.hosts.coordinator import Coordinator
+from actors.hosts.ray_ranks import RayRanks
 from actors.protocol.trainer import TrainingFailed
-from actors.ray_ranks import RayRanks
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member
@@ -106,7 +106,7 @@ def test_a_run_that_has_ended_waits_for_one_more_scrape(monkeypatch, tmp_path, s
     found._metrics = SimpleNamespace(ended=lambda: happened.append("ended"))
     found._exporter = SimpleNamespace(last_words=happened.append)
     trainer = SimpleNamespace(run=run, stop=lambda: happened.append("stop"))
-    monkeypatch.setattr("actors.coordinator.Trainer", lambda *_, **__: trainer)
+    monkeypatch.setattr("actors.hosts.coordinator.Trainer", lambda *_, **__: trainer)
     with contextlib.nullcontext() if error is None else pytest.raises(TrainingFailed):
         found._run()
     assert happened == ["stop"] * stopped + ["saved", "ended", seconds]

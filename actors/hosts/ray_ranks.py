@@ -21,9 +21,9 @@ from ray.exceptions import (
 )
 
 from actors.calls.rank_calls import LOST, Arrived, answered, as_event
-from actors.cluster import NodeWatch
 from actors.errors import named_line
 from actors.files.run_folder import Token
+from actors.hosts.cluster import NodeWatch
 from orchestrator.protocol.commands import Lane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
 from orchestrator.protocol.membership import Member

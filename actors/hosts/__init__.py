@@ -1,0 +1,1 @@
+"""Where all this lives: Ray actors, plain processes, the cluster. But for the feed no other room imports ray."""
