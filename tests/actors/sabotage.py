@@ -20,7 +20,7 @@ from runtime import TIMEOUT_SECONDS, Host, Run
 
 from actors.hosts.processes import ProcessRanks
 from actors.protocol.shell import RealShell
-from jobs.benches.networks import Network, enter
+from jobs.benches.shared.networks import Network, enter
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.membership import Member
 

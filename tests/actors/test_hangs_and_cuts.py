@@ -16,7 +16,7 @@ from runtime import Run, configured
 from sabotage import Apart, Survivors, arm, lost, newcomers, once, reason
 
 from actors.protocol.trainer import Trainer
-from jobs.benches.networks import Network
+from jobs.benches.shared.networks import Network
 from orchestrator.protocol.deadlines import Deadlines
 
 STUCK = ("elastic.silence_seconds=1.5", "elastic.stuck_seconds=1")

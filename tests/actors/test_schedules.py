@@ -12,7 +12,7 @@ from runtime import batch_of, configured, digest_by_hand, state, train
 
 from actors.data.batching import Dealer
 from actors.state.checkpoint import MASTER
-from jobs.benches import plain
+from jobs.benches.shared import plain
 from orchestrator.plan import scheduling
 from orchestrator.schedule.ir.actions import Split
 from orchestrator.schedule.kinds.registry import KINDS

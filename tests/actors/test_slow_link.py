@@ -14,8 +14,8 @@ from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from actors.telemetry.exporter import RunMetrics
-from jobs.benches.networks import Network
-from jobs.benches.overlap_tiny import rank_inside
+from jobs.benches.overlap.tiny import rank_inside
+from jobs.benches.shared.networks import Network
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.schedule.ir.spans import Lane

@@ -10,8 +10,8 @@ import random
 
 import pytest
 
-from jobs.benches.chaos_company import CONFIG
-from jobs.benches.chaos_raylets import NODES, Hosts, RayletCompany, cluster_of, command_of, finished, lines, tokens
+from jobs.benches.chaos.company import CONFIG
+from jobs.benches.chaos.raylets import NODES, Hosts, RayletCompany, cluster_of, command_of, finished, lines, tokens
 from tests.cluster import committed, eventually
 
 NOTICED = "noticed"

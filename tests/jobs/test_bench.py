@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from jobs.benches import parity
+from jobs.benches.parity import bench as parity
 from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.benches import churn, commit
-from jobs.benches.churn_run import DRAINED, FROZEN, JOINED, LOST, Told, changes
+from jobs.benches.churn import bench as churn
+from jobs.benches.churn.run import DRAINED, FROZEN, JOINED, LOST, Told, changes
+from jobs.benches.commit import bench as commit
 from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 

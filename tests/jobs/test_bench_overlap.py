@@ -18,14 +18,14 @@ from actors.comm.exchange import ExpertExchange
 from actors.hosts.seated_answers import RankFailed
 from actors.model.segment import Lane
 from actors.model.weights import WeightGradients
-from jobs.benches import overlap
-from jobs.benches.overlap import Settings
-from jobs.benches.overlap_cluster import Alone, Payload, Shape
-from jobs.benches.overlap_compare import Contestant, compare, expected_bytes, verdicts
-from jobs.benches.overlap_figures import shares
-from jobs.benches.overlap_held import Journal, LayeredChunk, Seconds, Tape, Tokens
-from jobs.benches.overlap_plan import durations_of, task_of
-from jobs.benches.schedule_held import HeldLane
+from jobs.benches.overlap import bench as overlap
+from jobs.benches.overlap.bench import Settings
+from jobs.benches.overlap.cluster import Alone, Payload, Shape
+from jobs.benches.overlap.compare import Contestant, compare, expected_bytes, verdicts
+from jobs.benches.overlap.figures import shares
+from jobs.benches.overlap.held import Journal, LayeredChunk, Seconds, Tape, Tokens
+from jobs.benches.overlap.plan import durations_of, task_of
+from jobs.benches.shared.held_lane import HeldLane
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair
 from orchestrator.schedule.ir.orders import StageStrands, forms, strands_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.benches import precision
-from jobs.benches.precision import BF16, FEW_BITS, FP8, Settings, errors, settled, smoothed, verdicts
-from jobs.benches.precision_products import measure
+from jobs.benches.precision import bench as precision
+from jobs.benches.precision.bench import BF16, FEW_BITS, FP8, Settings, errors, settled, smoothed, verdicts
+from jobs.benches.precision.products import measure
 from orchestrator.config.run_config import load, parse
 from tests.cluster import REPOSITORY
 

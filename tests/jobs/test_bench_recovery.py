@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from jobs.benches import recovery
-from jobs.benches.recovery_picture import picture
-from jobs.benches.recovery_run import KINDS, blows
-from jobs.benches.recovery_times import Phases, incident, line_through
+from jobs.benches.recovery import bench as recovery
+from jobs.benches.recovery.picture import picture
+from jobs.benches.recovery.run import KINDS, blows
+from jobs.benches.recovery.times import Phases, incident, line_through
 from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
 

@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 
-from jobs.benches import routing, routing_gate, routing_rank
-from jobs.benches.routing import Case, Settings
-from jobs.benches.routing_expected import limited, published_packing, unlimited
-from jobs.benches.routing_rank import Found
+from jobs.benches.routing import bench as routing
+from jobs.benches.routing import gate as routing_gate
+from jobs.benches.routing import rank as routing_rank
+from jobs.benches.routing.bench import Case, Settings
+from jobs.benches.routing.expected import limited, published_packing, unlimited
+from jobs.benches.routing.rank import Found
 from orchestrator.config.run_config import RunConfig
 
 

@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from jobs.benches import schedule
-from jobs.benches.schedule import Block, Settings
+from jobs.benches.schedule import bench as schedule
+from jobs.benches.schedule.bench import Block, Settings
 from orchestrator.config.run_config import RunConfig
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.simulate import simulate

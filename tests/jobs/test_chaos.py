@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benches import chaos
-from jobs.benches.chaos import Settings, episode
-from jobs.benches.chaos_company import COPIES, Ended, Kind, Strike
+from jobs.benches.chaos import bench as chaos
+from jobs.benches.chaos.bench import Settings, episode
+from jobs.benches.chaos.company import COPIES, Ended, Kind, Strike
 
 FAST = Settings(least_seconds=0.0, most_seconds=0.02, at_once=3)
 

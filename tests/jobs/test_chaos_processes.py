@@ -10,8 +10,8 @@ import pytest
 
 from actors.files.run_folder import RunFolder
 from jobs import audit
-from jobs.benches.chaos_processes import KINDS, Processes, processes
-from jobs.benches.chaos_text import undisturbed
+from jobs.benches.chaos.processes import KINDS, Processes, processes
+from jobs.benches.chaos.text import undisturbed
 from tests.cluster import eventually
 
 COMPARED = 12

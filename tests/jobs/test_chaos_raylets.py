@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jobs.benches.chaos_raylets import NODES, Hosts, RayletCompany, cluster_of, finished, tokens
+from jobs.benches.chaos.raylets import NODES, Hosts, RayletCompany, cluster_of, finished, tokens
 from tests.cluster import committed, eventually
 
 SECONDS = 180.0

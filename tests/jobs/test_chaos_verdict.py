@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from jobs.benches.chaos_company import Strike
-from jobs.benches.chaos_verdict import EXPLAINED_SECONDS, Journal, Verdict, gaps, lost_steps, needless, restarted
+from jobs.benches.chaos.company import Strike
+from jobs.benches.chaos.verdict import EXPLAINED_SECONDS, Journal, Verdict, gaps, lost_steps, needless, restarted
 from orchestrator.data.ledger import chained, line_hash
 
 KILLED = Strike("node killed", 1, 100.0, ("a",), 103.0)

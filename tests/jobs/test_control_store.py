@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from jobs.benches.chaos_raylets import lines, tokens
-from jobs.benches.raylets import RayletCluster
+from jobs.benches.chaos.raylets import lines, tokens
+from jobs.benches.shared.raylets import RayletCluster
 from tests.cluster import committed, eventually
 from tests.jobs.test_driver import SECONDS, Driven
 

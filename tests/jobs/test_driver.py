@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from actors.state import checkpoint
-from jobs.benches.chaos_raylets import command_line, command_of, lines, tokens
-from jobs.benches.raylets import RayletCluster
+from jobs.benches.chaos.raylets import command_line, command_of, lines, tokens
+from jobs.benches.shared.raylets import RayletCluster
 from tests.cluster import committed, eventually
 
 SECONDS = 120.0

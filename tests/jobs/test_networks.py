@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benches import networks
-from jobs.benches.networks import Network, NetworkRefused, Traffic, enter
+from jobs.benches.shared import networks
+from jobs.benches.shared.networks import Network, NetworkRefused, Traffic, enter
 
 MEGABITS = 40.0
 BYTES = 1_000_000
@@ -174,7 +174,7 @@ def test_what_failed_half_way_is_removed(monkeypatch):
 
 def test_what_a_dead_process_left_is_removed():
     """A process that ends without cleaning up, then a network of ours."""
-    code = ("import os; from jobs.benches.networks import Network; "
+    code = ("import os; from jobs.benches.shared.networks import Network; "
             "network = Network(2, 10.0); print(os.getpid(), *network.namespaces, flush=True); os._exit(0)")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True,
                           timeout=60, check=True)

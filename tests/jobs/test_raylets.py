@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benches import networks
-from jobs.benches.raylets import RayletCluster, freeze_tree, kill_tree, thaw_tree, tree
+from jobs.benches.shared import networks
+from jobs.benches.shared.raylets import RayletCluster, freeze_tree, kill_tree, thaw_tree, tree
 from tests.cluster import eventually
 
 DRIVER = "tests.jobs.raylets_driver"
@@ -154,7 +154,7 @@ def test_a_tree_is_killed(family):
 
 
 OWNER = """
-from jobs.benches.raylets import RayletCluster
+from jobs.benches.shared.raylets import RayletCluster
 cluster = RayletCluster(0, 1)
 print(cluster.folder, *cluster.network.namespaces, flush=True)
 input()

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.benches import recovery_peers, recovery_ray_train
-from jobs.benches.recovery_journal import Done, Fault, Recovery, StepJournal, recovery, settled, wait_for
-from jobs.benches.recovery_peers import NODE, RANK, PeerSettings, PeerTimes
+from jobs.benches.recovery import peers as recovery_peers
+from jobs.benches.recovery import ray_train as recovery_ray_train
+from jobs.benches.recovery.journal import Done, Fault, Recovery, StepJournal, recovery, settled, wait_for
+from jobs.benches.recovery.peers import NODE, RANK, PeerSettings, PeerTimes
 from orchestrator.config.run_config import parse
 from tests.cluster import eventually
 

@@ -22,7 +22,7 @@ from actors.protocol import heartbeat_wire
 from actors.protocol.heartbeat_client import Lifeline
 from actors.protocol.heartbeat_server import End, Lifelines
 from actors.protocol.heartbeat_wire import Wire
-from jobs.benches.networks import Network
+from jobs.benches.shared.networks import Network
 from orchestrator.protocol.membership import Member
 
 

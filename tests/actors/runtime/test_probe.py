@@ -16,7 +16,7 @@ import pytest
 from lifeline_tools import REPOSITORY
 
 from actors.runtime.probe import ProbeListener, Prober
-from jobs.benches.networks import Network
+from jobs.benches.shared.networks import Network
 from orchestrator.protocol.membership import Member
 
 SECONDS = 20.0

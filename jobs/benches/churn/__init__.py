@@ -1,0 +1,1 @@
+"""A run whose nodes come and go every half minute."""

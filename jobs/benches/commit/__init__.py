@@ -1,0 +1,1 @@
+"""What the second owner of every shard costs."""

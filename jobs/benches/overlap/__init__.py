@@ -1,0 +1,1 @@
+"""Dispatch and combine under compute, on slow links."""

@@ -1,0 +1,1 @@
+"""Every layout against one plain process."""

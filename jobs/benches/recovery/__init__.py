@@ -1,0 +1,1 @@
+"""What faults cost a run, against Ray Train and torchft."""

@@ -1,0 +1,1 @@
+"""Bytes across nodes, cost of choosing, load of ranks."""

@@ -1,0 +1,1 @@
+"""Every schedule against its simulation, and against torch's."""

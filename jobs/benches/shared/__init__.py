@@ -1,0 +1,1 @@
+"""What several benches need: networks, raylets, a plain model, simulated compute."""
