@@ -10,7 +10,7 @@ import numpy
 from actors.data.dataset import Dataset, DatasetError, Split
 from actors.data.documents import STDLIB
 from actors.data.ngram import LARGEST_VOCABULARY, bigram_entropy, ngram_cross_entropy, text_of_rows
-from jobs.summary import OWN_BIGRAM
+from jobs.driver.summary import OWN_BIGRAM
 from jobs.tokenize import load_tokenizer, tokenize
 from orchestrator.config.run_config import RunConfig
 

@@ -20,11 +20,12 @@ from actors.data.dataset import Dataset, DatasetError
 from actors.data.feed import read_validation
 from actors.files import storage
 from actors.state.checkpoint import CheckpointError, read_manifest
-from jobs import cli, session
+from jobs import cli
+from jobs.driver import session
+from jobs.driver.lost import ClusterWatch
+from jobs.driver.progress import Progress
+from jobs.driver.running import Interrupt, RunActors
 from jobs.export import configuration
-from jobs.lost import ClusterWatch
-from jobs.progress import Progress
-from jobs.running import Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
 from orchestrator.layout.layout import choose

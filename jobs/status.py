@@ -21,7 +21,8 @@ import yaml
 
 from actors.data.dataset import Dataset, DatasetError
 from actors.files import storage
-from jobs import audit, cli, live, session
+from jobs import audit, cli
+from jobs.driver import live, session
 from orchestrator.config.run_config import RunConfig, load, parse
 from orchestrator.data.ledger import committed_by
 

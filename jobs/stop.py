@@ -17,7 +17,8 @@ from actors.errors import first_line
 from actors.files import storage
 from actors.files.run_folder import LIVE, RunFolder
 from actors.state import checkpoint
-from jobs import cli, session, status
+from jobs import cli, status
+from jobs.driver import session
 from orchestrator.config.run_config import RunConfig, parse
 
 ENDED_AT_ONCE = "ended at once by jobs.stop --now; the same command continues from the newest checkpoint"

@@ -28,7 +28,8 @@ from actors.data.documents import Source
 from actors.data.packing import Packer, SplitProgress
 from actors.data.tokenizer import Tokenizer, TokenizerError
 from actors.files import storage
-from jobs import cli, session
+from jobs import cli
+from jobs.driver import session
 from orchestrator.config.run_config import ConfigError, RunConfig
 
 PROGRESS = "progress.json"

@@ -14,11 +14,12 @@ from actors.calls.messages import Outcome
 from actors.data.dataset import MANIFEST, Dataset, DatasetError
 from actors.files import storage
 from actors.files.run_folder import IN_USE, RunFolder
-from jobs import cli, corpus, session, summary, takeover
-from jobs.live import Announced, ask
-from jobs.lost import ClusterWatch
-from jobs.progress import Progress
-from jobs.running import POLL_SECONDS, Interrupt, RunActors
+from jobs import cli, corpus
+from jobs.driver import session, summary, takeover
+from jobs.driver.live import Announced, ask
+from jobs.driver.lost import ClusterWatch
+from jobs.driver.progress import Progress
+from jobs.driver.running import POLL_SECONDS, Interrupt, RunActors
 from jobs.tokenize import load_tokenizer
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout, choose

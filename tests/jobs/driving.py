@@ -11,8 +11,8 @@ import ray
 import actors.hosts.cluster
 import actors.hosts.coordinator
 from actors.calls.messages import Failure, Outcome
-from jobs import session
-from jobs.running import RunActors
+from jobs.driver import session
+from jobs.driver.running import RunActors
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.membership import Member
 

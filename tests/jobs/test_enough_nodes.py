@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from jobs import takeover, train
+from jobs import train
+from jobs.driver import takeover
 from orchestrator.config.run_config import ConfigError, parse
 from orchestrator.topology import Node
 from tests.cluster import eventually

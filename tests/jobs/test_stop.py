@@ -9,7 +9,8 @@ import pytest
 
 from actors.files.run_folder import RunFolder
 from actors.state import checkpoint
-from jobs import session, stop
+from jobs import stop
+from jobs.driver import session
 from orchestrator.config.run_config import ConfigError
 
 

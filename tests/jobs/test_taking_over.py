@@ -10,8 +10,9 @@ import ray
 import actors.hosts.cluster
 from actors.calls.messages import Failure
 from actors.files.run_folder import RunFolder
-from jobs import cli, session, takeover
-from jobs.running import RunActors
+from jobs import cli
+from jobs.driver import session, takeover
+from jobs.driver.running import RunActors
 from orchestrator.config.run_config import ConfigError, parse
 from orchestrator.protocol.membership import Member
 from tests.jobs.driving import Method, Shown, Signals, get

@@ -19,7 +19,8 @@ from actors.files import storage
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
 from actors.state import checkpoint
-from jobs import cli, live, running, session, train
+from jobs import cli, train
+from jobs.driver import live, running, session
 from orchestrator.config.run_config import ConfigError, parse
 from tests.cluster import committed, eventually, free_port
 from tests.jobs.conftest import LARGE, refused

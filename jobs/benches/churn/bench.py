@@ -25,9 +25,10 @@ from pydantic import Field
 from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
-from jobs import audit, corpus, session
+from jobs import audit, corpus
 from jobs.benches.churn.rank import held_rank
 from jobs.benches.churn.run import Churn, Rows, Told, changes, train
+from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes

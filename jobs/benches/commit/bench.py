@@ -21,11 +21,12 @@ from pydantic import Field
 
 from actors.data.dataset import Dataset
 from actors.hosts.processes import ProcessRanks
-from jobs import corpus, session
+from jobs import corpus
 from jobs.benches.churn.bench import small
 from jobs.benches.churn.rank import Home, held_rank
 from jobs.benches.churn.run import Rows, train
 from jobs.benches.shared.networks import Network, NetworkRefused
+from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.refusal import ConfigError

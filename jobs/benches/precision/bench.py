@@ -20,9 +20,10 @@ from typing import Any
 from pydantic import Field
 
 from actors.data.dataset import Dataset
-from jobs import corpus, session
+from jobs import corpus
 from jobs.benches.precision import products as precision_products
 from jobs.benches.precision.train import say, trained
+from jobs.driver import session
 from orchestrator.config.precision import PRODUCTS
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.refusal import ConfigError

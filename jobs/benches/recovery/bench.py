@@ -21,13 +21,14 @@ from typing import Any
 
 from pydantic import Field
 
-from jobs import corpus, session
+from jobs import corpus
 from jobs.benches.recovery import peers as recovery_peers
 from jobs.benches.recovery.picture import draw
 from jobs.benches.recovery.run import CUT, FROZEN, KILLED, KINDS, RANK, RunFailed, blows, bring_back, heal, strike, training
 from jobs.benches.recovery.times import Incident, line_through
 from jobs.benches.shared.networks import NetworkRefused
 from jobs.benches.shared.raylets import ClusterFailed, RayletCluster
+from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.plan import cost
 from orchestrator.refusal import ConfigError

@@ -27,10 +27,11 @@ from actors.data.dataset import Dataset
 from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Trainer
 from actors.telemetry.exporter import Exporter, RunMetrics
-from jobs import corpus, session
+from jobs import corpus
 from jobs.benches.churn.bench import small
 from jobs.benches.churn.run import Rows, Told, train
 from jobs.benches.telemetry.rank import metered_rank
+from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes

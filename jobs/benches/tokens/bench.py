@@ -21,10 +21,11 @@ from pydantic import Field
 from actors.calls.messages import Failure
 from actors.data.batching import Batch
 from actors.files.run_folder import RunFolder
-from jobs import corpus, session
+from jobs import corpus
 from jobs.benches.shared import plain
 from jobs.benches.shared.text import batches_of_text
 from jobs.cli import JobFailed
+from jobs.driver import session
 from orchestrator.config.precision import PRODUCTS
 from orchestrator.config.run_config import RunConfig, Section, parse
 from orchestrator.layout.layout import choose

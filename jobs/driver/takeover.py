@@ -15,8 +15,8 @@ from actors.calls.messages import Failure
 from actors.files.names import run_of
 from actors.files.run_folder import RunFolder
 from jobs import cli
-from jobs.progress import Progress
-from jobs.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest
+from jobs.driver.progress import Progress
+from jobs.driver.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.protocol.membership import Member
 from orchestrator.recovery.replay import Replay

@@ -8,8 +8,8 @@ import socket
 import pytest
 from ray.exceptions import RpcError
 
-from jobs import lost
-from jobs.lost import ClusterWatch
+from jobs.driver import lost
+from jobs.driver.lost import ClusterWatch
 
 SECONDS = 30.0
 

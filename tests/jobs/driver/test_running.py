@@ -12,8 +12,9 @@ from actors.calls.messages import Failure
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
 from actors.hosts.coordinator import TAKEN_OVER
-from jobs import cli, running, session
-from jobs.running import CoordinatorLost, Interrupt, TakenOver
+from jobs import cli
+from jobs.driver import running, session
+from jobs.driver.running import CoordinatorLost, Interrupt, TakenOver
 from orchestrator.config.run_config import ConfigError
 from orchestrator.protocol.events import Ending
 from tests.jobs.driving import DONE, STEP, Driver, Shown, Signals, coordinator

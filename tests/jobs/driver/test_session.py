@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from actors.hosts import cluster
-from jobs import session
+from jobs.driver import session
 from orchestrator.config.run_config import parse
 
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from actors.telemetry.exporter import Exporter, json_route
 from actors.telemetry.live_state import Board
 from jobs import cli, status
-from jobs.live import ask, lines
+from jobs.driver.live import ask, lines
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from jobs import progress, running
-from jobs.progress import Progress
+from jobs.driver import progress, running
+from jobs.driver.progress import Progress
 from tests.cluster import eventually
 from tests.jobs.driving import DONE, STEP, Driver, Signals, coordinator
 

@@ -15,8 +15,9 @@ from actors.calls.messages import Failure, Outcome, Start
 from actors.files import storage
 from actors.files.names import of_coordinator, run_of
 from actors.files.run_folder import RunFolder, Token
-from jobs import cli, session
-from jobs.progress import Progress
+from jobs import cli
+from jobs.driver import session
+from jobs.driver.progress import Progress
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending
