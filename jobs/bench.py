@@ -53,7 +53,7 @@ def main() -> int:
         options.options.append(f"minutes={options.minutes}")
     config = cli.configuration(options)
     os.environ["OMP_NUM_THREADS"] = "1"
-    bench = importlib.import_module(f"jobs.benches.{options.name}")
+    bench = importlib.import_module(f"jobs.benches.{options.name}.bench")
     settings = _settings(options.name, bench, options.options, options.trace)
     result = {"bench": options.name, **bench.run(config, *settings), "machine": _machine()}
     for missed in (name for name, holds in result.get("checks", {}).items() if not holds):

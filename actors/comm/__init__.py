@@ -1,1 +1,4 @@
-"""Communication of one generation: process groups, point-to-point links, dispatch and combine."""
+"""Process groups of a generation, links between neighbours, dispatch and combine, and waits that an abort ends.
+
+May import: no other room.
+"""

@@ -1,1 +1,4 @@
-"""From text to batches: documents, tokens, packed sequences, the feed of a run, the batch of each rank."""
+"""From text to batches: documents, tokens, packed sequences, the feed of a run, the batch of each rank.
+
+May import: calls, files.
+"""

@@ -1,1 +1,4 @@
-"""A rank from its program to its spans: generations, stages, the streams of operations, the exchange lane."""
+"""A rank from its program to its spans: generations, stages, the streams of operations, the exchange lane.
+
+May import: calls, comm, files, model, protocol, state.
+"""

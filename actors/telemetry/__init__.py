@@ -1,1 +1,4 @@
-"""What leaves a run to be seen: metrics, live page, traces, TensorBoard."""
+"""What leaves a run to be seen: metrics, live page, traces, TensorBoard.
+
+May import: calls, data, files.
+"""

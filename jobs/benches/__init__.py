@@ -1,2 +1,2 @@
-"""What `python -m jobs.bench NAME` runs: `parity` and `tokens` have `run(config) -> dict`, `overlap`, `routing` and `schedule`
-have `Settings` and `run(config, settings) -> dict`; `plain` and `text`, and all `NAME_*`, serve them."""
+"""What `python -m jobs.bench NAME` runs: a package a bench, whose `bench` has `run(config) -> dict`, or `Settings` and
+`run(config, settings) -> dict`."""

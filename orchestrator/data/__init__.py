@@ -1,1 +1,4 @@
-"""Which sequences a step has, and the line of the ledger that commits it."""
+"""Which sequences a step has, and the line of the ledger that commits it.
+
+May import: config.
+"""

@@ -1,1 +1,4 @@
-"""What figures mean: who is slow, how much of the time was of use."""
+"""What figures mean: who is slow, how much of the time was of use.
+
+May import: layout, schedule.ir.
+"""

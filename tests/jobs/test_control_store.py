@@ -11,7 +11,7 @@ import pytest
 from jobs.benches.chaos.raylets import lines, tokens
 from jobs.benches.shared.raylets import RayletCluster
 from tests.cluster import committed, eventually
-from tests.jobs.test_driver import SECONDS, Driven
+from tests.jobs.driver.test_driver import SECONDS, Driven
 
 NODES = 3
 GO_ON_SECONDS = 30.0

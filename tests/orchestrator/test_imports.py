@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-USES_RAY = {"coordinator.py", "stage_actor.py", "feed.py", "cluster.py", "ray_ranks.py"}
+USES_RAY = {"hosts/coordinator.py", "hosts/stage_actor.py", "data/feed.py", "hosts/cluster.py", "hosts/ray_ranks.py"}
+FOR_ALL = {"orchestrator.refusal", "orchestrator.topology", "actors.errors", "actors.tiles"}
+MAY_IMPORT = re.compile(r"^May import: (.*)\.$", re.MULTILINE)
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 
@@ -61,3 +64,56 @@ def test_arrows(path):
     else:
         assert not names & {"jobs", "tests"}
         assert "ray" not in names or path.relative_to(ROOT / "actors").as_posix() in USES_RAY
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {module_of(path).removesuffix(".__init__"): path for path in files("orchestrator") + files("actors")}
+ROOMS = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+def room_of(module: str) -> str:
+    return module if module in ROOMS else module.rpartition(".")[0]
+
+
+def allowed(room: str) -> set[str]:
+    """The rooms that this one says it may import."""
+    said = MAY_IMPORT.findall(ast.get_docstring(ast.parse(MODULES[room].read_text(encoding="utf-8"))))
+    assert len(said) == 1, f"{room} does not say which rooms it may import"
+    return set() if said[0] == "no other room" else {f"{room.split('.')[0]}.{name}" for name in said[0].split(", ")}
+
+
+def rooms_used(path: Path) -> set[str]:
+    """Rooms of the same side that a file imports from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {both if (both := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names}
+        else:
+            continue
+        found |= {room_of(name) for name in names if name in MODULES and name not in FOR_ALL}
+    side = path.relative_to(ROOT).parts[0]
+    return {room for room in found if room.split(".")[0] == side}
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_what_it_says(room):
+    used = set().union(*(rooms_used(path) for module, path in MODULES.items() if room_of(module) == room and module not in FOR_ALL))
+    assert used - {room} == allowed(room)
+
+
+def test_no_room_comes_back_to_itself():
+    left = {room: allowed(room) for room in ROOMS}
+    while ends := {room for room, others in left.items() if not others & left.keys()}:
+        left = {room: others for room, others in left.items() if room not in ends}
+    assert not left, f"a circle among {sorted(left)}"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in files("orchestrator") + files("actors") + files("jobs")}))
+def test_a_room_can_be_seen_at_once(folder):
+    modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= 15, f"{folder} has {len(modules)} modules"

@@ -170,7 +170,7 @@ def _drawn(cluster: RayletCluster, config: RunConfig, file: str) -> bool:
 
 def _audit(path: Path) -> dict[str, Any]:
     """What `python -m jobs.status audit` says of the run."""
-    done = subprocess.run([sys.executable, "-m", "jobs.status", "audit", str(path), "--json"], cwd=Path(__file__).parents[2],
+    done = subprocess.run([sys.executable, "-m", "jobs.status", "audit", str(path), "--json"], cwd=Path(__file__).parents[3],
                           capture_output=True, text=True, timeout=_AUDIT_SECONDS, check=False)
     if not done.stdout.startswith("{"):
         return {"clean": False, "problems": done.stderr.strip()}

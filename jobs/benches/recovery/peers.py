@@ -35,7 +35,7 @@ from orchestrator.config.run_config import RunConfig, dump, parse
 
 RANK, NODE = "rank", "node"
 RAY_TRAIN, TORCHFT, TUNED = "ray_train", "torchft", "_tuned"
-_REPOSITORY = Path(__file__).parents[2]
+_REPOSITORY = Path(__file__).parents[3]
 _START_SECONDS = 120.0
 _PROBE_SECONDS = 60.0
 

@@ -25,7 +25,7 @@ from typing import Self
 
 from jobs.benches.shared.networks import Network, pids
 
-_REPOSITORY = Path(__file__).parents[2]
+_REPOSITORY = Path(__file__).parents[3]
 _BIN = Path(sys.executable).parent
 _PORT = 6379
 _START_SECONDS = 120.0

@@ -1,1 +1,4 @@
-"""Schedules and measured steps as SVG and as traces."""
+"""Schedules and measured steps as SVG and as traces.
+
+May import: schedule.ir, schedule.timing.
+"""

@@ -37,9 +37,9 @@ def svg(schedule: Schedule, timeline: Timeline, measured: Measured | None = None
     scale = Scale.of(lengths, max(timeline.makespan, measured.end if measured else 0.0), left,
                      MARGIN + text_width(subtitle, SUBTITLE_SIZE) + RIGHT)
     width = round(scale.x(scale.makespan) + RIGHT)
-    legend = legend.lines(legend.samples(schedule, exchange=exchanges, reduced=any(bar.reduce for bar in bars[-1])),
+    lines = legend.lines(legend.samples(schedule, exchange=exchanges, reduced=any(bar.reduce for bar in bars[-1])),
                                  min(width, WIDEST_LEGEND) - MARGIN - RIGHT)
-    rows = Rows(LEGEND_TOP + len(legend) * legend.LINE_HEIGHT + 14, schedule.positions, exchanges, len(bars))
+    rows = Rows(LEGEND_TOP + len(lines) * legend.LINE_HEIGHT + 14, schedule.positions, exchanges, len(bars))
     height = round(rows.bottom) + 34
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"',
@@ -47,7 +47,7 @@ def svg(schedule: Schedule, timeline: Timeline, measured: Measured | None = None
         f' fill="{INK}">', rectangle(0, 0, width, height, "white"),
         f'<text x="{MARGIN}" y="28" font-size="{TITLE_SIZE}" font-weight="bold">{escape(title)}</text>',
         f'<text x="{MARGIN}" y="49" font-size="{SUBTITLE_SIZE}">{escape(subtitle)}</text>',
-        *legend.draw(legend, LEGEND_TOP), *_axis(scale, rows, "ms" if measured else "time"),
+        *legend.draw(lines, LEGEND_TOP), *_axis(scale, rows, "ms" if measured else "time"),
     ]
     for position in range(schedule.positions):
         parts += _names(schedule, position, rows, left, measured is not None)

@@ -1,4 +1,7 @@
-"""Search for a schedule that is shorter than all published ones. Start reading at `portfolio.py`."""
+"""Search for a schedule that is shorter than all published ones. Start reading at `portfolio.py`.
+
+May import: schedule.ir, schedule.kinds, schedule.timing.
+"""
 
 from orchestrator.schedule.search.portfolio import Found, Options, options_for, search, searched
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config.run_config import ConfigError
+from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V, stages_of
 from orchestrator.schedule.kinds.registry import KINDS, generate

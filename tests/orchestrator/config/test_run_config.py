@@ -14,7 +14,7 @@ from orchestrator.config.run_config import ConfigError, RunConfig, dump, load, p
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.registry import KINDS
 
-CONFIGS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "jobs" / "configs").glob("*.yaml"))
 
 
 def refused(*overrides: str) -> str:

@@ -16,7 +16,7 @@ from orchestrator.schedule.ir.pieces import timed
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.timing.simulate import simulate
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 COSTS = LayerCosts(forward=4.0, backward_input=6.0, backward_weight=5.0, dispatch=1.0, combine=2.0)
 MODEL = ModelConfig(num_hidden_layers=4, first_k_dense_replace=1)
 

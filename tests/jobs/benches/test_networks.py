@@ -176,7 +176,7 @@ def test_what_a_dead_process_left_is_removed():
     """A process that ends without cleaning up, then a network of ours."""
     code = ("import os; from jobs.benches.shared.networks import Network; "
             "network = Network(2, 10.0); print(os.getpid(), *network.namespaces, flush=True); os._exit(0)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True,
                           timeout=60, check=True)
     pid, *namespaces = done.stdout.split()
     assert all((Path("/var/run/netns") / name).exists() for name in namespaces)

@@ -1,0 +1,1 @@
+"""Its presence puts what tests share, `layouts`, within their reach."""
