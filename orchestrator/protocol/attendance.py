@@ -144,7 +144,8 @@ class Attendance:
 
     def summon(self) -> None:
         """Have processes started and ended as who is there demands. None is started before it is known who of those who are said to
-        be there are: where all of a node have ended, one that was started for the first of them would be ended for the last."""
+        be there are, and none beside others before it is known whether these have ended as well: where all of a node have ended, one
+        that was started for the first of them would be ended for the last."""
         for member, since in list(self._starting.items()):
             if not self.membership.may_come(member):
                 del self._starting[member]
@@ -153,12 +154,17 @@ class Attendance:
         decision = self.decision
         for member in decision.fence:
             self.order(Fence(member, "it was given up, yet is heard from"))
+        opens = [self.membership.next_change(self.now)]
         for member in decision.start if self.roll_called else ():
             if member not in self._never and member.node not in self.trials.barred:
+                until = self.membership.may_not_be_alone(member)
+                if until is not None and self.now < until:
+                    opens.append(until)
+                    continue
                 self.membership = self.membership.started(member, self.now)
                 self._starting[member] = self.now
                 self.order(Spawn(member))
-        self._opens = self.membership.next_change(self.now)
+        self._opens = min((at for at in opens if at is not None), default=None)
         self._tell_idle(decision)
 
     def _tell_idle(self, decision: Decision) -> None:

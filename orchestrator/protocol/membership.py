@@ -29,6 +29,8 @@ from orchestrator.topology import Node
 
 SILENCE_SECONDS, SILENCE_ON_ONE_HOST_SECONDS = 1.5, 15.0
 """What `elastic.silence_seconds` is where it is auto."""
+ENDS_TOGETHER_SECONDS = 0.5
+"""In which the ends of all processes of a node that is gone are told, mostly."""
 DOUBLINGS = 5
 """Of the cool-down, at most."""
 STARTS_IN_VAIN = 3
@@ -294,6 +296,12 @@ class Membership:
     def may_come(self, member: Member) -> bool:
         """Whether it is expected: it has been started, and was not lost since."""
         return self._place(member.node, member.local).running == member.incarnation
+
+    def may_not_be_alone(self, member: Member) -> float | None:
+        """Until when the loss before it may turn out to be one of its whole node, where nothing should be started; None: it is not."""
+        place = self._place(member.node, member.local)
+        ranks = self.hosts[member.node].ranks if member.node in self.hosts else 0
+        return place.lost + ENDS_TOGETHER_SECONDS if place.alone and ranks > 1 else None
 
     def why_lost(self, member: Member) -> str:
         """Of the last loss at its place."""

@@ -19,7 +19,7 @@ BLOWS = (("node cut off",), ("drain",), ("rank killed", "node killed"), ("node f
          ("rank killed",), ("node killed",), ("rank killed", NOTICED, "rank killed"))
 """What happens at once, or when what was before it is noticed."""
 FEW = BLOWS[:5]
-"""Of the others two are in the third, and one is in tests/actors/test_recovery.py."""
+"""Of the others two are in the third, and one is in tests/actors/elastic/test_recovery.py."""
 NUMBER, SEED = int(os.environ.get("DUALRAY_CHAOS", len(FEW))), int(os.environ.get("DUALRAY_CHAOS_SEED", 1))
 COMPARED = 200
 """Steps until which rounding errors stay where they are: training multiplies them."""

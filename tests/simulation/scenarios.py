@@ -86,4 +86,7 @@ SCENARIOS: dict[str, Case] = {
     "a step that nobody can compute, and the other node is gone but listed": Case(
         Scenario(seed=6040021008, nodes=(1, 1), steps=5, place_every=3, spread=4.0,
                  faults=(Fault(105, "end node", 10), Fault(197, "coordinator", 9), Fault(77, "own everywhere", 4))), Ending.OWN_FAULT),
+    "a node ends while nobody looks, and is back when somebody does": Case(
+        Scenario(seed=77214817, nodes=(1, 2, 1), steps=3, save_every=2, wait=30.0,
+                 faults=(Fault(119, "coordinator paused", 1), Fault(131, "end node", 10)))),
 }

@@ -98,7 +98,7 @@ def test_all_ranks_stall_while_they_are_taken_over(stage, monkeypatch):
 def test_it_is_frozen_itself(stage, tmp_path, killed):
     """For longer than counts as silence; another process is ended meanwhile, or none. What it did not hear is not held against
     anybody."""
-    command = [sys.executable, str(HERE / "frozen_coordinator.py"), str(tmp_path)]
+    command = [sys.executable, str(HERE.parent / "frozen_coordinator.py"), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
         try:
             pids = json.loads(process.stdout.readline())  # it waits before a step

@@ -73,7 +73,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_a_writer_killed_before_the_rename_leaves_the_old_file(tmp_path):
     file = str(tmp_path / "f")
     storage.write_atomic(file, b"old")
-    program = ("import os; from actors import storage; os.replace = lambda *_: os.kill(os.getpid(), 9); "
+    program = ("import os; from actors.files import storage; os.replace = lambda *_: os.kill(os.getpid(), 9); "
                f"storage.write_atomic({file!r}, b'new')")
     assert subprocess.run([sys.executable, "-c", program]).returncode == -9
     assert storage.read_bytes(file) == b"old" and len(os.listdir(tmp_path)) == 2

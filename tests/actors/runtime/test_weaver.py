@@ -74,7 +74,7 @@ def test_one_strands_exchange_runs_under_the_others_compute(lane):
 
 
 def test_in_turn_it_does_not(monkeypatch):
-    monkeypatch.setattr("test_strands.BOUND_SECONDS", 0.01)
+    monkeypatch.setattr("test_weaver.BOUND_SECONDS", 0.01)
     gate = Gate()
     one, other = Strand("F", [segment(C, "a"), segment(X, "x", gate)]), Strand("B", [segment(C, "c", gate.open)])
     with pytest.raises(TimeoutError, match="nothing ran beside"):

@@ -18,7 +18,7 @@ def test_folders_of_the_dead_are_deleted_those_of_the_living_are_not(tmp_path, m
     prefix = f"{tmp_path}/dualray-"
     monkeypatch.setattr(session, "_PREFIX", prefix)
     monkeypatch.setattr(session, "_folders", [])
-    waits = f"from jobs import session; session._PREFIX = {prefix!r}; print(session._temporary_folder(), flush=True); input()"
+    waits = f"from jobs.driver import session; session._PREFIX = {prefix!r}; print(session._temporary_folder(), flush=True); input()"
     living = subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         theirs, ours = living.stdout.readline().strip(), session._temporary_folder()

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from orchestrator.config.run_config import parse
-from orchestrator.protocol.membership import STARTS_IN_VAIN, Decision, Member, Membership, Rules
+from orchestrator.protocol.membership import ENDS_TOGETHER_SECONDS, STARTS_IN_VAIN, Decision, Member, Membership, Rules
 from orchestrator.topology import Node
 
 RULES = Rules(min_nodes=2, silence_seconds=1.0, cool_down_seconds=30.0)
@@ -313,3 +313,15 @@ def test_a_node_on_which_nothing_ever_starts_is_not_counted_on():
     again = back.ended(Member("b", 0, STARTS_IN_VAIN), now + 1, "killed")
     assert again.promising() == ("a", "b") and again.promising(barred=["b"]) == ("a",)
     assert again.node_left("b", now + 2, "gone").promising() == ("a",)
+
+
+def test_an_end_beside_others_may_be_that_of_the_node_for_a_moment():
+    """A process that is started for the first of them would be lost with the last. Alone on its node, it is the node's at once."""
+    state = Membership(RULES).node_joined(Node("a", 1), 0.0).node_joined(Node("b", 2), 0.0)
+    for member in (Member("a", 0), Member("b", 0), Member("b", 1)):
+        state = state.ready(member, 0.0)
+    one, next_one = state.ended(Member("b", 1), 5.0, "killed"), Member("b", 1, 1)
+    assert one.decide((), 5.0).start == (next_one,) and one.may_not_be_alone(next_one) == 5.0 + ENDS_TOGETHER_SECONDS
+    assert one.may_not_be_alone(Member("b", 0)) is None
+    assert state.ended(Member("a", 0), 5.0, "killed").may_not_be_alone(Member("a", 0, 1)) is None
+    assert one.ended(Member("b", 0), 5.2, "killed").may_not_be_alone(next_one) is None, "it is on the node's cool-down"
