@@ -18,8 +18,8 @@ from orchestrator.config.precision import PrecisionSection, check_precision
 from orchestrator.config.section import Real, Section
 from orchestrator.config.settings import apply_override, read_tree
 from orchestrator.refusal import ConfigError, refusal
-from orchestrator.schedule.ir.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
-from orchestrator.schedule.kinds.registry import smallest_microbatches
+from orchestrator.schedule.ir.stages import PLACEMENTS, Stages
+from orchestrator.schedule.kinds.registry import NAMES, TABLE
 from orchestrator.topology import is_label, is_selector
 
 Auto = Literal["auto"]
@@ -171,11 +171,10 @@ class CostsSection(Section):
 
 
 class ScheduleSection(Section):
-    kind: Literal["dualpipe", "dualpipev", "zb_h1", "zbv", "1f1b", "interleaved_1f1b", "merged_interleaved_1f1b", "gpipe",
-                  "searched"] = "dualpipe"
+    kind: Literal[NAMES] = "dualpipe"
     chunks: PositiveInt | Auto = Field("auto", description="stages of a position that a microbatch passes, of the "
                                                            "interleaved kinds and searched")
-    placement: Literal["both", "v", "loop", "auto"] = Field("auto", description="how searched folds the stages")
+    placement: Literal[*PLACEMENTS, "auto"] = Field("auto", description="how searched folds the stages")
     most_activations: Annotated[Real, Ge(1)] | Auto = Field(
         "auto", description="microbatches on all layers of a position that searched may keep at once")
     costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with, and the order of pieces "
@@ -252,14 +251,10 @@ class RunConfig(Section):
     def stages(self) -> Stages:
         """Where the stages live. `auto` placement: both, or a loop where both would need an even number of positions.
 
-        Raises ValueError: chunks that the placement does not take.
+        Raises ConfigError (a ValueError) with key `positions`, `chunks` or `placement`: what the kind does not take.
         """
-        schedule, positions = self.schedule, self.layout.pipeline
-        chunks = None if schedule.chunks == "auto" else schedule.chunks
-        placement = schedule.placement
-        if placement == "auto":
-            placement = BOTH if _even_or_one(positions) else LOOP
-        return stages_of(schedule.kind, positions, chunks, placement if schedule.kind == SEARCHED else None)
+        chosen = (None if value == "auto" else value for value in (self.schedule.chunks, self.schedule.placement))
+        return TABLE[self.schedule.kind].stages(self.layout.pipeline, *chosen)
 
 
 def load(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -342,7 +337,7 @@ def _check_elastic(elastic: ElasticSection) -> None:
 def _check_layout(config: RunConfig) -> None:
     layout, model = config.layout, config.model
     pipeline = layout.pipeline
-    _check_schedule(config.schedule, pipeline)
+    _check_schedule(config)
     stages = config.stages.count
     if stages > model.num_hidden_layers:
         raise _too_many_stages(config)
@@ -374,34 +369,20 @@ def _check_layout(config: RunConfig) -> None:
             raise ConfigError(f"topology.labels.{label}", value, "a label's value, !value, in(value, ...) or !in(value, ...)")
 
 
-def _check_schedule(schedule: ScheduleSection, pipeline: int) -> None:
+def _check_schedule(config: RunConfig) -> None:
     """What the kind takes."""
-    kind, searched = schedule.kind, schedule.kind == SEARCHED
-    for key in ("placement", "most_activations"):
-        if getattr(schedule, key) != "auto" and not searched:
-            raise ConfigError(f"schedule.{key}", getattr(schedule, key), f"auto: {kind} leaves no choice")
-    if schedule.chunks != "auto" and not searched and chunks_of(kind):
-        raise ConfigError("schedule.chunks", schedule.chunks, f"auto: {kind} leaves no choice")
-    if searched:
-        placement = schedule.placement
-        if placement == BOTH and not _even_or_one(pipeline):
-            raise ConfigError("layout.pipeline", pipeline, "searched takes 1 or an even number with schedule.placement = both")
-        if placement == "auto" and schedule.chunks != "auto":
-            raise ConfigError("schedule.chunks", schedule.chunks, "auto, unless schedule.placement is given too")
-        if schedule.chunks != "auto":
-            _check_chunks(placement, pipeline, schedule.chunks)
-        return
+    schedule, kind = config.schedule, TABLE[config.schedule.kind]
+    free = {"placement": kind.stage_placement is None, "most_activations": kind.searched, "chunks": kind.chunks is None}
+    for key, choice in free.items():
+        if getattr(schedule, key) != "auto" and not choice:
+            raise ConfigError(f"schedule.{key}", getattr(schedule, key), f"auto: {kind.name} leaves no choice")
+    if free["placement"] and schedule.placement == "auto" and schedule.chunks != "auto":
+        raise ConfigError("schedule.chunks", schedule.chunks, "auto, unless schedule.placement is given too")
     try:
-        smallest_microbatches(kind, pipeline, 1)
+        _ = config.stages
     except ConfigError as error:
-        raise ConfigError("layout.pipeline", pipeline, error.allowed) from None
-
-
-def _check_chunks(placement: str, pipeline: int, chunks: int) -> None:
-    try:
-        Stages(placement, pipeline, chunks)
-    except ValueError as error:
-        raise ConfigError("schedule.chunks", chunks, str(error).partition(": ")[2]) from None
+        key = "layout.pipeline" if error.key == "positions" else f"schedule.{error.key}"
+        raise ConfigError(key, error.value, error.allowed) from None
 
 
 def _too_many_stages(config: RunConfig) -> ConfigError:
@@ -416,7 +397,3 @@ def _too_many_stages(config: RunConfig) -> ConfigError:
         return ConfigError("layout.pipeline", pipeline, f"at most model.num_hidden_layers = {layers}")
     return ConfigError("layout.pipeline", pipeline, f"at most {layers // chunks}: {config.schedule.kind} has {chunks} stages on "
                                                     f"each position, model.num_hidden_layers = {layers}")
-
-
-def _even_or_one(positions: int) -> bool:
-    return positions == 1 or positions % 2 == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 
 from orchestrator.config.run_config import ModelConfig, RunConfig
@@ -13,7 +12,8 @@ from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import default_placement, evenly_placed, place_experts
 from orchestrator.plan import cost, scheduling
 from orchestrator.schedule.ir.check import peak_activations
-from orchestrator.schedule.ir.stages import SEARCHED, Stages, V
+from orchestrator.schedule.ir.stages import Stages, V
+from orchestrator.schedule.kinds.registry import has_chosen_placement
 from orchestrator.state import ownership
 
 _NODES_SHOWN = 16
@@ -125,9 +125,7 @@ def _evener_replicas(model: ModelConfig, layout: Layout, parts: int) -> tuple[in
 
 def _microbatches(config: RunConfig, layout: Layout, step: int) -> tuple[int, int]:
     """(M, empty microbatches over all streams) of a step."""
-    dealt = order.deal(order.batch_size(config.training, step), streams=layout.streams,
-                       entrances=len(layout.folding.paths), microbatch_sequences=config.training.microbatch_sequences,
-                       smallest_microbatches=partial(scheduling.smallest_microbatches, config, layout.folding, training=True))
+    dealt = scheduling.dealt(config, layout, order.batch_size(config.training, step), training=True)
     return dealt.microbatches, sum(not part for stream in dealt.held for entrance in stream for part in entrance)
 
 
@@ -191,7 +189,7 @@ def _nodes(count: int) -> str:
 def _folded(config: RunConfig, stages: Stages) -> str:
     """What the kind and the number of positions do not say."""
     if stages.chunks == 1:
-        return f", placement {stages.placement}" if config.schedule.kind == SEARCHED else ""
+        return f", placement {stages.placement}" if has_chosen_placement(config.schedule.kind) else ""
     form = "V" if stages.placement == V else stages.placement
     return f", {stages.count} stages, {stages.chunks} on each position in a {form}"
 

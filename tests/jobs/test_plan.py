@@ -20,8 +20,7 @@ from orchestrator.config.run_config import ConfigError, dump, parse
 from orchestrator.plan.compare import searched_contestants
 from orchestrator.schedule.ir.actions import Kind, parse_csv
 from orchestrator.schedule.ir.spans import Span
-from orchestrator.schedule.ir.stages import stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate, stages_of
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk
 from orchestrator.schedule.timing.simulate import makespan, simulate

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.schedule.ir.pieces import Order
-from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages, stages_of
+from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages
 
 
 class Kind(StrEnum):
@@ -266,14 +266,12 @@ def to_csv(schedule: Schedule) -> str:
     return "".join(",".join(map(str, row)) + "\n" for row in schedule.rows)
 
 
-def parse_csv(text: str, kind: str = "dualpipe", stages: Stages | None = None) -> Schedule:
+def parse_csv(text: str, kind: str, stages: Stages) -> Schedule:
     """Read what `to_csv` wrote. Raises ValueError, quoting the text, at the first thing that is not an action.
 
-    stages: where they live, if the kind leaves a choice and it is not the usual one.
     The number of microbatches is the highest number of each entrance, plus one; `check.py` finds out what is missing.
     """
     lines = text.removesuffix("\n").split("\n")
-    stages = stages or stages_of(kind, len(lines))
     if stages.positions != len(lines):
         raise ValueError(f"{len(lines)} lines for {stages.positions} positions")
     rows = tuple(
