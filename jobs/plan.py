@@ -1,7 +1,7 @@
 """Look at what a run would do, without running it.
 
 python -m jobs.plan schedule --kind dualpipe --ranks 8 --microbatches 20 --format csv|json|svg|trace [--output FILE]
-    The pipeline schedule: what each rank runs, in which order, and when. csv: a line per rank; json: with times, bubble,
+    The pipeline schedule, lowered and checked: what each rank runs, in which order, and when. csv: a line per rank; json: with times, bubble,
     exposed communication, peak activations; svg: a picture; trace: for Perfetto. Durations are of one microbatch on all layers
     of a rank: a forward takes 1 and a full backward 2 unless told, without communication. With --measured, a step of a run's
     trace.json is shown beside the simulation, which then has its mean durations, in milliseconds.
@@ -21,12 +21,14 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from jobs.cli import JobFailed, Parser, arguments, configuration, run
+from jobs.cli import JobFailed, Parser, arguments, configuration, run, within
 from jobs.plan_run import comparison
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.plan.compare import as_objects, compare, contestants, searched_contestants, table
+from orchestrator.plan.scheduling import proven
 from orchestrator.schedule.ir.actions import Schedule, to_csv
 from orchestrator.schedule.ir.stages import PLACEMENTS, SEARCHED, Stages
 from orchestrator.schedule.kinds.registry import TABLE, kind_of
@@ -63,6 +65,7 @@ COSTS = {"forward": "--forward", "backward_input": "--backward-input", "backward
 COMMON = ("communication", "hop", "layers")
 """Costs that `compare` takes too."""
 _LARGEST = 1e12
+CHECK_SECONDS = 60.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +86,8 @@ def _parser() -> Parser:
 def _add_schedule(subcommands: argparse._SubParsersAction) -> None:
     parser = subcommands.add_parser("schedule", help="the order of work of every pipeline rank")
     arguments(parser)
-    parser.add_argument("--kind", help=f"{'; '.join(f'{kind.name}: {kind.meaning}' for kind in TABLE.values())} (default: schedule.kind)")
+    parser.add_argument("--kind", help="; ".join(f"{kind.name} ({kind.meaning})" for kind in TABLE.values())
+                        + " (default: schedule.kind)")
     parser.add_argument("--ranks", type=int, metavar="N", help="pipeline positions (default: layout.pipeline)")
     parser.add_argument("--microbatches", type=int, metavar="M",
                         help="per step, all directions (default: the fewest from twice the ranks on, or those of --measured)")
@@ -159,6 +163,8 @@ def _shown(options: argparse.Namespace) -> Shown:
             microbatches = measured.microbatches(stages) if measured else _fewest(options, config, stages)
         costs = per_chunk(_costs(options, config), stages)
         schedule = _schedule(options, config, stages, microbatches, costs)
+        if within(CHECK_SECONDS)(partial(proven, schedule)) is None:
+            print(f"not checked: to lower and check this schedule takes more than {CHECK_SECONDS:g} s", file=sys.stderr)
     except ConfigError as error:
         raise ConfigError(FLAGS.get(error.key, error.key), error.value, error.allowed) from None
     if measured is None:

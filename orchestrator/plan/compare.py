@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.plan.scheduling import proven
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Kind, Schedule
 from orchestrator.schedule.ir.check import relative_activations
-from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages
 from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate
 from orchestrator.schedule.search import options_for, search
@@ -119,7 +119,7 @@ def _refused(name: str, error: ConfigError) -> Refused:
 
 
 def compare(found: Iterable[Contestant]) -> list[Result]:
-    """In the same order."""
+    """In the same order, each lowered and checked. Raises ConfigError with key `kind`: one would not run."""
     return [_result(contestant) for contestant in found]
 
 
@@ -138,7 +138,7 @@ def _result(contestant: Contestant) -> Result:
         exposed=sum(rank.exposed_communication_seconds for rank in ranks) / len(ranks) / timeline.makespan,
         activations=max(relative_activations(schedule)),
         copies=max(len(stages.holders(stage)) for stage in range(stages.count)),
-        messages=sum(action.kind is Kind.SEND for program in lower(schedule) for action in program.actions),
+        messages=sum(action.kind is Kind.SEND for program in proven(schedule) for action in program.actions),
         lower_bound=None if bound is None else bound / unit)
 
 

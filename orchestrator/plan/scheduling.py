@@ -11,13 +11,13 @@ from orchestrator.layout.layout import Layout
 from orchestrator.model import segments
 from orchestrator.model.parameters import stage_layers
 from orchestrator.schedule.ir.actions import Program, Schedule
-from orchestrator.schedule.ir.check import check
+from orchestrator.schedule.ir.check import ScheduleError, check, peak_activations
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.orders import StageStrands, check_orders, with_orders
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import TABLE
-from orchestrator.schedule.search import searched
+from orchestrator.schedule.search import most_kept, searched
 from orchestrator.schedule.timing.durations import Durations, per_chunk
 
 
@@ -62,6 +62,31 @@ def programs_for(config: RunConfig, stages: Stages, microbatches: int, *, traini
     check(schedule, programs, most_activations=None if most is None else int(most * stages.chunks))
     check_orders(programs, strands, hosted)
     return programs
+
+
+def proven(schedule: Schedule) -> tuple[Program, ...]:
+    """Programs of a schedule, lowered and checked. Raises ConfigError with key `kind`: they would not run."""
+    try:
+        programs = lower(schedule)
+        check(schedule, programs)
+    except ScheduleError as error:
+        raise does_not_run("kind", schedule.kind, schedule.stages, schedule.microbatches, error) from None
+    return programs
+
+
+def does_not_run(key: str, kind: str, stages: Stages, microbatches: int, error: ScheduleError) -> ConfigError:
+    """The refusal of a kind whose schedule is wrong: the first line of what the checker says."""
+    positions = f"{stages.positions} position{'s' * (stages.positions > 1)}"
+    return ConfigError(key, kind, f"a kind whose schedule runs with {microbatches} microbatches on {positions} "
+                                  f"({str(error).partition(chr(10))[0]})")
+
+
+def most_activations_of(config: RunConfig, stages: Stages, microbatches: int) -> tuple[int, ...]:
+    """What `peak_activations` of a step's schedule cannot exceed, by position, without the search for it."""
+    if not TABLE[config.schedule.kind].searched:
+        return peak_activations(schedule_of(config, stages, microbatches, training=True))
+    most = most_kept(stages, microbatches, _most_activations(config))
+    return (most,) * stages.positions
 
 
 def strands_of_stages(config: RunConfig, stages: Stages) -> tuple[StageStrands, ...]:

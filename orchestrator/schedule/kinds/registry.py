@@ -99,6 +99,12 @@ def kind_of(name: str, allowed: Iterable[str] = NAMES) -> ScheduleKind:
     return TABLE[name]
 
 
+def documented() -> list[str]:
+    """The table of docs/schedules.md, line by line."""
+    rows = (f"| `{kind.name}` | {kind.hosted} | {kind.meaning} |".replace("F|B", "F\\|B") for kind in TABLE.values())
+    return ["| `schedule.kind` | stages of a rank | what it is |", "| --- | --- | --- |", *rows]
+
+
 def stages_of(kind: str, positions: int, chunks: int | None = None, placement: str | None = None) -> Stages:
     """`ScheduleKind.stages`. Raises ConfigError as it does, and with key `kind`."""
     return kind_of(kind).stages(positions, chunks, placement)

@@ -163,7 +163,7 @@ class _Builder:
             if kind == I:
                 self._deferred[position].append((W, slot, microbatch))
             self._live[position][slot] += (kind == F) - (kind in (B, W))
-            if (user := problem.user(position, kind, slot)) is not None:
+            if (user := problem.user[position, kind, slot]) is not None:
                 self._pass_on(position, user, F if kind == F else I, microbatch, end)
             elif kind == F:  # at the last stage, where the backward follows from it
                 self._arrive(position, (I, slot, microbatch), end)

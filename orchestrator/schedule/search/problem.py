@@ -41,6 +41,12 @@ class Move:
 Rows = list[list[Move]]
 
 
+def most_kept(stages: Stages, microbatches: int, most_activations: float | None) -> int:
+    """Activations of one stage that a position may keep at once. None: what DualPipe keeps, positions + 1."""
+    most = stages.positions + 1 if most_activations is None else most_activations
+    return min(int(most * stages.chunks + 1e-9), microbatches // len(stages.paths) * stages.slots)
+
+
 class Problem:
     """Args:
         durations: by stage of `stages`.
@@ -54,6 +60,11 @@ class Problem:
         self.each = microbatches // len(stages.paths)  # microbatches of an entrance
         self.stage_at = [stages.hosted(position) for position in range(stages.positions)]
         self._entrance = {slot: entrance for entrance, path in enumerate(stages.paths) for _, slot in path}
+        self.user = {(position, kind, slot): self._find_user(position, kind, slot) for position in range(stages.positions)
+                     for kind in BEFORE for slot in range(stages.slots)}
+        """By position, F, B, I or W, and slot: where what such a part makes is taken in; None: nowhere."""
+        self._takes_in = {(position, kind, slot): input_stage(KINDS[kind], self.stage_at[position][slot], self.count) is not None
+                          for position, kind, slot in self.user}
         self.tensors = 2 * self.count * microbatches
         self.unit = self._forward_of_a_rank()
         self._moves: list[dict[tuple, Move]] = [{} for _ in range(stages.positions)]
@@ -62,7 +73,7 @@ class Problem:
     def within(self, most_activations: float) -> Problem:
         """The same problem, with the same moves, and another bound on activations."""
         other = copy.copy(self)
-        other.limit = min(int(most_activations * self.stages.chunks + 1e-9), self.each * self.slots)
+        other.limit = most_kept(self.stages, self.microbatches, most_activations)
         return other
 
     # --- actions -------------------------------------------------------------------------------------------------
@@ -84,18 +95,16 @@ class Problem:
         gradient = kind != F
         return (gradient * self.count + stage) * self.microbatches + self._entrance[slot] * self.each + microbatch
 
-    def user(self, position: int, kind: int, slot: int) -> Place | None:
-        """Where what a part makes is taken in; None: nowhere."""
+    def _find_user(self, position: int, kind: int, slot: int) -> Place | None:
         stage = output_stage(KINDS[kind], self.stage_at[position][slot], self.count)
         return None if stage is None else self.stages.route(slot)[stage]
 
     def _make(self, position: int, parts: tuple[Part, ...], split: bool) -> Move:
         needs, makes = [], []
         for kind, slot, microbatch in parts:
-            stage = self.stage_at[position][slot]
-            if input_stage(KINDS[kind], stage, self.count) is not None:
-                needs.append(self.tensor(kind, stage, slot, microbatch))
-            if (user := self.user(position, kind, slot)) is not None:
+            if self._takes_in[position, kind, slot]:
+                needs.append(self.tensor(kind, self.stage_at[position][slot], slot, microbatch))
+            if (user := self.user[position, kind, slot]) is not None:
                 way = self.durations.arrival(position, user[0])
                 makes.append((self.tensor(kind, self.stage_at[user[0]][user[1]], slot, microbatch), way))
         duration = self.durations.of(self.work(position, parts, split), position)

@@ -71,6 +71,7 @@ def test_kinds_that_do_not_go_together(wrong, message):
 
 @pytest.mark.parametrize("missing", ["generator", "stage_placement"])
 def test_the_configuration_cannot_be_imported_with_half_a_kind(missing):
-    done = subprocess.run([sys.executable, "-c", IMPORTED_WITHOUT, missing], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", IMPORTED_WITHOUT, missing], capture_output=True, text=True, timeout=60,
+                          check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"orchestrator.schedule.kinds.kind.IncompleteKind: schedule kind gpipe: no {missing}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +19,14 @@ from orchestrator.schedule.kinds.registry import (
     KINDS,
     NAMES,
     TABLE,
+    documented,
     generate,
     has_chosen_placement,
     smallest_microbatches,
     stages_of,
 )
 
+ROOT = Path(__file__).parents[4]
 FREE = tuple(kind for kind in KINDS if TABLE[kind].chunks is None)
 
 
@@ -126,3 +132,23 @@ def test_no_smallest_number_for_what_is_refused(arguments, key):
     with pytest.raises(ConfigError) as refusal:
         smallest_microbatches(*arguments)
     assert refusal.value.key == key
+
+
+def test_the_documents_have_the_table():
+    assert "\n".join(["", "", *documented(), "", ""]) in (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sentence = readme[readme.index("`schedule.kind` is ") + len("`schedule.kind` is ") :].partition(";")[0]
+    assert re.findall("`([a-z0-9_]+)`", sentence) == [*NAMES]
+
+
+def test_what_the_table_says_of_a_kind_in_words():
+    assert documented()[2] == ("| `dualpipe` | 2 (a stage and its mirror) | DeepSeek-V3's: microbatches enter at both ends; "
+                               "steady state of pairs F\\|B |")
+    assert [TABLE[kind].hosted for kind in ("zbv", "gpipe", "interleaved_1f1b", "searched")] == [
+        "2 (legs of a V)", "1", "`schedule.chunks`", "any of these placements"]
+
+
+def test_a_kind_that_torch_has_too_is_called_by_its_class_there():
+    torch = import_module("torch.distributed.pipelining.schedules")
+    found = [kind.torch for kind in TABLE.values() if kind.torch]
+    assert len(found) == len(set(found)) == 5 and all(hasattr(torch, name) for name in found)
