@@ -70,7 +70,7 @@ def test_refusal():
     (["schedule", "--measured", "/no/x.json", "--format", "svg"], "--measured = /no/x.json: a readable trace (No such file"),
     (["schedule", "--measured", "README.md#3", "--format", "svg"],
      "--measured = README.md#3: the trace of a run's steps, which this file is not"),
-    (["compare", "--ranks", "0"], "--ranks = 0: searched takes at least 1"),
+    (["compare", "--ranks", "0"], "--ranks = 0: at least 1"),
     (["compare", "--microbatches", "0"], "--microbatches = 0: at least 1"),
     (["compare", "--most-activations", "0"], "--most-activations = 0: at least 1"),
     (["compare", "--hop", "nan"], "--hop = NaN: a finite number (at least 0)"),
