@@ -13,12 +13,13 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, TypeVar
 
 from jobs import interrupted
 from orchestrator.config.run_config import ConfigError, RunConfig, load
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+T = TypeVar("T")
 
 
 class JobFailed(Exception):
@@ -27,6 +28,31 @@ class JobFailed(Exception):
 
 class UsageError(Exception):
     """The command line is wrong. `str()`: the one line that the user sees."""
+
+
+class _TimeOver(Exception):
+    """The alarm of `within`."""
+
+
+def within(seconds: float) -> Callable[[Callable[[], T]], T | None]:
+    """Calls what it is given; None: that took longer. For the main thread only, which an alarm interrupts."""
+    def alarm(*_: object) -> NoReturn:
+        raise _TimeOver
+
+    def bounded(work: Callable[[], T]) -> T | None:
+        before = signal.signal(signal.SIGALRM, alarm)
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                return work()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except _TimeOver:
+            return None
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    return bounded
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """Look at what a run would do, without running it.
 
 python -m jobs.plan schedule --kind dualpipe --ranks 8 --microbatches 20 --format csv|json|svg|trace [--output FILE]
-    The pipeline schedule: what each rank runs, in which order, and when. csv: a line per rank; json: with times, bubble,
+    The pipeline schedule, lowered and checked: what each rank runs, in which order, and when. csv: a line per rank; json: with times, bubble,
     exposed communication, peak activations; svg: a picture; trace: for Perfetto. Durations are of one microbatch on all layers
     of a rank: a forward takes 1 and a full backward 2 unless told, without communication. With --measured, a step of a run's
     trace.json is shown beside the simulation, which then has its mean durations, in milliseconds.
@@ -21,15 +21,17 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from jobs.cli import JobFailed, Parser, arguments, configuration, run
+from jobs.cli import JobFailed, Parser, arguments, configuration, run, within
 from jobs.plan_run import comparison
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.plan.compare import as_objects, compare, contestants, searched_contestants, table
+from orchestrator.plan.scheduling import proven
 from orchestrator.schedule.ir.actions import Schedule, to_csv
-from orchestrator.schedule.ir.stages import BOTH, LOOP, PLACEMENTS, SEARCHED, Stages, stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.ir.stages import PLACEMENTS, SEARCHED, Stages
+from orchestrator.schedule.kinds.registry import TABLE, kind_of
 from orchestrator.schedule.pictures.render import as_json, svg
 from orchestrator.schedule.pictures.trace import schedule_trace
 from orchestrator.schedule.search import searched
@@ -63,6 +65,7 @@ COSTS = {"forward": "--forward", "backward_input": "--backward-input", "backward
 COMMON = ("communication", "hop", "layers")
 """Costs that `compare` takes too."""
 _LARGEST = 1e12
+CHECK_SECONDS = 60.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +86,8 @@ def _parser() -> Parser:
 def _add_schedule(subcommands: argparse._SubParsersAction) -> None:
     parser = subcommands.add_parser("schedule", help="the order of work of every pipeline rank")
     arguments(parser)
-    parser.add_argument("--kind", help=f"{', '.join([*KINDS, SEARCHED])} (default: schedule.kind)")
+    parser.add_argument("--kind", help="; ".join(f"{kind.name} ({kind.meaning})" for kind in TABLE.values())
+                        + " (default: schedule.kind)")
     parser.add_argument("--ranks", type=int, metavar="N", help="pipeline positions (default: layout.pipeline)")
     parser.add_argument("--microbatches", type=int, metavar="M",
                         help="per step, all directions (default: the fewest from twice the ranks on, or those of --measured)")
@@ -159,6 +163,8 @@ def _shown(options: argparse.Namespace) -> Shown:
             microbatches = measured.microbatches(stages) if measured else _fewest(options, config, stages)
         costs = per_chunk(_costs(options, config), stages)
         schedule = _schedule(options, config, stages, microbatches, costs)
+        if within(CHECK_SECONDS)(partial(proven, schedule)) is None:
+            print(f"not checked: to lower and check this schedule takes more than {CHECK_SECONDS:g} s", file=sys.stderr)
     except ConfigError as error:
         raise ConfigError(FLAGS.get(error.key, error.key), error.value, error.allowed) from None
     if measured is None:
@@ -184,38 +190,23 @@ def _choice(options: argparse.Namespace, config: RunConfig, name: str) -> int | 
 
 def _stages(options: argparse.Namespace, config: RunConfig) -> Stages:
     """Where the kind's stages live. Raises ConfigError for what it does not take, before anything is computed."""
-    kind = _kind(options, config)
+    kind = kind_of(_kind(options, config))
     ranks = config.layout.pipeline if options.ranks is None else options.ranks
-    chunks, placement = _choice(options, config, "chunks"), _choice(options, config, "placement")
-    if kind != SEARCHED:
-        for name in ("placement", "most_activations"):
-            if getattr(options, name) is not None:
-                raise ConfigError(name, getattr(options, name), f"only --kind {SEARCHED} takes it")
-        if kind not in KINDS:
-            raise ConfigError("kind", kind, f"one of {', '.join([*KINDS, SEARCHED])}")
-        smallest_microbatches(kind, ranks, 1, chunks)
-        return stages_of(kind, ranks, chunks)
-    if ranks < 1:
-        raise ConfigError("positions", ranks, "at least 1")
-    if placement not in (None, *PLACEMENTS):
-        raise ConfigError("placement", placement, f"one of {', '.join(PLACEMENTS)}")
-    if placement == BOTH and ranks > 1 and ranks % 2:
-        raise ConfigError("positions", ranks, f"1 or an even number with placement {BOTH}")
-    try:
-        return stages_of(kind, ranks, chunks, placement or (BOTH if ranks == 1 or ranks % 2 == 0 else LOOP))
-    except ValueError as error:
-        raise ConfigError("chunks", chunks, str(error).partition(": ")[2]) from None
+    for name, taken in (("placement", kind.stage_placement is None), ("most_activations", kind.searched)):
+        if getattr(options, name) is not None and not taken:
+            raise ConfigError(name, getattr(options, name), f"only --kind {SEARCHED} takes it")
+    return kind.stages(ranks, _choice(options, config, "chunks"), _choice(options, config, "placement"))
 
 
 def _schedule(options: argparse.Namespace, config: RunConfig, stages: Stages, microbatches: int, costs: Durations) -> Schedule:
-    kind = _kind(options, config)
-    if kind == SEARCHED:
+    kind = kind_of(_kind(options, config))
+    if kind.searched:
         found = searched(stages, microbatches, costs, most_activations=_choice(options, config, "most_activations"),
                          splits=config.training.microbatch_sequences > 1)
-        print(f"{SEARCHED}: makespan {found.makespan:.6g}, {100 * found.distance:.1f} % above {found.lower_bound:.6g}, which no "
+        print(f"{kind.name}: makespan {found.makespan:.6g}, {100 * found.distance:.1f} % above {found.lower_bound:.6g}, which no "
               f"schedule of this placement ({stages.placement}) and memory is below; {_described(costs)}", file=sys.stderr)
         return found.schedule
-    return generate(kind, stages.positions, microbatches, _choice(options, config, "chunks"))
+    return kind.schedule(stages, microbatches)
 
 
 def _described(costs: Durations) -> str:
@@ -227,10 +218,7 @@ def _described(costs: Durations) -> str:
 
 def _fewest(options: argparse.Namespace, config: RunConfig, stages: Stages) -> int:
     """Enough to see the steady state: two for each rank, or more if the kind wants more."""
-    kind = _kind(options, config)
-    if kind == SEARCHED:
-        return 2 * stages.positions
-    return smallest_microbatches(kind, stages.positions, 2 * stages.positions, _choice(options, config, "chunks"))
+    return kind_of(_kind(options, config)).smallest_microbatches(stages, 2 * stages.positions)
 
 
 def _costs(options: argparse.Namespace, config: RunConfig) -> Durations:
@@ -240,7 +228,7 @@ def _costs(options: argparse.Namespace, config: RunConfig) -> Durations:
         name = next(name for name in COSTS if name in other)
         raise ConfigError(COSTS[name], given[name], "not with --measured, whose durations are used")
     usual = UNIT
-    if _kind(options, config) == SEARCHED:
+    if kind_of(_kind(options, config)).searched:
         layers = max(1, config.model.num_hidden_layers // (options.ranks or config.layout.pipeline))
         usual = Durations(**config.schedule.costs.model_dump(), layers=layers)
     return _durations(usual, given)

@@ -12,8 +12,8 @@ from orchestrator.config.run_config import ConfigError, RunConfig, load
 from orchestrator.plan.compare import Contestant, as_objects, compare, table
 from orchestrator.plan.scheduling import schedule_of
 from orchestrator.schedule.ir.actions import Schedule
-from orchestrator.schedule.ir.stages import SEARCHED, Stages, stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.ir.stages import SEARCHED
+from orchestrator.schedule.kinds.registry import KINDS, TABLE
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.timing.durations import Durations
 from orchestrator.schedule.timing.measured import Measured, durations_to_plan_with, read_trace, refuse_another_schedule
@@ -67,21 +67,13 @@ def _fixed(ran: Schedule, durations: Durations) -> list[Contestant]:
     """Other kinds that have their stages where the run has them, and take its microbatches."""
     found = []
     for kind in KINDS:
-        if kind != ran.kind and _stages(kind, ran.stages) == ran.stages:
+        if kind != ran.kind and TABLE[kind].fits(ran.stages):
             try:
-                schedule = generate(kind, ran.positions, ran.microbatches, ran.stages.chunks)
+                schedule = TABLE[kind].schedule(ran.stages, ran.microbatches)
             except ConfigError:
                 continue
             found.append(Contestant(kind, schedule, durations))
     return found
-
-
-def _stages(kind: str, stages: Stages) -> Stages | None:
-    """Those of a kind with as many positions and chunks; None: it takes none such."""
-    try:
-        return stages_of(kind, stages.positions, stages.chunks)
-    except ValueError:
-        return None
 
 
 def _best(ran: Schedule, durations: Durations, most_activations: float | None, *, splits: bool) -> Contestant:

@@ -30,12 +30,18 @@ from orchestrator.recovery.replay import Replay, ReplayRefused
 from orchestrator.recovery.replay import read as read_ledger
 from orchestrator.topology import Node
 
+CHECK_SECONDS, LONGEST_CHECK_SECONDS = 60.0, 86_400.0
+
 
 def main() -> int:
     parser = cli.Parser(prog="python -m jobs.train", description="Train a mixture-of-experts model across Ray actors.")
     cli.arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
-                        help="print layout, memory and microbatches, or why they are refused; start no actor")
+                        help="print layout, memory and microbatches, or why they are refused; the schedule is lowered and "
+                             "checked; start no actor")
+    parser.add_argument("--check-seconds", type=float, metavar="SECONDS", default=CHECK_SECONDS,
+                        help="with --dry-run: bound on finding, lowering and checking the schedule, beyond which it says that "
+                             f"it did not (default: {CHECK_SECONDS:g})")
     parser.add_argument("--replay", metavar="LEDGER.jsonl", help="repeat the steps of another run's ledger, through the layouts that "
                         "it records, on as many ranks; every loss must come out the same. Needs that run's configuration, and a "
                         "run.name of its own")
@@ -46,7 +52,7 @@ def main() -> int:
     directory, data = session.run_directory(config), session.data_path(config)
     config = config.model_copy(update={"run": config.run.model_copy(update={"directory": directory})})
     if options.dry_run:
-        return dry_run(config)
+        return dry_run(config, options.check_seconds)
     interrupt = Interrupt()
     try:
         if config.data.path != "auto":
@@ -78,7 +84,9 @@ def _when_lost(config: RunConfig) -> str:
             f"command takes them over, later it {newest}")
 
 
-def dry_run(config: RunConfig) -> int:
+def dry_run(config: RunConfig, check_seconds: float = CHECK_SECONDS) -> int:
+    if not 0 < check_seconds <= LONGEST_CHECK_SECONDS:
+        raise ConfigError("--check-seconds", check_seconds, f"above 0, at most {LONGEST_CHECK_SECONDS:g}")
     try:
         if not config.topology.virtual_nodes:
             session.connect()
@@ -86,7 +94,7 @@ def dry_run(config: RunConfig) -> int:
         if not nodes:
             raise cli.JobFailed(f"no node{_wanted(config)} is there")
         layout = choose(nodes, config.layout, config.model, config.stages)
-        print("\n".join(planner.describe(config, planner.plan(config, layout))))
+        print("\n".join(planner.describe(config, planner.plan(config, layout, cli.within(check_seconds)))))
     finally:
         if not config.topology.virtual_nodes:
             session.disconnect()

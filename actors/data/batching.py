@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy
 
@@ -11,7 +10,7 @@ from actors.calls.messages import Apply, LossDivisors, StepRequest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
-from orchestrator.plan.scheduling import smallest_microbatches
+from orchestrator.plan.scheduling import dealt
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,17 @@ class Dealer:
     def requests(self, batch: Batch, apply: Apply | None, *, training: bool, keep_spans: bool = False) -> list[StepRequest]:
         """One per rank, in rank order. All share the number of microbatches; only ranks with the first or last stage get
         tokens."""
-        layout, folding = self._layout, self._layout.folding
-        dealt = order.deal(
-            len(batch.valid), streams=layout.streams, entrances=len(folding.paths),
-            microbatch_sequences=self._config.training.microbatch_sequences,
-            smallest_microbatches=partial(smallest_microbatches, self._config, folding, training=training))
+        layout = self._layout
+        deal = dealt(self._config, layout, len(batch.valid), training=training)
         requests = []
         for place in layout.places:
             stream = place.row * layout.width + place.width
             tokens = valid = None
             if place.position in layout.ends:
-                indices = dealt.of_stream(stream)
+                indices = deal.of_stream(stream)
                 tokens, valid = batch.tokens[indices], batch.valid[indices]
             requests.append(StepRequest(
-                step=batch.step, apply=apply, microbatches=dealt.microbatches,
-                sizes=dealt.sizes(stream, folding.slots), divisors=batch.divisors, tokens=tokens, valid=valid,
+                step=batch.step, apply=apply, microbatches=deal.microbatches,
+                sizes=deal.sizes(stream, layout.folding.slots), divisors=batch.divisors, tokens=tokens, valid=valid,
                 keep_spans=keep_spans))
         return requests

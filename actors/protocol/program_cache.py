@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
-from orchestrator.plan.scheduling import programs_for, smallest_microbatches
+from orchestrator.plan.scheduling import dealt, programs_for
 from orchestrator.recovery.relayout import relaid
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Program
@@ -79,10 +78,7 @@ def _left(nodes: tuple[Node, ...]) -> Iterator[tuple[Node, ...]]:
 
 
 def _microbatches(config: RunConfig, layout: Layout, step: int) -> int:
-    stages, training = layout.folding, config.training
-    return order.deal(order.batch_size(training, step), streams=layout.streams, entrances=len(stages.paths),
-                      microbatch_sequences=training.microbatch_sequences,
-                      smallest_microbatches=partial(smallest_microbatches, config, stages, training=True)).microbatches
+    return dealt(config, layout, order.batch_size(config.training, step), training=True).microbatches
 
 
 def _key(config: RunConfig, stages: Stages, microbatches: int, training: bool) -> tuple:

@@ -374,7 +374,7 @@ class Rank:
         """Stages and what runs them, over the optimizer's weights."""
         self._chunks = self._stages.chunks(self.optimizer.weights, placement)
         self._executor = Executor(self._assignment.rank, self._generation.number, self._chunks, self._queue,
-                                  self._layout.handovers(self._place.position), self._lane, self._progress)
+                                  self._layout.folding.handovers(self._place.position), self._lane, self._progress)
 
     def _links(self, request: StepRequest) -> Links:
         line = self._generation.group(self._layout.line(self._place.row, self._place.width))

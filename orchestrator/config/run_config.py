@@ -14,74 +14,17 @@ import yaml
 from annotated_types import Ge, Gt, Le
 from pydantic import Field, NonNegativeInt, PositiveInt, Strict, ValidationError
 
+from orchestrator.config.model_config import ModelConfig, check_model
 from orchestrator.config.precision import PrecisionSection, check_precision
 from orchestrator.config.section import Real, Section
 from orchestrator.config.settings import apply_override, read_tree
 from orchestrator.refusal import ConfigError, refusal
-from orchestrator.schedule.ir.stages import BOTH, LOOP, SEARCHED, Stages, chunks_of, stages_of
-from orchestrator.schedule.kinds.registry import smallest_microbatches
+from orchestrator.schedule.ir.stages import PLACEMENTS, Stages
+from orchestrator.schedule.kinds.registry import NAMES, TABLE
 from orchestrator.topology import is_label, is_selector
 
 Auto = Literal["auto"]
 Pair = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]  # YAML has lists only
-
-
-class RopeScaling(Section):
-    """YaRN, as in DeepSeek-V3's `rope_scaling` (report, section 4.3)."""
-
-    type: Literal["yarn"] = "yarn"
-    factor: Real = Field(gt=1.0)
-    original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: Real = Field(32.0, gt=0)
-    beta_slow: Real = Field(1.0, gt=0)
-    mscale: Real = Field(1.0, ge=0)
-    mscale_all_dim: Real = Field(1.0, ge=0)
-
-
-class ModelConfig(Section):
-    """DeepSeek-V3's own keys. The defaults are the tiny model that runs anywhere."""
-
-    vocab_size: int = Field(257, gt=1)
-    hidden_size: int = Field(128, gt=0)
-    num_hidden_layers: int = Field(4, gt=0)
-    first_k_dense_replace: int = Field(1, ge=0, description="leading layers with a dense MLP")
-    intermediate_size: int = Field(256, gt=0)
-    moe_intermediate_size: int = Field(64, gt=0)
-    n_routed_experts: int = Field(16, gt=0)
-    n_shared_experts: int = Field(1, ge=0)
-    num_experts_per_tok: int = Field(4, gt=0)
-    n_group: int = Field(4, gt=0)
-    topk_group: int = Field(2, gt=0)
-    scoring_func: Literal["sigmoid"] = "sigmoid"
-    topk_method: Literal["noaux_tc"] = "noaux_tc"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: Real = Field(2.5, gt=0)
-    num_attention_heads: int = Field(4, gt=0)
-    q_lora_rank: int | None = Field(64, gt=0, description="null: queries are projected directly")
-    kv_lora_rank: int = Field(32, gt=0)
-    qk_nope_head_dim: int = Field(32, gt=0)
-    qk_rope_head_dim: int = Field(16, gt=0)
-    v_head_dim: int = Field(32, gt=0)
-    num_nextn_predict_layers: int = Field(1, ge=0, le=1, description="depth of multi-token prediction")
-    hidden_act: Literal["silu"] = "silu"
-    rms_norm_eps: Real = Field(1e-6, gt=0)
-    rope_theta: Real = Field(10000.0, gt=0)
-    rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = Field(4096, gt=0)
-    initializer_range: Real = Field(0.006, gt=0, description="standard deviation of every weight matrix at the start")
-    tie_word_embeddings: Literal[False] = False
-
-    @property
-    def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def experts_per_group(self) -> int:
-        return self.n_routed_experts // self.n_group
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether decoder layer `layer` has routed experts; the multi-token-prediction layer always has."""
-        return layer >= self.first_k_dense_replace
 
 
 class RunSection(Section):
@@ -171,11 +114,10 @@ class CostsSection(Section):
 
 
 class ScheduleSection(Section):
-    kind: Literal["dualpipe", "dualpipev", "zb_h1", "zbv", "1f1b", "interleaved_1f1b", "merged_interleaved_1f1b", "gpipe",
-                  "searched"] = "dualpipe"
+    kind: Literal[NAMES] = "dualpipe"
     chunks: PositiveInt | Auto = Field("auto", description="stages of a position that a microbatch passes, of the "
                                                            "interleaved kinds and searched")
-    placement: Literal["both", "v", "loop", "auto"] = Field("auto", description="how searched folds the stages")
+    placement: Literal[*PLACEMENTS, "auto"] = Field("auto", description="how searched folds the stages")
     most_activations: Annotated[Real, Ge(1)] | Auto = Field(
         "auto", description="microbatches on all layers of a position that searched may keep at once")
     costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with, and the order of pieces "
@@ -252,14 +194,10 @@ class RunConfig(Section):
     def stages(self) -> Stages:
         """Where the stages live. `auto` placement: both, or a loop where both would need an even number of positions.
 
-        Raises ValueError: chunks that the placement does not take.
+        Raises ConfigError (a ValueError) with key `positions`, `chunks` or `placement`: what the kind does not take.
         """
-        schedule, positions = self.schedule, self.layout.pipeline
-        chunks = None if schedule.chunks == "auto" else schedule.chunks
-        placement = schedule.placement
-        if placement == "auto":
-            placement = BOTH if _even_or_one(positions) else LOOP
-        return stages_of(schedule.kind, positions, chunks, placement if schedule.kind == SEARCHED else None)
+        chosen = (None if value == "auto" else value for value in (self.schedule.chunks, self.schedule.placement))
+        return TABLE[self.schedule.kind].stages(self.layout.pipeline, *chosen)
 
 
 def load(path: str | None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -291,7 +229,7 @@ def dump(config: RunConfig) -> str:
 
 def check(config: RunConfig) -> None:
     """Rules that span keys. Raises ConfigError for the first that fails."""
-    _check_model(config.model)
+    check_model(config.model)
     _check_layout(config)
     training, optimizer, data = config.training, config.optimizer, config.data
     if training.batch_ramp and training.batch_ramp.start_sequences > training.batch_sequences:
@@ -312,25 +250,6 @@ def check(config: RunConfig) -> None:
                           f"at most model.max_position_embeddings = {config.model.max_position_embeddings}")
 
 
-def _check_model(model: ModelConfig) -> None:
-    if model.n_routed_experts % model.n_group:
-        raise ConfigError("model.n_group", model.n_group, f"a divisor of model.n_routed_experts = {model.n_routed_experts}")
-    if model.topk_group > model.n_group:
-        raise ConfigError("model.topk_group", model.topk_group, f"at most model.n_group = {model.n_group}")
-    reachable = model.topk_group * model.experts_per_group
-    if model.num_experts_per_tok > reachable:
-        raise ConfigError("model.num_experts_per_tok", model.num_experts_per_tok,
-                          f"at most {reachable}, the experts of model.topk_group = {model.topk_group} groups")
-    if model.n_group > 1 and model.experts_per_group < 2:
-        raise ConfigError("model.n_group", model.n_group,
-                          f"at most {model.n_routed_experts // 2}: a group is scored by its two best experts")
-    if model.qk_rope_head_dim % 2:
-        raise ConfigError("model.qk_rope_head_dim", model.qk_rope_head_dim, "an even number: rotary pairs")
-    if model.first_k_dense_replace > model.num_hidden_layers:
-        raise ConfigError("model.first_k_dense_replace", model.first_k_dense_replace,
-                          f"at most model.num_hidden_layers = {model.num_hidden_layers}")
-
-
 def _check_elastic(elastic: ElasticSection) -> None:
     if elastic.max_nodes != "auto" and elastic.max_nodes < elastic.min_nodes:
         raise ConfigError("elastic.max_nodes", elastic.max_nodes, f"at least elastic.min_nodes = {elastic.min_nodes}")
@@ -342,7 +261,7 @@ def _check_elastic(elastic: ElasticSection) -> None:
 def _check_layout(config: RunConfig) -> None:
     layout, model = config.layout, config.model
     pipeline = layout.pipeline
-    _check_schedule(config.schedule, pipeline)
+    _check_schedule(config)
     stages = config.stages.count
     if stages > model.num_hidden_layers:
         raise _too_many_stages(config)
@@ -374,34 +293,20 @@ def _check_layout(config: RunConfig) -> None:
             raise ConfigError(f"topology.labels.{label}", value, "a label's value, !value, in(value, ...) or !in(value, ...)")
 
 
-def _check_schedule(schedule: ScheduleSection, pipeline: int) -> None:
+def _check_schedule(config: RunConfig) -> None:
     """What the kind takes."""
-    kind, searched = schedule.kind, schedule.kind == SEARCHED
-    for key in ("placement", "most_activations"):
-        if getattr(schedule, key) != "auto" and not searched:
-            raise ConfigError(f"schedule.{key}", getattr(schedule, key), f"auto: {kind} leaves no choice")
-    if schedule.chunks != "auto" and not searched and chunks_of(kind):
-        raise ConfigError("schedule.chunks", schedule.chunks, f"auto: {kind} leaves no choice")
-    if searched:
-        placement = schedule.placement
-        if placement == BOTH and not _even_or_one(pipeline):
-            raise ConfigError("layout.pipeline", pipeline, "searched takes 1 or an even number with schedule.placement = both")
-        if placement == "auto" and schedule.chunks != "auto":
-            raise ConfigError("schedule.chunks", schedule.chunks, "auto, unless schedule.placement is given too")
-        if schedule.chunks != "auto":
-            _check_chunks(placement, pipeline, schedule.chunks)
-        return
+    schedule, kind = config.schedule, TABLE[config.schedule.kind]
+    free = {"placement": kind.stage_placement is None, "most_activations": kind.searched, "chunks": kind.chunks is None}
+    for key, choice in free.items():
+        if getattr(schedule, key) != "auto" and not choice:
+            raise ConfigError(f"schedule.{key}", getattr(schedule, key), f"auto: {kind.name} leaves no choice")
+    if free["placement"] and schedule.placement == "auto" and schedule.chunks != "auto":
+        raise ConfigError("schedule.chunks", schedule.chunks, "auto, unless schedule.placement is given too")
     try:
-        smallest_microbatches(kind, pipeline, 1)
+        _ = config.stages
     except ConfigError as error:
-        raise ConfigError("layout.pipeline", pipeline, error.allowed) from None
-
-
-def _check_chunks(placement: str, pipeline: int, chunks: int) -> None:
-    try:
-        Stages(placement, pipeline, chunks)
-    except ValueError as error:
-        raise ConfigError("schedule.chunks", chunks, str(error).partition(": ")[2]) from None
+        key = "layout.pipeline" if error.key == "positions" else f"schedule.{error.key}"
+        raise ConfigError(key, error.value, error.allowed) from None
 
 
 def _too_many_stages(config: RunConfig) -> ConfigError:
@@ -416,7 +321,3 @@ def _too_many_stages(config: RunConfig) -> ConfigError:
         return ConfigError("layout.pipeline", pipeline, f"at most model.num_hidden_layers = {layers}")
     return ConfigError("layout.pipeline", pipeline, f"at most {layers // chunks}: {config.schedule.kind} has {chunks} stages on "
                                                     f"each position, model.num_hidden_layers = {layers}")
-
-
-def _even_or_one(positions: int) -> bool:
-    return positions == 1 or positions % 2 == 0

@@ -113,12 +113,6 @@ class Layout:
         """Ranks that host the same stages as a position: its own and its mirror's, in every row."""
         return self.holders(self.stages(position)[0])
 
-    def handovers(self, position: int) -> dict[int, int]:
-        """Slots of a position whose input is the output of another of its slots, with that slot: where a V turns round, or a
-        loop has one position."""
-        steps = (step for path in self.folding.paths for step in pairwise(path))
-        return {after: before for (origin, before), (target, after) in steps if origin == target == position}
-
     @property
     def ends(self) -> tuple[int, ...]:
         """Positions that host the first or the last stage: those that work with tokens."""

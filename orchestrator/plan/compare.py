@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.plan.scheduling import proven
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Kind, Schedule
 from orchestrator.schedule.ir.check import relative_activations
-from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages, chunks_of, stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages
+from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate
 from orchestrator.schedule.search import options_for, search
 from orchestrator.schedule.search.portfolio import EFFORT
 from orchestrator.schedule.timing.durations import Durations, per_chunk
@@ -72,7 +72,7 @@ def contestants(positions: int, microbatches: int, durations: Durations) -> tupl
     found: list[Contestant] = []
     refused: list[Refused] = []
     for kind in KINDS:
-        own = chunks_of(kind)
+        own = TABLE[kind].chunks
         for chunks in [own] if own else [number for number in CHUNKS if durations.layers % number == 0] or [1]:
             name = kind if own else f"{kind}, {chunks} chunks"
             try:
@@ -80,7 +80,7 @@ def contestants(positions: int, microbatches: int, durations: Durations) -> tupl
             except ConfigError as error:
                 refused.append(_refused(name, error))
             else:
-                found.append(Contestant(name, schedule, per_chunk(durations, stages_of(kind, positions, chunks))))
+                found.append(Contestant(name, schedule, per_chunk(durations, schedule.stages)))
     return found, refused
 
 
@@ -119,7 +119,7 @@ def _refused(name: str, error: ConfigError) -> Refused:
 
 
 def compare(found: Iterable[Contestant]) -> list[Result]:
-    """In the same order."""
+    """In the same order, each lowered and checked. Raises ConfigError with key `kind`: one would not run."""
     return [_result(contestant) for contestant in found]
 
 
@@ -138,7 +138,7 @@ def _result(contestant: Contestant) -> Result:
         exposed=sum(rank.exposed_communication_seconds for rank in ranks) / len(ranks) / timeline.makespan,
         activations=max(relative_activations(schedule)),
         copies=max(len(stages.holders(stage)) for stage in range(stages.count)),
-        messages=sum(action.kind is Kind.SEND for program in lower(schedule) for action in program.actions),
+        messages=sum(action.kind is Kind.SEND for program in proven(schedule) for action in program.actions),
         lower_bound=None if bound is None else bound / unit)
 
 

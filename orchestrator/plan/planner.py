@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -12,8 +13,9 @@ from orchestrator.layout.balance import Ranks, balanced, most_nodes, unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import default_placement, evenly_placed, place_experts
 from orchestrator.plan import cost, scheduling
-from orchestrator.schedule.ir.check import peak_activations
-from orchestrator.schedule.ir.stages import SEARCHED, Stages, V
+from orchestrator.schedule.ir.check import ScheduleError, peak_activations
+from orchestrator.schedule.ir.stages import Stages, V
+from orchestrator.schedule.kinds.registry import has_chosen_placement
 from orchestrator.state import ownership
 
 _NODES_SHOWN = 16
@@ -49,7 +51,8 @@ class Experts:
 @dataclass(frozen=True)
 class Plan:
     """`microbatches`, `empty`: of the first and of the last step. `memory`: by pipeline position, its fullest rank.
-    `fewest_owners`: on how many nodes the worst-protected optimizer shard lives.
+    `fewest_owners`: on how many nodes the worst-protected optimizer shard lives. `proven`: whether the schedules of these
+    microbatches were lowered and checked; if not, activations are the most that a schedule of this kind keeps.
     """
 
     layout: Layout
@@ -59,20 +62,40 @@ class Plan:
     memory: tuple[cost.Memory, ...]
     fewest_owners: int
     experts: tuple[Experts, ...]
+    proven: bool
 
 
-def plan(config: RunConfig, layout: Layout) -> Plan:
-    """Raises ConfigError where the schedule cannot run."""
+Peaks = tuple[int, ...]
+Bounded = Callable[[Callable[[], Peaks]], Peaks | None]
+"""Calls what it is given; None: that took too long."""
+
+
+def plan(config: RunConfig, layout: Layout, bounded: Bounded = lambda prove: prove()) -> Plan:
+    """bounded: a bound on the time to find, lower and check the schedules of the first and of the last step.
+
+    Raises ConfigError where a schedule cannot run.
+    """
     (first, first_empty), (last, last_empty) = (_microbatches(config, layout, step) for step in (0, config.training.steps - 1))
     per_stage = config.layout.layers_per_stage
     placement = default_placement(config.model, layout, per_stage, config.layout.group_parts)
     buckets = ownership.buckets(config.model, layout, config.elastic.copies, per_stage, placement, config.precision)
-    peaks = peak_activations(scheduling.schedule_of(config, layout.folding, max(first, last), training=True))
-    ranks = cost.memory(config, layout, buckets, peaks)
+    peaks = bounded(partial(_proven, config, layout.folding, {first, last}))
+    most = scheduling.most_activations_of(config, layout.folding, max(first, last)) if peaks is None else peaks
+    ranks = cost.memory(config, layout, buckets, most)
     at_position = ([ranks[place.rank] for place in layout.places if place.position == p] for p in range(layout.pipeline))
     fullest = tuple(max(found, key=lambda memory: memory.total) for found in at_position)
     return Plan(layout, cost.parameters(config.model), (first, last), (first_empty, last_empty), fullest,
-                min(len(owners) for bucket in buckets for owners in bucket.owners), _experts(config, layout))
+                min(len(owners) for bucket in buckets for owners in bucket.owners), _experts(config, layout), peaks is not None)
+
+
+def _proven(config: RunConfig, stages: Stages, microbatches: set[int]) -> Peaks:
+    """Peak activations of the largest of these steps, by position, once the programs of all are lowered and checked."""
+    for number in sorted(microbatches):
+        try:
+            scheduling.programs_for(config, stages, number, training=True)
+        except ScheduleError as error:
+            raise scheduling.does_not_run("schedule.kind", config.schedule.kind, stages, number, error) from None
+    return peak_activations(scheduling.schedule_of(config, stages, max(microbatches), training=True))
 
 
 def _experts(config: RunConfig, layout: Layout) -> tuple[Experts, ...]:
@@ -125,9 +148,7 @@ def _evener_replicas(model: ModelConfig, layout: Layout, parts: int) -> tuple[in
 
 def _microbatches(config: RunConfig, layout: Layout, step: int) -> tuple[int, int]:
     """(M, empty microbatches over all streams) of a step."""
-    dealt = order.deal(order.batch_size(config.training, step), streams=layout.streams,
-                       entrances=len(layout.folding.paths), microbatch_sequences=config.training.microbatch_sequences,
-                       smallest_microbatches=partial(scheduling.smallest_microbatches, config, layout.folding, training=True))
+    dealt = scheduling.dealt(config, layout, order.batch_size(config.training, step), training=True)
     return dealt.microbatches, sum(not part for stream in dealt.held for entrance in stream for part in entrance)
 
 
@@ -147,11 +168,20 @@ def describe(config: RunConfig, found: Plan) -> list[str]:
          f"{found.empty[1]} of {microbatches * layout.streams} empty"),
         f"schedule     {config.schedule.kind}{_folded(config, layout.folding)}" + (
             " (one position: no pipeline)" if layout.pipeline == 1 else ""),
+        _programs_line(found),
         *_node_lines(layout),
         *(line for experts in found.experts if experts.cut for line in _experts_lines(experts, len(layout.replicas))),
         *(_memory_line(layout, position, memory) for position, memory in enumerate(found.memory)),
         _state_line(config.elastic.copies, found.fewest_owners),
     ]
+
+
+def _programs_line(found: Plan) -> str:
+    numbers = " and ".join(map(str, sorted(set(found.microbatches))))
+    if found.proven:
+        return f"programs     lowered and checked for {numbers} microbatches: complete, in order, free of deadlock"
+    return (f"programs     not checked for {numbers} microbatches, since the time for it ran out; activations are the most that "
+            "this kind of schedule may keep")
 
 
 def _node_lines(layout: Layout) -> list[str]:
@@ -191,7 +221,7 @@ def _nodes(count: int) -> str:
 def _folded(config: RunConfig, stages: Stages) -> str:
     """What the kind and the number of positions do not say."""
     if stages.chunks == 1:
-        return f", placement {stages.placement}" if config.schedule.kind == SEARCHED else ""
+        return f", placement {stages.placement}" if has_chosen_placement(config.schedule.kind) else ""
     form = "V" if stages.placement == V else stages.placement
     return f", {stages.count} stages, {stages.chunks} on each position in a {form}"
 

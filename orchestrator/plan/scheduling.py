@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig
+from orchestrator.data import order
+from orchestrator.layout.layout import Layout
 from orchestrator.model import segments
 from orchestrator.model.parameters import stage_layers
 from orchestrator.schedule.ir.actions import Program, Schedule
-from orchestrator.schedule.ir.check import check
+from orchestrator.schedule.ir.check import ScheduleError, check, peak_activations
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.orders import StageStrands, check_orders, with_orders
-from orchestrator.schedule.ir.stages import SEARCHED, Stages
-from orchestrator.schedule.kinds import forward_only, registry
-from orchestrator.schedule.search import searched
+from orchestrator.schedule.ir.stages import Stages
+from orchestrator.schedule.kinds.forward_only import forward_only
+from orchestrator.schedule.kinds.registry import TABLE
+from orchestrator.schedule.search import most_kept, searched
 from orchestrator.schedule.timing.durations import Durations, per_chunk
 
 
 def smallest_microbatches(config: RunConfig, stages: Stages, wanted: int, *, training: bool) -> int:
     """The smallest number of microbatches of a step, all entrances together, that is legal and at least `wanted`."""
-    if not training or config.schedule.kind == SEARCHED:
-        return forward_only.smallest_microbatches(stages, wanted)
-    return registry.smallest_microbatches(config.schedule.kind, stages.positions, wanted, _chunks(config))
+    return TABLE[config.schedule.kind].smallest_microbatches(stages, wanted) if training else stages.shared_evenly(wanted)
+
+
+def dealt(config: RunConfig, layout: Layout, sequences: int, *, training: bool) -> order.Deal:
+    """How a step of so many sequences is dealt to the streams of a layout, and in how many microbatches."""
+    stages = layout.folding
+    return order.deal(sequences, streams=layout.streams, entrances=len(stages.paths),
+                      microbatch_sequences=config.training.microbatch_sequences,
+                      smallest_microbatches=partial(smallest_microbatches, config, stages, training=training))
 
 
 def schedule_of(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> Schedule:
     """Raises ConfigError: the kind does not take these numbers."""
     if not training:
-        return forward_only.forward_only(stages, microbatches)
-    if config.schedule.kind != SEARCHED:
-        return registry.generate(config.schedule.kind, stages.positions, microbatches, _chunks(config))
-    return _found(config, stages, microbatches)
+        return forward_only(stages, microbatches)
+    kind = TABLE[config.schedule.kind]
+    return _found(config, stages, microbatches) if kind.searched else kind.schedule(stages, microbatches)
 
 
 def _found(config: RunConfig, stages: Stages, microbatches: int) -> Schedule:
@@ -54,6 +62,31 @@ def programs_for(config: RunConfig, stages: Stages, microbatches: int, *, traini
     check(schedule, programs, most_activations=None if most is None else int(most * stages.chunks))
     check_orders(programs, strands, hosted)
     return programs
+
+
+def proven(schedule: Schedule) -> tuple[Program, ...]:
+    """Programs of a schedule, lowered and checked. Raises ConfigError with key `kind`: they would not run."""
+    try:
+        programs = lower(schedule)
+        check(schedule, programs)
+    except ScheduleError as error:
+        raise does_not_run("kind", schedule.kind, schedule.stages, schedule.microbatches, error) from None
+    return programs
+
+
+def does_not_run(key: str, kind: str, stages: Stages, microbatches: int, error: ScheduleError) -> ConfigError:
+    """The refusal of a kind whose schedule is wrong: the first line of what the checker says."""
+    positions = f"{stages.positions} position{'s' * (stages.positions > 1)}"
+    return ConfigError(key, kind, f"a kind whose schedule runs with {microbatches} microbatches on {positions} "
+                                  f"({str(error).partition(chr(10))[0]})")
+
+
+def most_activations_of(config: RunConfig, stages: Stages, microbatches: int) -> tuple[int, ...]:
+    """What `peak_activations` of a step's schedule cannot exceed, by position, without the search for it."""
+    if not TABLE[config.schedule.kind].searched:
+        return peak_activations(schedule_of(config, stages, microbatches, training=True))
+    most = most_kept(stages, microbatches, _most_activations(config))
+    return (most,) * stages.positions
 
 
 def strands_of_stages(config: RunConfig, stages: Stages) -> tuple[StageStrands, ...]:
@@ -88,7 +121,3 @@ def _searched(stages: Stages, microbatches: int, costs: CostsSection, layers: in
 
 def _most_activations(config: RunConfig) -> float | None:
     return None if config.schedule.most_activations == "auto" else config.schedule.most_activations
-
-
-def _chunks(config: RunConfig) -> int | None:
-    return None if config.schedule.chunks == "auto" else config.schedule.chunks

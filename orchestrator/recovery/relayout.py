@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import combinations
 
 from orchestrator.config.run_config import ConfigError, CostsSection, RunConfig, check
-from orchestrator.data import order
 from orchestrator.layout import layout as layouts
 from orchestrator.layout.balance import unevenness
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import evenly_placed
 from orchestrator.model.parameters import stage_layers
-from orchestrator.plan.scheduling import smallest_microbatches
-from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages, V
-from orchestrator.schedule.kinds import registry
+from orchestrator.plan.scheduling import dealt
+from orchestrator.schedule.ir.stages import BOTH, Stages
+from orchestrator.schedule.kinds.registry import KINDS, TABLE
 from orchestrator.schedule.timing.durations import Durations
 from orchestrator.schedule.timing.simulate import makespan
 from orchestrator.topology import Node
@@ -83,11 +82,10 @@ def _shortened(config: RunConfig, pipeline: int) -> RunConfig | None:
         layout["shape"] = "auto"
     free = {"chunks": "auto", "placement": "auto"}
     schedules: list[dict] = [{}]
-    if config.schedule.kind == SEARCHED:
+    kind = TABLE[config.schedule.kind]
+    if kind.stage_placement is None:
         schedules.append(free)
-    elif config.schedule.kind == "dualpipe":
-        schedules.append({"kind": "dualpipev"})
-    schedules += [{"kind": kind, "most_activations": "auto", **free} for kind in ("zb_h1", "1f1b")]
+    schedules += [{"kind": other, "most_activations": "auto", **free} for other in kind.instead]
     for schedule in schedules:
         changed = _with(config, layout=layout, schedule=schedule)
         try:
@@ -153,25 +151,25 @@ def predicted_duration(config: RunConfig, layout: Layout) -> float:
     That of the schedule, by simulation, for the microbatches that its streams have, times the work of the fullest rank: half of
     compute is that of experts, which is as uneven as the experts of a node are. What links cost, and memory, is not looked at.
     """
-    training, stages = config.training, layout.folding
-    dealt = order.deal(training.batch_sequences, streams=layout.streams, entrances=len(stages.paths),
-                       microbatch_sequences=training.microbatch_sequences,
-                       smallest_microbatches=partial(smallest_microbatches, config, stages, training=True))
+    stages = layout.folding
+    microbatches = dealt(config, layout, config.training.batch_sequences, training=True).microbatches
     layers = tuple(map(len, stage_layers(config.model, stages.count, config.layout.layers_per_stage)))
     even = [1.0] * config.model.n_routed_experts
     uneven = max(unevenness(even, evenly_placed(config.model, rows, layout.width, config.layout.group_parts))
                  for rows in set(map(len, layout.replicas)))
-    line = _line(_simulated(config.schedule.kind, stages), stages, layers, config.schedule.costs)
-    return line.at(dealt.microbatches) * (1 + (uneven - 1) / 2)
+    line = _line(*_simulated(config.schedule.kind, stages), layers, config.schedule.costs)
+    return line.at(microbatches) * (1 + (uneven - 1) / 2)
 
 
-def _simulated(kind: str, stages: Stages) -> str:
-    """The kind itself, or for a searched schedule, which takes seconds to find, one with as many chunks."""
-    if kind != SEARCHED:
-        return kind
-    if stages.chunks == 1:
-        return "dualpipe" if stages.placement == BOTH else "1f1b"
-    return "dualpipev" if (stages.placement, stages.chunks) == (V, 2) else "interleaved_1f1b"
+def _simulated(kind: str, stages: Stages) -> tuple[str, Stages]:
+    """The kind itself, or for a searched schedule, which takes seconds to find, one with the same stages, or as many chunks."""
+    if not TABLE[kind].searched:
+        return kind, stages
+    alike = [name for name in KINDS if TABLE[name].predicts_searched]
+    if (same := next((name for name in alike if TABLE[name].fits(stages)), None)) is not None:
+        return same, stages
+    any_chunks = next(name for name in alike if TABLE[name].chunks is None)
+    return any_chunks, TABLE[any_chunks].stages(stages.positions, stages.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +184,14 @@ class _Line:
 @cache
 def _line(kind: str, stages: Stages, layers: tuple[int, ...], costs: CostsSection) -> _Line:
     """Duration of a schedule by its microbatches: a filling that they share, and the same time for each, from two short ones."""
-    chunks = stages.chunks if registry.chunks_of(kind) is None else None
+    found = TABLE[kind]
     whole = sum(layers) / stages.positions
     durations = Durations(hop=costs.hop, layers=max(1, max(layers)), **{
         name: tuple(getattr(costs, name) * count / whole for count in layers)
         for name in ("forward", "backward_input", "backward_weight", "dispatch", "combine")})
-    few = registry.smallest_microbatches(kind, stages.positions, 2 * stages.positions, chunks)
-    more = registry.smallest_microbatches(kind, stages.positions, few + 2 * stages.positions, chunks)
-    short, long = (makespan(registry.generate(kind, stages.positions, number, chunks), durations) for number in (few, more))
+    few = found.smallest_microbatches(stages, 2 * stages.positions)
+    more = found.smallest_microbatches(stages, few + 2 * stages.positions)
+    short, long = (makespan(found.schedule(stages, number), durations) for number in (few, more))
     each = (long - short) / (more - few)
     return _Line(short - each * few, each)
 

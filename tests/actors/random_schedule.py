@@ -59,7 +59,7 @@ def draw_schedules(monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
         return used[-1]
 
     monkeypatch.setattr(scheduling, "schedule_of", drawn)
-    monkeypatch.setattr("actors.data.batching.smallest_microbatches", lambda *arguments, training: 12)
+    monkeypatch.setattr(scheduling, "smallest_microbatches", lambda *arguments, training: 12)
     return used
 
 

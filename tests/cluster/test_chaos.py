@@ -11,7 +11,9 @@ import random
 import pytest
 
 from jobs.benches.chaos.company import CONFIG
-from jobs.benches.chaos.raylets import NODES, Hosts, RayletCompany, cluster_of, command_of, finished, lines, tokens
+from jobs.benches.chaos.raylet_commands import command_of, finished, lines, tokens
+from jobs.benches.chaos.raylet_hosts import NODES, Hosts, cluster_of
+from jobs.benches.chaos.raylets import RayletCompany
 from tests.cluster import committed, eventually
 
 NOTICED = "noticed"

@@ -11,7 +11,7 @@ import pytest
 
 from actors.hosts import cluster as ray_cluster
 from actors.hosts.cluster import NodeWatch
-from jobs.benches.chaos.raylets import drained
+from jobs.benches.chaos.raylet_commands import drained
 from orchestrator.config.run_config import parse
 from orchestrator.topology import Node
 from tests.cluster import eventually

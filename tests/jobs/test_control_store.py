@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from jobs.benches.chaos.raylets import lines, tokens
+from jobs.benches.chaos.raylet_commands import lines, tokens
 from jobs.benches.shared.raylets import RayletCluster
 from tests.cluster import committed, eventually
 from tests.jobs.driver.test_driver import SECONDS, Driven

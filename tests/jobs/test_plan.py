@@ -20,8 +20,7 @@ from orchestrator.config.run_config import ConfigError, dump, parse
 from orchestrator.plan.compare import searched_contestants
 from orchestrator.schedule.ir.actions import Kind, parse_csv
 from orchestrator.schedule.ir.spans import Span
-from orchestrator.schedule.ir.stages import stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.kinds.registry import KINDS, generate, stages_of
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk
 from orchestrator.schedule.timing.simulate import makespan, simulate
@@ -60,7 +59,7 @@ def test_refusal():
     (["schedule", "--kind", "gpipe", "--placement", "v"], "--placement = v: only --kind searched takes it"),
     (["schedule", "--most-activations", "3"], "--most-activations = 3: only --kind searched takes it"),
     (["schedule", "--kind", "searched", "--placement", "w"], "--placement = w: one of both, v, loop"),
-    (["schedule", "--kind", "searched", "--ranks", "0"], "--ranks = 0: at least 1"),
+    (["schedule", "--kind", "searched", "--ranks", "0"], "--ranks = 0: searched takes at least 1"),
     (["schedule", "--kind", "searched", "--placement", "v", "--chunks", "3"], "--chunks = 3: an even number with placement v"),
     (["schedule", "--forward", "0"], "--forward = 0.0: a finite number (above 0)"),
     (["schedule", "--backward-input", "nan"], "--backward-input = NaN: a finite number (above 0)"),

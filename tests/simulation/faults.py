@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.events import Ending, FailKind
-from orchestrator.topology import Node
 from tests.simulation.births import between, over, own_fault_on
-from tests.simulation.host import Host
+from tests.simulation.node_faults import (
+    cut,
+    cut_both,
+    cut_briefly,
+    cut_for_good,
+    drain,
+    drain_off,
+    drain_until,
+    end_node,
+    join,
+    lose_node,
+)
 from tests.simulation.rank_model import RankModel, Refused
 from tests.simulation.settings import SILENCE
+from tests.simulation.targets import ranks_on, seen, some_host, some_member
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -21,37 +32,11 @@ if TYPE_CHECKING:
 Kind = Callable[["World", int], None]
 
 
-def _member(world: World, target: int) -> RankModel | None:
-    alive = sorted(world.alive(), key=lambda rank: rank.member)
-    return alive[target % len(alive)] if alive else None
-
-
-def _host(world: World, target: int) -> Host | None:
-    up = [host for host in world.hosts.values() if host.up and host.present]
-    return up[target % len(up)] if up else None
-
-
-def _on(world: World, host: Host) -> list[RankModel]:
-    return [rank for rank in world.ranks.values() if rank.alive and rank.member.node == host.name]
-
-
-def _watch(world: World, event: happened.Event, low: float, high: float) -> None:
-    """What the cluster says of a node reaches the coordinator late, but in its order: one thread asks."""
-    host = world.hosts[event.node.name if isinstance(event, happened.NodeJoined) else event.name]
-    host.told_at = max(world.now + between(world, low, high), host.told_at + 1e-6)
-    world.later(host.told_at - world.now, _seen, world, event)
-
-
-def _seen(world: World, event: happened.Event) -> None:
-    if world.coordinator is not None:
-        world.coordinator.receive(event)
-
-
 # --- processes -----------------------------------------------------------------------------------------------------------
 
 
 def kill(world: World, target: int) -> None:
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         world.kill(rank)
 
 
@@ -59,7 +44,7 @@ def _kill_with_heir(birth: str, times: int = 1) -> Kind:
     """What takes its place fares ill."""
 
     def fault(world: World, target: int) -> None:
-        if rank := _member(world, target):
+        if rank := some_member(world, target):
             world.hosts[rank.member.node].births += [birth] * times
             world.kill(rank)
 
@@ -68,14 +53,14 @@ def _kill_with_heir(birth: str, times: int = 1) -> Kind:
 
 def hang(world: World, target: int) -> None:
     """Its compute lane never goes on; its heartbeat does."""
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         rank.hung = True
         world.harmed.add(rank.member)
 
 
 def keep(world: World, target: int) -> None:
     """It beats, but whatever it is told to let go it keeps; and another one ends, so that it is told to."""
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         rank.keeps = True
         world.harmed.add(rank.member)
         over(world, world.now)
@@ -84,7 +69,7 @@ def keep(world: World, target: int) -> None:
 
 def slow(world: World, target: int) -> None:
     """Within all bounds."""
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         rank.slowness = 8.0
 
 
@@ -100,20 +85,20 @@ def _freeze(world: World, ranks: list[RankModel], seconds: float, harm: bool) ->
 
 
 def freeze(world: World, target: int) -> None:
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         _freeze(world, [rank], between(world, SILENCE + 1, 5 * SILENCE), harm=True)
 
 
 def freeze_node(world: World, target: int) -> None:
-    if host := _host(world, target):
+    if host := some_host(world, target):
         seconds = between(world, SILENCE + 1, 5 * SILENCE)
         world.suspect(host.name, world.now + seconds)
-        _freeze(world, _on(world, host), seconds, harm=True)
+        _freeze(world, ranks_on(world, host), seconds, harm=True)
 
 
 def pause(world: World, target: int) -> None:
     """Shorter than what is tolerated."""
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         _freeze(world, [rank], between(world, 0.3, 0.7) * SILENCE, harm=False)
 
 
@@ -127,10 +112,10 @@ def stall(world: World, target: int) -> None:
 
 def deaf(world: World, target: int) -> None:
     """A node and the coordinator do not reach each other; ranks reach theirs."""
-    if host := _host(world, target):
+    if host := some_host(world, target):
         seconds = between(world, SILENCE + 1, 4 * SILENCE)
         world.suspect(host.name, world.now + seconds + 2.0)
-        for rank in _on(world, host):
+        for rank in ranks_on(world, host):
             rank.deaf = max(rank.deaf, world.now + seconds)
             if rank.stopped_at is None:
                 rank.stopped_at = world.now
@@ -139,7 +124,7 @@ def deaf(world: World, target: int) -> None:
 
 def own(world: World, target: int) -> None:
     """One call of one member fails with an error of its own."""
-    if rank := _member(world, target):
+    if rank := some_member(world, target):
         kinds = (orders.Step, orders.Form, orders.Initialise, orders.Apply, orders.Snapshot, orders.Rearrange, orders.Evaluate)
         kind = kinds[0] if target % 3 else kinds[target // 3 % len(kinds)]
         rank.ills.setdefault(kind, []).append(Refused(FailKind.OWN, "a sum that does not add up"))
@@ -154,134 +139,6 @@ def own_everywhere(world: World, target: int) -> None:
         world.excused.add(Ending.OWN_FAULT)
         world.harmed.update(world.ranks)
         world.all_harmed = True
-
-
-# --- nodes and links -----------------------------------------------------------------------------------------------------
-
-
-def lose_node(world: World, target: int) -> None:
-    """A host stops: nothing says so, until the cluster notices."""
-    _remove(world, target, quiet=True)
-
-
-def end_node(world: World, target: int) -> None:
-    """A node leaves, with its processes."""
-    _remove(world, target, quiet=False)
-
-
-def _remove(world: World, target: int, quiet: bool) -> None:
-    host = _host(world, target)
-    if host is None:
-        return
-    if quiet:
-        host.up = False
-    world.suspect(host.name, world.now)
-    for rank in _on(world, host):
-        world.kill(rank, quiet=quiet)
-    host.up = host.present = False
-    _watch(world, happened.NodeLeft(host.name, "lost"), 0.2, 12.0)
-    comes = between(world, 15.0, 60.0)
-    over(world, world.now + comes + 2.0)
-    if world.random.random() < 0.5:
-        world.later(comes, _comes_back, world, host)
-    elif world.usable() < max(world.scenario.min_nodes, world.scenario.least):
-        world.later(comes, _joins, world)
-
-
-def _comes_back(world: World, host: Host) -> None:
-    host.up = host.present = True
-    host.draining = False
-    world.note(f"{host.name} is back")
-    _watch(world, happened.NodeJoined(Node(host.name, host.ranks)), 0.0, 0.3)
-
-
-def _joins(world: World) -> None:
-    name = f"n{len(world.hosts)}"
-    host = world.hosts[name] = Host(name, world.scenario.nodes[len(world.hosts) % len(world.scenario.nodes)])
-    world.note(f"{name} joins")
-    _watch(world, happened.NodeJoined(Node(name, host.ranks)), 0.0, 0.3)
-
-
-def join(world: World, target: int) -> None:
-    _joins(world)
-
-
-def drain(world: World, target: int) -> None:
-    _drains(world, target, None, stays=False)
-
-
-def drain_until(world: World, target: int) -> None:
-    _drains(world, target, between(world, 0.5, 20.0), stays=False)
-
-
-def drain_off(world: World, target: int) -> None:
-    _drains(world, target, between(world, 0.5, 20.0) if target % 2 else None, stays=True)
-
-
-def _drains(world: World, target: int, seconds: float | None, stays: bool) -> None:
-    host = _host(world, target)
-    if host is None or host.draining:
-        return
-    host.draining = True
-    until = world.now + (seconds if seconds is not None else 30.0)
-    world.suspect(host.name, until + 4 * SILENCE)
-    _watch(world, happened.NodeDraining(host.name, None if seconds is None else until), 0.1, 1.0)
-    world.later(until - world.now + (between(world, -1.0, 10.0) if stays else 3.0), _drained, world, host, stays)
-    over(world, until + 10.0)
-    if not stays and world.usable() < max(world.scenario.min_nodes, world.scenario.least):
-        world.later(40.0, _joins, world)
-        over(world, world.now + 42.0)
-
-
-def _drained(world: World, host: Host, stays: bool) -> None:
-    if not host.present:
-        return
-    if stays:
-        host.draining = False
-        _watch(world, happened.NodeStays(host.name), 0.0, 0.3)
-    else:
-        for rank in _on(world, host):
-            world.kill(rank)
-        host.up = host.present = False
-        _watch(world, happened.NodeLeft(host.name, "drained"), 0.2, 3.0)
-
-
-def cut(world: World, target: int) -> None:
-    """Nothing passes from one node to another, for long."""
-    _cut(world, target, between(world, 60.0, 200.0), both=False)
-
-
-def cut_for_good(world: World, target: int) -> None:
-    """One of the two ends has to go."""
-    if world.usable() < max(3, world.scenario.min_nodes + 1, world.scenario.least + 1):
-        return cut(world, target)
-    calm = world.calm_at
-    _cut(world, target, 3000.0, both=False)
-    world.calm_at = max(calm, world.now)
-
-
-def cut_briefly(world: World, target: int) -> None:
-    _cut(world, target, between(world, 0.5, 25.0), both=False)
-
-
-def cut_both(world: World, target: int) -> None:
-    _cut(world, target, between(world, 30.0, 120.0), both=True)
-
-
-def _cut(world: World, target: int, seconds: float, both: bool) -> None:
-    names = [host.name for host in world.hosts.values() if host.present and host.up]
-    if len(names) < 2:
-        return
-    one = names[target % len(names)]
-    other = names[(target // len(names) + target + 1) % len(names)]
-    if one == other:
-        return
-    links = [(one, other), (other, one)] if both else [(one, other)]
-    world.links.cut |= set(links)
-    for name in (one, other):
-        world.suspect(name, world.now + seconds + 4 * SILENCE)
-    world.later(seconds, world.heal, links)
-    over(world, world.now + seconds)
 
 
 # --- coordinators ----------------------------------------------------------------------------------------------------------
@@ -323,7 +180,7 @@ def coordinator_paused(world: World, target: int) -> None:
 def stop(world: World, target: int) -> None:
     world.excused |= {Ending.STOPPED, Ending.WAITED}
     world.stop_at = world.now
-    _seen(world, happened.StopAsked())
+    seen(world, happened.StopAsked())
 
 
 # --- storage and data --------------------------------------------------------------------------------------------------------

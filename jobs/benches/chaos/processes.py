@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +23,18 @@ from actors.data.dataset import Dataset
 from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
-from actors.state import checkpoint
 from jobs.benches.chaos import rank as chaos_rank
 from jobs.benches.chaos.company import Company, Ended, Kind, Strike
-from jobs.benches.chaos.machine import Disk, Stops, alive, send
+from jobs.benches.chaos.machine import Disk, Stops, alive
+from jobs.benches.chaos.process_strikes import (
+    KINDS,
+    LOOK_SECONDS,
+    NODES,
+    REPLACED_SECONDS,
+    ProcessStrikes,
+    Replaced,
+    replace_coordinator,
+)
 from jobs.benches.chaos.rank import Orders
 from jobs.benches.chaos.text import Text, configured, tokens
 from jobs.benches.churn.rank import Home
@@ -37,22 +43,8 @@ from orchestrator.layout.layout import Layout, choose
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
-NODES = tuple(f"n{number}" for number in range(6))
 _MEGABITS = 10_000.0
-_NOWHERE = "02:44:52:00:77:77"  # the hardware address of nobody
-_CLUSTER_SECONDS = 3.0
-"""What a cluster takes until it counts a frozen node as lost."""
-_START_SECONDS, _STOP_SECONDS, _REPLACED_SECONDS, _TOLERATED_SECONDS = 180.0, 120.0, 90.0, 10.0
-_LOOK_SECONDS = 0.1
-
-KINDS = {
-    "rank killed": Kind(1, 1), "node killed": Kind(1, 1), "node frozen": Kind(1, 1), "node stalled": Kind(1, 0),
-    "everybody stalled": Kind(0, 0), "rank hangs": Kind(1, 1), "rank is slow": Kind(1, 0), "rank raises": Kind(1, 1),
-    "joiner has no memory": Kind(1, 1), "joiner dies": Kind(1, 1), "joiner hangs": Kind(1, 1),
-    "joiner cannot be reached": Kind(1, 1), "node flaps": Kind(1, 1), "drain": Kind(1, 1), "drain called off": Kind(1, 0),
-    "link cut": Kind(2, 1), "link cut one way": Kind(2, 1), "storage full": Kind(0, 0), "checkpoint damaged": Kind(0, 0),
-    "coordinator replaced": Kind(0, 0), "below min_nodes": Kind(4, 1), "more than copies": Kind(3, 3),
-}
+_START_SECONDS, _STOP_SECONDS = 180.0, 120.0
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------
@@ -91,7 +83,7 @@ class Ranks(ProcessRanks):
         """In the order that `enlist` wants. What the coordinator that is gone has asked for is done or dropped first."""
         done = threading.Event()
         self._jobs.put(done.set)
-        done.wait(_REPLACED_SECONDS)
+        done.wait(REPLACED_SECONDS)
         with self._changed:
             self._to_attach.clear()
             self._post = None
@@ -99,18 +91,7 @@ class Ranks(ProcessRanks):
             return tuple(member_of[number] for number in sorted(self._processes))
 
 
-class _Replaced(Exception):
-    """The coordinator has ended, in the middle of whatever it did."""
-
-
 # --- the company -------------------------------------------------------------------------------------------------------
-
-Later = Callable[[], None]
-
-
-class _Closing(Exception):
-    """What was to follow is of no interest any more."""
-
 
 @dataclass
 class _Said:
@@ -128,7 +109,7 @@ class _Record:
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Processes:
+class Processes(ProcessStrikes):
     """A Company. Of what is said of nodes a coordinator that comes later is told as well."""
 
     def __init__(self, folder: Path, dataset: Dataset, name: str):
@@ -172,7 +153,7 @@ class Processes:
             self._check()
             if time.monotonic() > deadline:
                 raise Ended(f"no three steps in {_START_SECONDS:g} s: {self._last_words()}")
-            self._over.wait(_LOOK_SECONDS)
+            self._over.wait(LOOK_SECONDS)
 
     # --- a company -----------------------------------------------------------------------------------------------
 
@@ -214,10 +195,10 @@ class Processes:
         self._closing.set()
         self._stopping = True
         if not self._over.is_set():
-            self._trainer._conductor.post(_replace)
+            self._trainer._conductor.post(replace_coordinator)
             self._driving.join(_STOP_SECONDS)
         for thread in self._threads:
-            thread.join(_REPLACED_SECONDS)
+            thread.join(REPLACED_SECONDS)
         self._open.close()
 
     # --- the run -------------------------------------------------------------------------------------------------
@@ -242,7 +223,7 @@ class Processes:
                     elif not outcome.saved:
                         self._failed.append(f"it ended without a save: {outcome}")
                     return
-                except _Replaced:
+                except Replaced:
                     if self._closing.wait(self._away):
                         return
                     members = self._ranks.left_behind()
@@ -288,301 +269,3 @@ class Processes:
             said = self._said[node]
             said.present, said.deadline = kind != "left", deadline
             self._ranks.tell(News(kind, Node(node, 1), reason, deadline))
-
-    # --- what befalls it: each begins a strike, and returns what is to follow ------------------------------------
-
-    def _rank_killed(self, node: str, chance: random.Random) -> Later:
-        before = self._kill(node)
-        return lambda: self._replaced(node, before)
-
-    def _node_killed(self, node: str, chance: random.Random) -> Later:
-        seconds = chance.uniform(0, 5)
-        self._gone(node, "killed")
-        return lambda: self._back(node, seconds)
-
-    def _node_frozen(self, node: str, chance: random.Random) -> Later:
-        seconds, stopped = chance.uniform(6, 15), self._stops.stop(self.processes(node))
-
-        def later() -> None:
-            self._sleep(_CLUSTER_SECONDS)
-            self._tell("left", node, "frozen")
-            self._sleep(seconds - _CLUSTER_SECONDS)
-            self._stops.go_on(stopped)
-            self._tell("joined", node)
-        return later
-
-    def _node_stalled(self, node: str, chance: random.Random) -> Later:
-        return self._stalled(self.processes(node), chance.uniform(1, 2))
-
-    def _everybody_stalled(self, chance: random.Random) -> Later:
-        return self._stalled([pid for node in NODES for pid in self.processes(node)], chance.uniform(1, 2))
-
-    def _stalled(self, pids: Iterable[int], seconds: float) -> Later:
-        stopped = self._stops.stop(pids)
-
-        def later() -> None:
-            self._sleep(seconds)
-            self._stops.go_on(stopped)
-        return later
-
-    def _rank_hangs(self, node: str, chance: random.Random) -> Later:
-        """Begins with its next compute segment."""
-        before = set(self.processes(node))
-        self._orders.give(node, chaos_rank.HANG)
-        return lambda: self._misbehaves(node, chaos_rank.HANG, before, must_go=True)
-
-    def _rank_raises(self, node: str, chance: random.Random) -> Later:
-        before = set(self.processes(node))
-        self._orders.give(node, chaos_rank.RAISE)
-        return lambda: self._misbehaves(node, chaos_rank.RAISE, before, must_go=False)
-
-    def _rank_is_slow(self, node: str, chance: random.Random) -> Later:
-        self._orders.give(node, chaos_rank.SLOW)
-
-        def later() -> None:
-            self._sleep(10)
-            self._orders.give(node, chaos_rank.SLOW, 0)
-        return later
-
-    def _joiner_has_no_memory(self, node: str, chance: random.Random) -> Later:
-        return self._bad_joiner(node, chance, chance.choice([chaos_rank.NO_MEMORY, chaos_rank.NO_MEMORY_LATER]))
-
-    def _joiner_dies(self, node: str, chance: random.Random) -> Later:
-        return self._bad_joiner(node, chance, chaos_rank.DIE)
-
-    def _joiner_hangs(self, node: str, chance: random.Random) -> Later:
-        return self._bad_joiner(node, chance, chaos_rank.HANG_AS_IT_FORMS)
-
-    def _bad_joiner(self, node: str, chance: random.Random, misbehaviour: str) -> Later:
-        seconds, times = chance.uniform(0, 2), chance.randint(1, 3)
-        self._gone(node, "killed")
-
-        def later() -> None:
-            self._orders.give(node, misbehaviour, times)
-            self._back(node, seconds)
-            last: Collection[int] = ()
-
-            def over() -> bool:
-                nonlocal times, last
-                if (left := self._orders.left(node, misbehaviour)) < times:
-                    times, last = left, self.processes(node)
-                return not left and (misbehaviour != chaos_rank.HANG_AS_IT_FORMS or not any(map(alive, last)))
-            with contextlib.suppress(TimeoutError):  # it is not wanted
-                self._wait(over, "it misbehaves")
-            self._orders.give(node, misbehaviour, 0)
-        return later
-
-    def _joiner_cannot_be_reached(self, node: str, chance: random.Random) -> Later:
-        """From the coordinator it can."""
-        seconds, pause = chance.uniform(5, 15), chance.uniform(0, 2)
-        others = [other for other in NODES if other != node]
-        self._gone(node, "killed")
-
-        def later() -> None:
-            for other in others:
-                self._cut(node, other)
-                self._cut(other, node)
-            self._back(node, pause)
-            self._sleep(seconds)
-            for other in others:
-                self._cut(node, other, restored=True)
-                self._cut(other, node, restored=True)
-        return later
-
-    def _node_flaps(self, node: str, chance: random.Random) -> Later:
-        pauses = [chance.uniform(0.1, 1) for _ in range(5)]
-        self._gone(node, "lost contact")
-
-        def later() -> None:
-            for index, seconds in enumerate(pauses):
-                self._sleep(seconds)
-                if index % 2:
-                    self._gone(node, "lost contact")
-                else:
-                    self._tell("joined", node)
-        return later
-
-    def _drain(self, node: str, chance: random.Random) -> Later:
-        seconds, deadline = chance.uniform(0, 5), time.monotonic() + 10
-        self._tell("draining", node, "preempted", deadline)
-
-        def later() -> None:
-            self._sleep(deadline - time.monotonic())
-            self._gone(node, "drained")
-            self._back(node, seconds)
-        return later
-
-    def _drain_called_off(self, node: str, chance: random.Random) -> Later:
-        seconds = chance.uniform(0, 4)
-        self._tell("draining", node, "preempted", time.monotonic() + 20)
-
-        def later() -> None:
-            self._sleep(seconds)
-            self._tell("stays", node)
-        return later
-
-    def _link_cut(self, node: str, other: str, chance: random.Random) -> Later:
-        self._cut(other, node)
-        return self._link_cut_one_way(node, other, chance)
-
-    def _link_cut_one_way(self, node: str, other: str, chance: random.Random) -> Later:
-        self._cut(node, other)
-
-        def later() -> None:
-            self._sleep(40)
-            for sender, receiver in ((node, other), (other, node)):
-                self._cut(sender, receiver, restored=True)
-        return later
-
-    def _storage_full(self, chance: random.Random) -> Later:
-        """Full until the last one that fills it ends."""
-        seconds = chance.uniform(5, 20)
-        with self._filling:
-            self._fills += 1
-            self._disk.fill()
-
-        def later() -> None:
-            self._sleep(seconds)
-            with self._filling:
-                self._fills -= 1
-                if not self._fills:
-                    self._disk.free()
-        return later
-
-    def _checkpoint_damaged(self, chance: random.Random) -> Later:
-        """The newest one, unless there would not be two left that are whole: a run that has none may end."""
-        whole = [found for found in checkpoint.complete(str(self.folder / "checkpoints")) if found not in self._damaged]
-        if len(whole) > 2:
-            newest = max(whole)
-            self._damaged.add(newest)
-            with contextlib.suppress(FileNotFoundError):  # it was deleted just now
-                flip(chance.choice(sorted(Path(newest).glob("*.safetensors"))), chance)
-        return lambda: None
-
-    @functools.cached_property
-    def _damaged(self) -> set[str]:
-        return set()
-
-    def _coordinator_replaced(self, chance: random.Random) -> Later:
-        """It ends in the middle of whatever it does, and another one begins up to three seconds later."""
-        self._away, before = chance.uniform(0, 3), self._trainer
-        before._conductor.post(_replace)
-
-        def later() -> None:
-            self._wait(lambda: self._trainer is not before and self._trainer._run.seated, "another coordinator is there")
-        return later
-
-    def _below_min_nodes(self, *arguments: Any) -> Later:
-        """They drain one after another, and go as soon as they have handed over; the first that has not, since there would be
-        too few nodes without it, goes at its deadline, and the others stay. Then all come back."""
-        *nodes, chance = arguments
-        seconds = chance.uniform(3, 8)
-
-        def later() -> None:
-            gone = []
-            for node in nodes:
-                deadline = time.monotonic() + 15
-                self._tell("draining", node, "preempted", deadline)
-                self._sleep(2)
-                with contextlib.suppress(TimeoutError):
-                    self._wait(lambda node=node: node not in self._in_use(), "handed over", deadline - time.monotonic())
-                held = node in self._in_use()
-                self._gone(node, "drained")
-                gone.append(node)
-                if held:
-                    break
-            self._sleep(seconds)
-            for node in gone:
-                self._tell("joined", node)
-        return later
-
-    def _more_than_copies(self, one: str, two: str, three: str, chance: random.Random) -> Later:
-        seconds = chance.uniform(1, 3)
-        for node in (one, two, three):
-            self._kill(node)
-        for node in (one, two, three):
-            self._tell("left", node, "killed")
-
-        def later() -> None:
-            self._sleep(seconds)
-            for node in (one, two, three):
-                self._tell("joined", node)
-        return later
-
-    # --- parts of strikes ----------------------------------------------------------------------------------------
-
-    def _kill(self, node: str) -> set[int]:
-        """Who is there."""
-        found = set(self.processes(node))
-        for pid in found:
-            send(pid, signal.SIGKILL)
-        return found
-
-    def _gone(self, node: str, why: str) -> None:
-        self._kill(node)
-        self._tell("left", node, why)
-
-    def _back(self, node: str, seconds: float) -> None:
-        self._sleep(seconds)
-        self._tell("joined", node)
-
-    def _cut(self, sender: str, receiver: str, *, restored: bool = False) -> None:
-        """What one sends to the other goes nowhere, and nobody is told."""
-        here, there = (self._network.interface(NODES.index(node)) for node in (sender, receiver))
-        hardware = there.hardware_address if restored else _NOWHERE
-        subprocess.run(["ip", "-n", here.namespace, "neigh", "replace", there.address, "lladdr", hardware, "dev", here.device,
-                        "nud", "permanent"], check=True, timeout=30)
-
-    def _misbehaves(self, node: str, order: str, before: set[int], must_go: bool) -> None:
-        """An order that nobody takes is taken back: the node may be idle. must_go: an error may fall into a step that others have
-        ended already, and then costs nobody a place."""
-        try:
-            self._wait(lambda: not self._orders.left(node, order), "it computes", 20)
-        except TimeoutError:
-            self._orders.give(node, order, 0)
-            return
-        try:
-            self._replaced(node, before, _REPLACED_SECONDS if must_go else _TOLERATED_SECONDS)
-        except TimeoutError:
-            if must_go:
-                raise
-
-    def _replaced(self, node: str, before: Collection[int], seconds: float = _REPLACED_SECONDS) -> None:
-        """Raises TimeoutError."""
-        self._wait(lambda: not before & set(self.processes(node)), f"{node} has another process", seconds)
-
-    def _wait(self, condition: Callable[[], Any], what: str, seconds: float = _REPLACED_SECONDS) -> None:
-        """Raises TimeoutError."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not within {seconds:g} s: {what}")
-            self._sleep(_LOOK_SECONDS)
-
-    def _sleep(self, seconds: float) -> None:
-        if self._closing.wait(max(0.0, seconds)):
-            raise _Closing
-
-    def _beside(self, strike: Strike, later: Later) -> None:
-        def run() -> None:
-            try:
-                later()
-                strike.ended = time.time()
-            except _Closing:
-                pass
-            except BaseException as error:
-                self._failed.append(f"{strike.kind} of {strike.nodes}: {type(error).__name__}: {error}; {self._last_words()}")
-        self._threads.append(threading.Thread(target=run, name=strike.kind, daemon=True))
-        self._threads[-1].start()
-
-
-def _replace() -> None:
-    """On the conductor's thread."""
-    raise _Replaced
-
-
-def flip(piece: Path, chance: random.Random) -> None:
-    """One bit of the values of a piece of a checkpoint."""
-    content = bytearray(piece.read_bytes())
-    content[len(content) - 1 - chance.randrange(len(content) // 2)] ^= 1
-    piece.write_bytes(content)

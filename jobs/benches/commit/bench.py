@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.refusal import ConfigError
+from orchestrator.schedule.kinds.registry import NAMES
 from orchestrator.topology import virtual_nodes
 
 BAR = 1.02
@@ -39,7 +40,7 @@ _WARM_UP = 3
 class Settings(Section):
     """What `--option KEY=VALUE` sets."""
 
-    kinds: list[str] = Field(["dualpipe", "1f1b"], min_length=1, description="of schedules; the bar is on the first")
+    kinds: list[Literal[NAMES]] = Field(["dualpipe", "1f1b"], min_length=1, description="of schedules; the bar is on the first")
     nodes: int = Field(4, ge=2)
     ranks: int = Field(2, ge=1, description="of a node")
     megabits: Real = Field(200.0, gt=0, description="a second, of every rank's interface, in each direction")

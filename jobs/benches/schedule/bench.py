@@ -30,17 +30,14 @@ from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.spans import Span
-from orchestrator.schedule.ir.stages import SEARCHED, Stages, stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.ir.stages import SEARCHED, Stages
+from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate, stages_of
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.search.portfolio import EFFORT
 from orchestrator.schedule.timing.durations import Durations, per_chunk
 from orchestrator.schedule.timing.simulate import simulate
 
-SAME = {
-    "1f1b": "Schedule1F1B", "gpipe": "ScheduleGPipe", "interleaved_1f1b": "ScheduleInterleaved1F1B",
-    "zbv": "ScheduleZBVZeroBubble", "dualpipev": "ScheduleDualPipeV",
-}
+SAME = {kind: TABLE[kind].torch for kind in KINDS if TABLE[kind].torch}
 """Kinds that both sides have."""
 SLOWER_THAN_SIMULATED, FASTER_THAN_TORCH = 1.03, 1.15
 _SEARCH = re.compile(r"(both|v|loop)(?:/([1-9][0-9]*))?(?:<=([0-9]+(?:\.[0-9]+)?))?")

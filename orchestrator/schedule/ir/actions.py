@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.schedule.ir.pieces import Order
-from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages, stages_of
+from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages
 
 
 class Kind(StrEnum):
@@ -241,24 +241,45 @@ def halved_of(actions: Iterable[Action]) -> frozenset[tuple[int, int]]:
     return frozenset((action.whole.slot, action.whole.microbatch) for action in actions if isinstance(action, Split))
 
 
+BEFORE = {Kind.FORWARD: None, Kind.BACKWARD: Kind.FORWARD, Kind.BACKWARD_INPUT: Kind.FORWARD,
+          Kind.BACKWARD_WEIGHT: Kind.BACKWARD_INPUT}
+"""What the same stage must have done with the same microbatch."""
+_WAY = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.BACKWARD_INPUT: -1, Kind.BACKWARD_WEIGHT: 0}
+"""Along the stages: activations go forward, gradients back, and weights stay."""
+
+
+def input_stage(kind: Kind, stage: int, stages: int) -> int | None:
+    """The stage, of so many, that makes what an action takes in: the one before for F, the one after for B and I.
+
+    None: it is none, for a pipeline begins or ends here, or W.
+    """
+    return _neighbour(stage, -_WAY[kind], stages)
+
+
+def output_stage(kind: Kind, stage: int, stages: int) -> int | None:
+    """The stage, of so many, that takes in what an action makes. None: there is none."""
+    return _neighbour(stage, _WAY[kind], stages)
+
+
+def _neighbour(stage: int, way: int, stages: int) -> int | None:
+    return stage + way if way and 0 <= stage + way < stages else None
+
+
 def dependencies(action: Work, schedule: Schedule) -> tuple[Compute, ...]:
     """The compute actions, on whichever position, that must be done before `action` starts.
 
-    F needs the F of the stage before. B and I need the B or I of the stage after, and their own F. W needs its own I.
-    A pair needs what both need, a split action what the whole one needs.
+    First what its own stage must have done, then that which makes its input (`BEFORE`, `input_stage`; of a stage after, whichever
+    of B and I the schedule has). A pair needs what both need, a split action what the whole one needs.
     """
     if not isinstance(action, Compute):
         return tuple(needed for compute in action.computes for needed in dependencies(compute, schedule))
     kind, stage, slot, microbatch = action.kind, action.stage, action.slot, action.microbatch
-    route = schedule.route(slot, microbatch)
-    if kind is Kind.FORWARD:
-        return (Compute(kind, stage - 1, route[stage - 1][1], microbatch),) if stage else ()
-    if kind is Kind.BACKWARD_WEIGHT:
-        return (Compute(Kind.BACKWARD_INPUT, stage, slot, microbatch),)
-    own = Compute(Kind.FORWARD, stage, slot, microbatch)
-    if stage + 1 == len(route):
-        return (own,)
-    return own, schedule.backward(stage + 1, route[stage + 1][1], microbatch)
+    route, own = schedule.route(slot, microbatch), BEFORE[kind]
+    needed = () if own is None else (Compute(own, stage, slot, microbatch),)
+    if (maker := input_stage(kind, stage, len(route))) is None:
+        return needed
+    place = maker, route[maker][1], microbatch
+    return *needed, Compute(kind, *place) if kind is Kind.FORWARD else schedule.backward(*place)
 
 
 def to_csv(schedule: Schedule) -> str:
@@ -266,14 +287,12 @@ def to_csv(schedule: Schedule) -> str:
     return "".join(",".join(map(str, row)) + "\n" for row in schedule.rows)
 
 
-def parse_csv(text: str, kind: str = "dualpipe", stages: Stages | None = None) -> Schedule:
+def parse_csv(text: str, kind: str, stages: Stages) -> Schedule:
     """Read what `to_csv` wrote. Raises ValueError, quoting the text, at the first thing that is not an action.
 
-    stages: where they live, if the kind leaves a choice and it is not the usual one.
     The number of microbatches is the highest number of each entrance, plus one; `check.py` finds out what is missing.
     """
     lines = text.removesuffix("\n").split("\n")
-    stages = stages or stages_of(kind, len(lines))
     if stages.positions != len(lines):
         raise ValueError(f"{len(lines)} lines for {stages.positions} positions")
     rows = tuple(

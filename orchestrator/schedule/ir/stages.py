@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 
+from orchestrator.refusal import ConfigError
+
 Place = tuple[int, int]
 """(position, slot)."""
 
@@ -20,18 +22,15 @@ PLACEMENTS = (BOTH, V, LOOP)
 FORWARD_ONLY = "forward_only"
 """The kind of schedule without backward passes."""
 SEARCHED = "searched"
-
-_OF_KIND = {
-    "dualpipe": BOTH, "dualpipev": V, "zbv": V, "1f1b": LOOP, "zb_h1": LOOP, "gpipe": LOOP,
-    "interleaved_1f1b": LOOP, "merged_interleaved_1f1b": LOOP,
-}
-_CHUNKS = {"dualpipe": 1, "dualpipev": 2, "zbv": 2, "1f1b": 1, "zb_h1": 1, "gpipe": 1}
-"""Of kinds that leave no choice."""
+"""The kind of schedule that a search finds."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """`chunks`: 1 with `both`, even with `v`, any positive number with `loop`. Raises ValueError: others."""
+    """`chunks`: 1 with `both`, even with `v`, any positive number with `loop`.
+
+    Raises ConfigError (a ValueError) with key `placement`, `positions` or `chunks`: others.
+    """
 
     placement: str
     positions: int
@@ -39,12 +38,12 @@ class Stages:
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement {self.placement!r}: one of {', '.join(PLACEMENTS)}")
+            raise ConfigError("placement", self.placement, f"one of {', '.join(PLACEMENTS)}")
         if self.positions < 1:
-            raise ValueError(f"positions = {self.positions}: at least 1")
+            raise ConfigError("positions", self.positions, "at least 1")
         if self.chunks < 1 or (self.placement == BOTH and self.chunks > 1) or (self.placement == V and self.chunks % 2):
             allowed = {BOTH: "1", V: "an even number", LOOP: "at least 1"}[self.placement]
-            raise ValueError(f"chunks = {self.chunks}: {allowed} with placement {self.placement}")
+            raise ConfigError("chunks", self.chunks, f"{allowed} with placement {self.placement}")
 
     @property
     def count(self) -> int:
@@ -77,6 +76,10 @@ class Stages:
         """Slot in which each path's microbatches are named and enter."""
         return tuple(path[0][1] for path in self.paths)
 
+    def shared_evenly(self, wanted: int) -> int:
+        """The smallest number of a step's microbatches that the entrances can share evenly and that is at least `wanted`."""
+        return max(1, -(-wanted // len(self.paths))) * len(self.paths)
+
     def route(self, slot: int) -> tuple[Place, ...] | None:
         """The path of the microbatches that are found in `slot`; None: there is no such slot."""
         if not 0 <= slot < self.slots:
@@ -105,27 +108,3 @@ class Stages:
 @cache
 def _stage_of(stages: Stages) -> dict[Place, int]:
     return {place: stage for path in stages.paths for stage, place in enumerate(path)}
-
-
-def stages_of(kind: str, positions: int, chunks: int | None = None, placement: str | None = None) -> Stages:
-    """Where a kind's stages live. `chunks`: of interleaved kinds (2 unless told); `placement`: of `searched` and
-    `forward_only`, which take any (`both` unless told).
-
-    Raises ValueError: unknown kind, or numbers that it does not take.
-    """
-    if kind in (FORWARD_ONLY, SEARCHED):
-        placement = placement or BOTH
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement {placement!r}: one of {', '.join(PLACEMENTS)}")
-        return Stages(placement, positions, {BOTH: 1, V: 2, LOOP: 1}[placement] if chunks is None else chunks)
-    if kind not in _OF_KIND:
-        raise ValueError(f"schedule kind {kind!r}: one of {', '.join([*_OF_KIND, SEARCHED, FORWARD_ONLY])}")
-    own = chunks_of(kind)
-    if own and chunks not in (None, own):
-        raise ValueError(f"chunks = {chunks}: {kind} takes {own}")
-    return Stages(_OF_KIND[kind], positions, own or (2 if chunks is None else chunks))
-
-
-def chunks_of(kind: str) -> int | None:
-    """The number of chunks of a kind that leaves no choice; None: any at least 1."""
-    return _CHUNKS.get(kind)

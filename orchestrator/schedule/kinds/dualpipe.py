@@ -7,32 +7,26 @@ Source: DeepSeek-V3 report, section 3.2.1; the order of steps and their counts a
 
 from __future__ import annotations
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Schedule
-from orchestrator.schedule.ir.stages import stages_of
-from orchestrator.schedule.kinds.sizes import Sizes
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row
+from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.writer import RowWriter
 
-KIND = "dualpipe"
-SIZES = Sizes(KIND, each=2, even=True)
 
-
-def dualpipe(positions: int, microbatches: int) -> Schedule:
-    """The schedule of a step of `microbatches`, both directions together.
+def dualpipe(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """The rows of a step of `microbatches`, both directions together.
 
     One position has one stage and one direction, any number of microbatches, and one extra microbatch in flight so that
     there are pairs. Else both numbers are even and there are at least two microbatches a position.
-    Raises ConfigError (a ValueError) with key `positions` or `microbatches`: other numbers.
     """
-    SIZES.check(positions, microbatches)
-    stages = stages_of(KIND, positions)
+    positions = stages.positions
     if positions == 1:
-        return Schedule(KIND, stages, microbatches, (_single_row(microbatches),))
+        return (_single_row(microbatches),)
     rows = []
     for position in range(positions):
         near = 0 if position < positions // 2 else 1    # the direction that enters at the nearer end
         depth = min(position, positions - 1 - position)
         rows.append(eight_steps(RowWriter(stages, position), positions // 2, depth, near, microbatches // 2))
-    return Schedule(KIND, stages, microbatches, tuple(rows))
+    return tuple(rows)
 
 
 def eight_steps(row: RowWriter, half: int, depth: int, near: int, each: int) -> Row:

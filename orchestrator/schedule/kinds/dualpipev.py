@@ -8,22 +8,13 @@ Source: the released `dualpipev.py`; Sea AI Lab, "DualPipe could be better witho
 
 from __future__ import annotations
 
-from orchestrator.schedule.ir.actions import Schedule
-from orchestrator.schedule.ir.stages import stages_of
+from orchestrator.schedule.ir.actions import Row
+from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.dualpipe import eight_steps
-from orchestrator.schedule.kinds.sizes import Sizes
 from orchestrator.schedule.kinds.writer import RowWriter
 
-KIND = "dualpipev"
-SIZES = Sizes(KIND, least=2, each=2)
 
-
-def dualpipev(positions: int, microbatches: int) -> Schedule:
-    """The schedule of a step of `microbatches`, at least two a position.
-
-    Raises ConfigError (a ValueError) with key `positions` or `microbatches`: other numbers.
-    """
-    SIZES.check(positions, microbatches)
-    stages = stages_of(KIND, positions)
-    rows = (eight_steps(RowWriter(stages, position), positions, position, 0, microbatches) for position in range(positions))
-    return Schedule(KIND, stages, microbatches, tuple(rows))
+def dualpipev(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """The rows of a step of `microbatches`, at least two a position."""
+    positions = stages.positions
+    return tuple(eight_steps(RowWriter(stages, position), positions, position, 0, microbatches) for position in range(positions))

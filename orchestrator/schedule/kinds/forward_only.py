@@ -22,18 +22,12 @@ from orchestrator.schedule.ir.stages import FORWARD_ONLY, LOOP, Stages
 from orchestrator.schedule.kinds.interleaved import groups
 
 
-def smallest_microbatches(stages: Stages, wanted: int) -> int:
-    """The smallest legal number that is at least `wanted`: as many for each entrance."""
-    entrances = len(stages.paths)
-    return max(1, -(-wanted // entrances)) * entrances
-
-
 def forward_only(stages: Stages, microbatches: int) -> Schedule:
     """The schedule of `microbatches` forward passes, all entrances together.
 
     Raises ConfigError (a ValueError) with key `microbatches`: not positive, or odd with two entrances.
     """
-    if smallest_microbatches(stages, microbatches) != microbatches:
+    if stages.shared_evenly(microbatches) != microbatches:
         wanted = "at least 1" if len(stages.paths) == 1 else "an even number, at least 2, with two entrances"
         raise ConfigError("microbatches", microbatches, f"{FORWARD_ONLY} takes {wanted}")
     rows: list[list[tuple[int, Compute]]] = [[] for _ in range(stages.positions)]

@@ -13,22 +13,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from orchestrator.refusal import ConfigError
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Schedule, Work
-from orchestrator.schedule.ir.stages import Stages, stages_of
-from orchestrator.schedule.kinds.sizes import Sizes
-
-INTERLEAVED, MERGED = Sizes("interleaved_1f1b"), Sizes("merged_interleaved_1f1b")
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Work
+from orchestrator.schedule.ir.stages import Stages
 
 
-def interleaved_1f1b(positions: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """The schedule with `chunks` stages a position. Raises ConfigError with key `positions`, `microbatches` or `chunks`."""
-    return _schedule(INTERLEAVED, positions, microbatches, chunks)
+def interleaved_1f1b(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """With any number of chunks."""
+    return tuple(_row(stages, position, microbatches, merged=False) for position in range(stages.positions))
 
 
-def merged_interleaved_1f1b(positions: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """As `interleaved_1f1b`, in pairs. Raises ConfigError with key `positions`, `microbatches` or `chunks`."""
-    return _schedule(MERGED, positions, microbatches, chunks)
+def merged_interleaved_1f1b(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """As `interleaved_1f1b`, in pairs."""
+    return tuple(_row(stages, position, microbatches, merged=True) for position in range(stages.positions))
 
 
 def groups(microbatches: int, positions: int) -> tuple[range, ...]:
@@ -41,15 +37,6 @@ def groups(microbatches: int, positions: int) -> tuple[range, ...]:
     least, larger = divmod(microbatches, count)
     starts = [least * index + min(index, larger) for index in range(count + 1)]
     return tuple(range(start, end) for start, end in pairwise(starts))
-
-
-def _schedule(sizes: Sizes, positions: int, microbatches: int, chunks: int) -> Schedule:
-    sizes.check(positions, microbatches)
-    if chunks < 1:
-        raise ConfigError("chunks", chunks, f"{sizes.kind} takes at least 1")
-    stages = stages_of(sizes.kind, positions, chunks)
-    rows = tuple(_row(stages, position, microbatches, merged=sizes is MERGED) for position in range(positions))
-    return Schedule(sizes.kind, stages, microbatches, rows)
 
 
 def _row(stages: Stages, position: int, microbatches: int, *, merged: bool) -> Row:

@@ -6,32 +6,22 @@ Sources: GPipe (arXiv 1811.06965); 1F1B: PipeDream-Flush (arXiv 2006.09503), sec
 
 from __future__ import annotations
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Row, Schedule
-from orchestrator.schedule.ir.stages import stages_of
-from orchestrator.schedule.kinds.sizes import Sizes
-
-GPIPE, ONE_F_ONE_B = Sizes("gpipe"), Sizes("1f1b")
+from orchestrator.schedule.ir.actions import Compute, Kind, Row
+from orchestrator.schedule.ir.stages import Stages
 
 
-def gpipe(positions: int, microbatches: int) -> Schedule:
-    """All forwards, then all backwards, in the same order. Raises ConfigError with key `positions` or `microbatches`."""
-    return _schedule(GPIPE, positions, microbatches, [microbatches] * positions)
+def gpipe(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """All forwards, then all backwards, in the same order."""
+    return tuple(_row(position, microbatches, microbatches) for position in range(stages.positions))
 
 
-def one_f_one_b(positions: int, microbatches: int) -> Schedule:
-    """P - r forwards on position r, then a backward and a forward in turn. Raises ConfigError with key `positions` or
-    `microbatches`."""
-    return _schedule(ONE_F_ONE_B, positions, microbatches, [positions - position for position in range(positions)])
-
-
-def _schedule(sizes: Sizes, positions: int, microbatches: int, ahead: list[int]) -> Schedule:
-    """ahead: forwards before the first backward, by position."""
-    sizes.check(positions, microbatches)
-    rows = tuple(_row(position, microbatches, ahead[position]) for position in range(positions))
-    return Schedule(sizes.kind, stages_of(sizes.kind, positions), microbatches, rows)
+def one_f_one_b(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """P - r forwards on position r, then a backward and a forward in turn."""
+    return tuple(_row(position, microbatches, stages.positions - position) for position in range(stages.positions))
 
 
 def _row(position: int, microbatches: int, ahead: int) -> Row:
+    """ahead: forwards before the first backward."""
     forwards = [Compute(Kind.FORWARD, position, 0, m) for m in range(microbatches)]
     row = forwards[:ahead]
     for microbatch in range(microbatches):

@@ -10,21 +10,17 @@ Memory" (arXiv 2405.15362).
 
 from __future__ import annotations
 
-from orchestrator.schedule.ir.actions import Row, Schedule
-from orchestrator.schedule.ir.stages import Stages, stages_of
-from orchestrator.schedule.kinds.sizes import Sizes
+from orchestrator.schedule.ir.actions import Row
+from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.writer import RowWriter
 
-ZB_H1, ZBV = Sizes("zb_h1"), Sizes("zbv")
 DOWN, UP = 0, 1
 """Slots: the legs of the V."""
 
 
-def zb_h1(positions: int, microbatches: int) -> Schedule:
-    """W of a microbatch comes r backwards late on position r. Raises ConfigError with key `positions` or `microbatches`."""
-    ZB_H1.check(positions, microbatches)
-    stages = stages_of("zb_h1", positions)
-    return Schedule("zb_h1", stages, microbatches, tuple(_h1_row(stages, r, microbatches) for r in range(positions)))
+def zb_h1(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """W of a microbatch comes r backwards late on position r."""
+    return tuple(_h1_row(stages, position, microbatches) for position in range(stages.positions))
 
 
 def _h1_row(stages: Stages, position: int, microbatches: int) -> Row:
@@ -43,16 +39,11 @@ def _h1_row(stages: Stages, position: int, microbatches: int) -> Row:
     return row.row
 
 
-def zbv(positions: int, microbatches: int) -> Schedule:
-    """The handcrafted order; it needs 2P - 1 microbatches, so with fewer, those that there are not are left out of it.
-
-    Raises ConfigError with key `positions` or `microbatches`.
-    """
-    ZBV.check(positions, microbatches)
-    stages = stages_of("zbv", positions)
+def zbv(stages: Stages, microbatches: int) -> tuple[Row, ...]:
+    """The handcrafted order; it needs 2P - 1 microbatches, so with fewer, those that there are not are left out of it."""
+    positions = stages.positions
     rows = (_v_row(stages, position, max(microbatches, 2 * positions - 1)) for position in range(positions))
-    present = (tuple(action for action in row if action.computes[0].microbatch < microbatches) for row in rows)
-    return Schedule("zbv", stages, microbatches, tuple(present))
+    return tuple(tuple(action for action in row if action.computes[0].microbatch < microbatches) for row in rows)
 
 
 def _v_row(stages: Stages, position: int, microbatches: int) -> Row:

@@ -1,4 +1,4 @@
 """Schedules and measured steps as SVG and as traces.
 
-May import: schedule.ir, schedule.timing.
+May import: schedule.ir, schedule.kinds, schedule.timing.
 """

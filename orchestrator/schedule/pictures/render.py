@@ -14,7 +14,7 @@ from html import escape
 from orchestrator.schedule.ir.actions import Schedule, Split
 from orchestrator.schedule.ir.check import peak_activations
 from orchestrator.schedule.ir.spans import Figures, Interval, Lane, Span, figures
-from orchestrator.schedule.ir.stages import SEARCHED
+from orchestrator.schedule.kinds.registry import has_chosen_placement
 from orchestrator.schedule.pictures import legend
 from orchestrator.schedule.pictures.bars import INK, Bar, Box, draw
 from orchestrator.schedule.pictures.geometry import BAR, MARGIN, RIGHT, Rows, Scale, px, rectangle, text_width
@@ -138,7 +138,7 @@ def _lanes(spans: Sequence[Span]) -> dict[str, tuple[Interval, ...]]:
 def _title(schedule: Schedule) -> str:
     ranks = f"{schedule.positions} rank{'s' * (schedule.positions > 1)}"
     chunks = f", {schedule.stages.chunks} chunks" if schedule.stages.chunks > 1 else ""
-    placed = f", placement {schedule.stages.placement}" if schedule.kind == SEARCHED else ""
+    placed = f", placement {schedule.stages.placement}" if has_chosen_placement(schedule.kind) else ""
     return f"{schedule.kind}: {ranks}{chunks}{placed}, {schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
 
 

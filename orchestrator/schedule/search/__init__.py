@@ -4,5 +4,6 @@ May import: schedule.ir, schedule.kinds, schedule.timing.
 """
 
 from orchestrator.schedule.search.portfolio import Found, Options, options_for, search, searched
+from orchestrator.schedule.search.problem import most_kept
 
-__all__ = ["Found", "Options", "options_for", "search", "searched"]
+__all__ = ["Found", "Options", "most_kept", "options_for", "search", "searched"]

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.schedule.search.problem import BEFORE, B, F, Move, Problem, Rows, W
+from orchestrator.schedule.search.problem import B, F, Move, Problem, Rows, W
 
 _NEVER, _TINY = float("inf"), 1e-9
 
@@ -66,20 +66,7 @@ class Board:
         """`Problem.allows`, by looking at what differs from the present row only: what comes before and after it is right."""
         old = self.rows[position]
         first, common = differing(old, row)
-        live, state = self._live[position][first], {}
-        for move in row[first:len(row) - common]:
-            released, reached = 0, []
-            for kind, slot, microbatch in move.parts:
-                key = (slot, microbatch)
-                if state.get(key, BEFORE[kind]) != BEFORE[kind]:
-                    return False
-                live += kind == F
-                released += kind in (B, W)
-                reached.append((key, kind))
-            if live > self._problem.limit:
-                return False
-            live -= released
-            state.update(reached)
+        live = self._problem.live_after(row[first:len(row) - common], self._live[position][first])
         return live == self._live[position][len(old) - common]
 
     def accept(self, trial: Trial) -> None:

@@ -163,13 +163,10 @@ class _Builder:
             if kind == I:
                 self._deferred[position].append((W, slot, microbatch))
             self._live[position][slot] += (kind == F) - (kind in (B, W))
-            stage, route = problem.stage_at[position][slot], problem.stages.route(slot)
-            if kind == F and stage + 1 == problem.count:
+            if (user := problem.user[position, kind, slot]) is not None:
+                self._pass_on(position, user, F if kind == F else I, microbatch, end)
+            elif kind == F:  # at the last stage, where the backward follows from it
                 self._arrive(position, (I, slot, microbatch), end)
-            elif kind == F:
-                self._pass_on(position, route[stage + 1], F, microbatch, end)
-            elif kind != W and stage:
-                self._pass_on(position, route[stage - 1], I, microbatch, end)
 
     def _pass_on(self, origin: int, place: tuple[int, int], kind: int, microbatch: int, end: float) -> None:
         target, slot = place

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Schedule
-from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V, stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
+from orchestrator.schedule.kinds.registry import KINDS, TABLE
 from orchestrator.schedule.search.anneal import Cooling, anneal, mirrored
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
@@ -115,9 +115,8 @@ def _search(problems: Sequence[Problem], effort: int) -> Found:
 
 
 def _refuse_microbatches(microbatches: int, stages: Stages) -> None:
-    entrances = len(stages.paths)
-    if microbatches < 1 or microbatches % entrances:
-        raise ConfigError("microbatches", microbatches, "at least 1" if entrances == 1 else
+    if stages.shared_evenly(microbatches) != microbatches:
+        raise ConfigError("microbatches", microbatches, "at least 1" if len(stages.paths) == 1 else
                           f"an even number, at least 2, with placement {stages.placement}")
 
 
@@ -147,14 +146,10 @@ def _finalists(starts: Sequence[_Start]) -> list[_Start]:
 
 
 def _published(problem: Problem) -> Iterator[_Start]:
-    stages = problem.stages
-    for kind in KINDS:
-        chunks = stages.chunks if "interleaved" in kind else None
+    for kind in (name for name in KINDS if TABLE[name].fits(problem.stages)):
         try:
-            if stages_of(kind, stages.positions, chunks) != stages:
-                continue
-            rows = problem.rows(generate(kind, stages.positions, problem.microbatches, chunks))
-        except (ConfigError, ValueError):
+            rows = problem.rows(TABLE[kind].schedule(problem.stages, problem.microbatches))
+        except ConfigError:  # it takes other numbers of microbatches
             continue
         if all(map(problem.allows, rows)):
             yield _Start(problem.makespan(rows), problem, rows, kind)

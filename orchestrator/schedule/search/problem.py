@@ -1,22 +1,26 @@
 """A search's problem in small integers: what actions there are, what they wait for, how long a set of rows takes.
 
-The same rules as `dependencies` and the same times as `simulate`, in a form that evaluates a schedule of a thousand actions
+The rules of `dependencies` (by the same tables) and the times of `simulate`, in a form that evaluates a schedule of a thousand actions
 in a tenth of a millisecond. Tests hold the two together.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Work
-from orchestrator.schedule.ir.stages import SEARCHED, Stages
+from orchestrator.schedule.ir import actions
+from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Work, input_stage, output_stage
+from orchestrator.schedule.ir.stages import SEARCHED, Place, Stages
 from orchestrator.schedule.timing.durations import Durations, at
 
 F, B, I, W = range(4)
 KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
+BEFORE = {number: _NUMBER.get(actions.BEFORE[kind]) for kind, number in _NUMBER.items()}
+"""What of the same microbatch comes directly before."""
+_NOTHING = dict.fromkeys(BEFORE)
 
 Part = tuple[int, int, int]
 """(F, B, I or W; slot; microbatch)."""
@@ -37,6 +41,12 @@ class Move:
 Rows = list[list[Move]]
 
 
+def most_kept(stages: Stages, microbatches: int, most_activations: float | None) -> int:
+    """Activations of one stage that a position may keep at once. None: what DualPipe keeps, positions + 1."""
+    most = stages.positions + 1 if most_activations is None else most_activations
+    return min(int(most * stages.chunks + 1e-9), microbatches // len(stages.paths) * stages.slots)
+
+
 class Problem:
     """Args:
         durations: by stage of `stages`.
@@ -50,6 +60,11 @@ class Problem:
         self.each = microbatches // len(stages.paths)  # microbatches of an entrance
         self.stage_at = [stages.hosted(position) for position in range(stages.positions)]
         self._entrance = {slot: entrance for entrance, path in enumerate(stages.paths) for _, slot in path}
+        self.user = {(position, kind, slot): self._find_user(position, kind, slot) for position in range(stages.positions)
+                     for kind in BEFORE for slot in range(stages.slots)}
+        """By position, F, B, I or W, and slot: where what such a part makes is taken in; None: nowhere."""
+        self._takes_in = {(position, kind, slot): input_stage(KINDS[kind], self.stage_at[position][slot], self.count) is not None
+                          for position, kind, slot in self.user}
         self.tensors = 2 * self.count * microbatches
         self.unit = self._forward_of_a_rank()
         self._moves: list[dict[tuple, Move]] = [{} for _ in range(stages.positions)]
@@ -58,7 +73,7 @@ class Problem:
     def within(self, most_activations: float) -> Problem:
         """The same problem, with the same moves, and another bound on activations."""
         other = copy.copy(self)
-        other.limit = min(int(most_activations * self.stages.chunks + 1e-9), self.each * self.slots)
+        other.limit = most_kept(self.stages, self.microbatches, most_activations)
         return other
 
     # --- actions -------------------------------------------------------------------------------------------------
@@ -80,18 +95,18 @@ class Problem:
         gradient = kind != F
         return (gradient * self.count + stage) * self.microbatches + self._entrance[slot] * self.each + microbatch
 
+    def _find_user(self, position: int, kind: int, slot: int) -> Place | None:
+        stage = output_stage(KINDS[kind], self.stage_at[position][slot], self.count)
+        return None if stage is None else self.stages.route(slot)[stage]
+
     def _make(self, position: int, parts: tuple[Part, ...], split: bool) -> Move:
         needs, makes = [], []
         for kind, slot, microbatch in parts:
-            stage, route = self.stage_at[position][slot], self.stages.route(slot)
-            step = 1 if kind == F else -1
-            if kind == W:
-                continue
-            if 0 <= stage - step < self.count:
-                needs.append(self.tensor(kind, stage, slot, microbatch))
-            if 0 <= stage + step < self.count:
-                way = self.durations.arrival(position, route[stage + step][0])
-                makes.append((self.tensor(kind, stage + step, slot, microbatch), way))
+            if self._takes_in[position, kind, slot]:
+                needs.append(self.tensor(kind, self.stage_at[position][slot], slot, microbatch))
+            if (user := self.user[position, kind, slot]) is not None:
+                way = self.durations.arrival(position, user[0])
+                makes.append((self.tensor(kind, self.stage_at[user[0]][user[1]], slot, microbatch), way))
         duration = self.durations.of(self.work(position, parts, split), position)
         return Move(parts, split, duration, tuple(needs), tuple(makes))
 
@@ -152,23 +167,25 @@ class Problem:
 
     def allows(self, row: Sequence[Move]) -> bool:
         """Whether each microbatch's F, I (or B) and W come in this order, and activations stay within the bound."""
-        live, state = 0, {}
-        for move in row:
+        return self.live_after(row, 0, _NOTHING) is not None
+
+    def live_after(self, moves: Sequence[Move], live: int, before: Mapping[int, int | None] = BEFORE) -> int | None:
+        """Activations kept after `moves`, with `live` of them before; None: these are not allowed.
+
+        before: what a microbatch of which the first of them is a part of each kind is taken to have had: by default what it must.
+        """
+        state: dict[tuple[int, int], int] = {}
+        for move in moves:
             released, reached = 0, []
             for kind, slot, microbatch in move.parts:
                 key = (slot, microbatch)
-                before = state.get(key)
-                if before != BEFORE[kind]:
-                    return False
+                if state.get(key, before[kind]) != BEFORE[kind]:
+                    return None
                 live += kind == F
                 released += kind in (B, W)
                 reached.append((key, kind))
             if live > self.limit:
-                return False
+                return None
             live -= released
             state.update(reached)
-        return True
-
-
-BEFORE = {F: None, B: F, I: F, W: I}
-"""What of the same microbatch comes directly before."""
+        return live

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from jobs.benches.chaos.raylets import NODES, Hosts, RayletCompany, cluster_of, finished, tokens
+from jobs.benches.chaos.raylet_commands import finished, tokens
+from jobs.benches.chaos.raylet_hosts import NODES, Hosts, cluster_of
+from jobs.benches.chaos.raylets import RayletCompany
 from tests.cluster import committed, eventually
 
 SECONDS = 180.0

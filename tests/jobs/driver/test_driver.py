@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from actors.state import checkpoint
-from jobs.benches.chaos.raylets import command_line, command_of, lines, tokens
+from jobs.benches.chaos.raylet_commands import command_line, command_of, lines, tokens
 from jobs.benches.shared.raylets import RayletCluster
 from tests.cluster import committed, eventually
 

@@ -111,7 +111,7 @@ def refused(*overrides: str) -> str:
     (["layout.pipeline=3"], "layout.pipeline = 3: dualpipe takes 1 or an even number"),
     (["layout.pipeline=6"], "layout.pipeline = 6: at most model.num_hidden_layers = 4"),
     (["layout.pipeline=3", "schedule.kind=searched", "schedule.placement=both"],
-     "layout.pipeline = 3: searched takes 1 or an even number with schedule.placement = both"),
+     "layout.pipeline = 3: searched takes 1 or an even number with placement both"),
     (["layout.pipeline=4", "schedule.kind=zbv"],
      "layout.pipeline = 4: at most 2: zbv has 2 stages on each position, model.num_hidden_layers = 4"),
     (["layout.pipeline=1", "schedule.kind=zbv", "model.num_hidden_layers=1"],

@@ -199,15 +199,6 @@ def test_where_stages_are(folding):
     assert set(layout.ends) == {position for position, stages in hosted.items() if stages & {0, folding.count - 1}}
 
 
-@pytest.mark.parametrize("folding, handovers", [
-    (Stages(BOTH, 2), [{}, {}]), (Stages(BOTH, 1), [{}]), (Stages(LOOP, 2, 2), [{}, {}]), (Stages(LOOP, 1, 3), [{1: 0, 2: 1}]),
-    (Stages(V, 2, 2), [{}, {1: 0}]), (Stages(V, 3, 2), [{}, {}, {1: 0}]), (Stages(V, 2, 4), [{2: 1}, {1: 0, 3: 2}]),
-    (Stages(V, 1, 2), [{1: 0}])])
-def test_where_a_slot_feeds_another_of_its_rank(folding, handovers):
-    layout = layout_of((folding.positions,) * 2, folding.positions, MODEL, folding)
-    assert [layout.handovers(position) for position in range(folding.positions)] == handovers
-
-
 @pytest.mark.parametrize("folding", [Stages(V, 4, 2), Stages(LOOP, 4)], ids=str)
 def test_without_mirrors_cells_and_experts_stay_in_order(folding):
     """A row whose first and last cell share a node: with mirrors it is put otherwise, without it need not."""

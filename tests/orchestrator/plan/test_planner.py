@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from orchestrator.config.run_config import parse
+from orchestrator.config.run_config import ConfigError, parse
 from orchestrator.plan import cost, planner
+from orchestrator.schedule.kinds.registry import TABLE
 from orchestrator.state.ownership import buckets
 from tests.orchestrator.layouts import DEEPSEEK_CONFIG, layout_of, small_model
 
@@ -44,17 +46,18 @@ def test_deepseeks_own():
 def test_describe_a_small_run():
     config, found = planned((2, 2), 2)
     lines = planner.describe(config, found)
-    assert lines[1:6] == [
+    assert lines[1:7] == [
         "layout       PP2 x EP2 x DP1: 4 ranks in 2 rows on 2 nodes, cells of 2 positions x 1 ranks",
         "step         32 sequences of 128 tokens; 4 microbatches of 4 on each of 2 streams, 0 of 8 empty",
         "schedule     dualpipe",
+        "programs     lowered and checked for 4 microbatches: complete, in order, free of deadlock",
         "node         n0: rank 0 (row 0, position 0), rank 1 (row 0, position 1)",
         "node         n1: rank 2 (row 1, position 0), rank 3 (row 1, position 1)"]
     amount = r"[\d.]+ ([KMG]i)?B"
     assert [bool(re.fullmatch(
         rf"memory       position {p} \(stages {p}, {1 - p}\): {amount} a rank = weights {amount} \+ gradients {amount} \+ "
-        rf"optimizer {amount} \+ activations {amount}, estimated", line)) for p, line in enumerate(lines[6:8])] == [True, True]
-    assert lines[8:] == ["state        every optimizer shard on 2 nodes"]
+        rf"optimizer {amount} \+ activations {amount}, estimated", line)) for p, line in enumerate(lines[7:9])] == [True, True]
+    assert lines[9:] == ["state        every optimizer shard on 2 nodes"]
     assert all(line.isprintable() for line in lines)
 
 
@@ -101,6 +104,41 @@ def test_other_kinds(pipeline, schedule, line, stages, peaks):
 def test_a_search_tells_which_placement_it_is_for():
     config, found = planned((1, 1), 2, {"kind": "searched"}, batch_sequences=8)
     assert "schedule     searched, placement both" in planner.describe(config, found)
+
+
+@pytest.mark.parametrize("kind, pipeline, chosen, kept", [
+    ("searched", 2, {}, [3, 3]),                            # as many as DualPipe, if the schedule may have any
+    ("searched", 2, {"most_activations": 5}, [5, 5]), ("searched", 2, {"most_activations": 50}, [6, 6]),
+    ("searched", 2, {"placement": "v", "most_activations": 2.5}, [5, 5]), ("1f1b", 3, {}, [3, 2, 1])])
+def test_what_was_not_checked_in_time_is_called_that_and_has_the_most_memory(kind, pipeline, chosen, kept):
+    config = parse({"model": MODEL.model_dump(), "layout": {"pipeline": pipeline}, "schedule": {"kind": kind, **chosen},
+                    "training": {"batch_sequences": 24}})
+    layout = layout_of((1,) * pipeline, pipeline, MODEL, config.stages)
+    found = planner.plan(config, layout, lambda prove: None)
+    assert not found.proven and found.microbatches == (6, 6)
+    assert ("programs     not checked for 6 microbatches, since the time for it ran out; activations are the most that this kind "
+            "of schedule may keep") in planner.describe(config, found)
+    ranks = cost.memory(config, layout, buckets(MODEL, layout, 1), kept)
+    assert [memory.activations for memory in found.memory] == [rank.activations for rank in ranks]
+
+
+def test_a_schedule_that_does_not_run_is_refused_by_its_kind(monkeypatch):
+    late = replace(TABLE["gpipe"], generator=lambda stages, microbatches: tuple(
+        row[::-1] for row in TABLE["1f1b"].generator(stages, microbatches)))
+    monkeypatch.setitem(TABLE, "gpipe", late)
+    with pytest.raises(ConfigError) as refusal:
+        planned((1, 1), 2, {"kind": "gpipe"}, batch_sequences=8)
+    assert str(refusal.value) == ("schedule.kind = gpipe: a kind whose schedule runs with 2 microbatches on 2 positions "
+                                  "(position 0, action 0: B0.1 needs F0.1 first)")
+
+
+def test_the_first_and_the_last_step_are_checked():
+    asked = []
+    config, found = planned((2, 2), 2, batch_sequences=64, batch_ramp={"start_sequences": 16, "steps": 10})
+    planner.plan(config, found.layout, lambda prove: asked.append(prove()) or asked[-1])
+    assert found.proven and asked == [(3, 3)] and found.microbatches == (4, 8)
+    assert "programs     lowered and checked for 4 and 8 microbatches: complete, in order, free of deadlock" in planner.describe(
+        config, found)
 
 
 def test_memory_is_of_the_fullest_rank():

@@ -163,7 +163,7 @@ def edited(text: str, path: str, value: object) -> str:
     ("layout.cells.1.0", ["n0", 1], "layout: two ranks have the same place on a node"),
     ("layout.cells", [], "layout: a row that has not 1 cells"),
     ("layout.folding.positions", 0, "layout: positions = 0: at least 1"),
-    ("layout.folding.placement", "round", "layout: placement 'round'"),
+    ("layout.folding.placement", "round", "layout: placement = round"),
     ("layout.folding", 7, "layout: "),
     ("layout", 7, "layout: "),
     ("schedule", None, "schedule: no schedule"),

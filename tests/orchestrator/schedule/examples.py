@@ -8,9 +8,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Split
-from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, Stages, V, chunks_of
+from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, Stages, V
 from orchestrator.schedule.kinds.forward_only import forward_only
-from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate, smallest_microbatches
 
 
 @st.composite
@@ -22,8 +22,8 @@ def schedules(draw, most_positions=5, most_microbatches=9):
         placement = draw(st.sampled_from((BOTH, V, LOOP)))
         stages = Stages(placement, positions, {BOTH: 1, V: 2 * draw(st.integers(1, 2)), LOOP: draw(st.integers(1, 3))}[placement])
         return forward_only(stages, wanted + (len(stages.paths) - wanted) % len(stages.paths))
-    positions += kind == "dualpipe" and positions > 1 and positions % 2
-    chunks = None if chunks_of(kind) else draw(st.integers(1, 3))
+    positions += not TABLE[kind].takes(positions)
+    chunks = None if TABLE[kind].chunks else draw(st.integers(1, 3))
     schedule = generate(kind, positions, smallest_microbatches(kind, positions, wanted, chunks), chunks)
     return schedule if draw(st.booleans()) else remade(schedule, random.Random(draw(st.integers(0, 1000))))
 

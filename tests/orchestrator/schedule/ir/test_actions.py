@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Transfer, dependencies, parse_csv, to_csv
-from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V, stages_of
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 
+TWO = Stages(BOTH, 2)
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
 
 SMALL = """\
@@ -16,7 +17,7 @@ F1.0,F0.0,F1.1,B0.0,F0.1|B1.0,B0.1,I1.1,W1.1
 
 
 def test_text_becomes_values_and_back():
-    schedule = parse_csv(SMALL)
+    schedule = parse_csv(SMALL, "dualpipe", TWO)
     assert (schedule.positions, schedule.microbatches, to_csv(schedule)) == (2, 4, SMALL)
     assert schedule.rows[0][0] == Compute(F, stage=0, slot=0, microbatch=0)
     assert schedule.rows[0][1] == Compute(F, stage=1, slot=1, microbatch=0)
@@ -33,13 +34,13 @@ def test_text_becomes_values_and_back():
 ])
 def test_pairs_of_all_kinds_and_splits_round_trip(word, value):
     text = f"{word}\nF0.1\n"
-    schedule = parse_csv(text)
+    schedule = parse_csv(text, "dualpipe", TWO)
     assert schedule.rows[0] == (value,)
     assert to_csv(schedule) == text
 
 
 def test_a_split_is_the_whole_action_to_others():
-    schedule = parse_csv(SMALL.replace("F0.1,", "F0.1/2,"))
+    schedule = parse_csv(SMALL.replace("F0.1,", "F0.1/2,"), "dualpipe", TWO)
     split, whole = schedule.rows[1][4].first, Compute(F, 1, 0, 1)
     assert split == whole
     assert schedule.rows[0][2].computes == (Compute(F, 0, 0, 1),)
@@ -55,7 +56,7 @@ def test_a_split_is_the_whole_action_to_others():
 ])
 def test_what_is_no_action_is_refused_and_quoted(word, quoted):
     with pytest.raises(ValueError, match="position 0") as refusal:
-        parse_csv(SMALL.replace("F0.1,", word + ",", 1))
+        parse_csv(SMALL.replace("F0.1,", word + ",", 1), "dualpipe", TWO)
     assert repr(quoted) in str(refusal.value)
 
 
@@ -83,11 +84,6 @@ def test_entries():
     assert list(Schedule("searched", Stages(V, 2, 2), 3, ()).entries()) == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_unknown_kind():
-    with pytest.raises(ValueError, match="'zigzag': one of dualpipe, dualpipev"):
-        parse_csv(SMALL, "zigzag")
-
-
 def test_lines_are_positions():
     with pytest.raises(ValueError, match="2 lines for 3 positions"):
         parse_csv(SMALL, "searched", Stages(BOTH, 3))
@@ -95,7 +91,7 @@ def test_lines_are_positions():
 
 def test_chunks_are_told_to_the_parser():
     text = "F0.0,F1.0,F2.0,B2.0,B1.0,B0.0\n"
-    schedule = parse_csv(text, "interleaved_1f1b", stages_of("interleaved_1f1b", 1, 3))
+    schedule = parse_csv(text, "interleaved_1f1b", Stages(LOOP, 1, 3))
     assert (schedule.slots, schedule.microbatches, to_csv(schedule)) == (3, 1, text)
 
 
@@ -109,7 +105,7 @@ def test_dependencies_from_slot_to_slot():
 
 
 def test_dependencies():
-    schedule = parse_csv(SMALL)
+    schedule = parse_csv(SMALL, "dualpipe", TWO)
     assert dependencies(Compute(F, 0, 0, 1), schedule) == ()
     assert dependencies(Compute(F, 1, 1, 0), schedule) == (Compute(F, 0, 1, 0),)
     assert dependencies(Compute(B, 1, 0, 0), schedule) == (Compute(F, 1, 0, 0),)

@@ -15,10 +15,9 @@ from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Program, Reduc
 from orchestrator.schedule.ir.check import ScheduleError, check, peak_activations, relative_activations
 from orchestrator.schedule.ir.graph import compiled
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages, stages_of
-from orchestrator.schedule.kinds.dualpipe import dualpipe
+from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages
 from orchestrator.schedule.kinds.forward_only import forward_only
-from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches, stages_of
 from orchestrator.schedule.timing.simulate import simulate
 from tests.orchestrator.schedule.examples import attempt, schedules
 from tests.reference.programs import works
@@ -111,7 +110,7 @@ def test_every_mutated_program_is_refused_or_works(schedule, lookahead, seed):
 
 
 @pytest.mark.parametrize("schedule", [
-    dualpipe(2, 4), dualpipe(4, 8), *(generate(kind, 3, 6) for kind in KINDS if kind != "dualpipe"),
+    generate("dualpipe", 2, 4), generate("dualpipe", 4, 8), *(generate(kind, 3, 6) for kind in KINDS if kind != "dualpipe"),
     parse_csv("F0.0,F0.1|I0.0,W0.0,I0.1/2,W0.1\n", SEARCHED, Stages(LOOP, 1)),
 ], ids=lambda schedule: f"{schedule.kind}-{schedule.positions}")
 def test_all_mutations_of_small_programs(schedule):
@@ -166,7 +165,7 @@ def test_three_actions_ahead_no_kind_needs_links_that_hold_anything(kind):
 
 
 def test_blocking_sends_deadlock_where_both_send_first():
-    schedule = parse_csv("F0.0,F1.0\nF1.0,F0.0\n", FORWARD_ONLY)
+    schedule = parse_csv("F0.0,F1.0\nF1.0,F0.0\n", FORWARD_ONLY, Stages(BOTH, 2))
     programs = lower(schedule, lookahead=0)
     check(schedule, programs, unreceived_sends=1)
     with pytest.raises(ScheduleError) as refusal:
@@ -212,7 +211,7 @@ def test_a_deadlock_of_many_names_some_and_shows_all():
 
 
 def test_deadlock_shows_who_waits_and_the_grid():
-    schedule = parse_csv("F1.0,F0.0\nF0.0,F1.0\n", FORWARD_ONLY)
+    schedule = parse_csv("F1.0,F0.0\nF0.0,F1.0\n", FORWARD_ONLY, Stages(BOTH, 2))
     with pytest.raises(ScheduleError) as refusal:
         check(schedule, lower(schedule))
     first, *grid = str(refusal.value).splitlines()
@@ -235,7 +234,8 @@ def test_deadlock_shows_who_waits_and_the_grid():
     ("F0.0,F1.0,B1.0|B0.0\n", "dualpipev", 1, "position 0, action 2: B1.0|B0.0 needs the other one of the pair first"),
 ])
 def test_wrong_rows(text, kind, positions, message):
-    schedule = parse_csv(text, kind)
+    stages = Stages(BOTH, positions) if kind == FORWARD_ONLY else stages_of(kind, positions)
+    schedule = parse_csv(text, kind, stages)
     with pytest.raises(ScheduleError) as refusal:
         check(schedule, lower(schedule))
     first, *grid = str(refusal.value).splitlines()
@@ -267,7 +267,7 @@ def test_wrong_numbers(rows, microbatches, message):
     ((0, 1), False, "position 0: the program must have one reduction, at its end"),
 ])
 def test_wrong_programs(numbers, reduced, message):
-    schedule = dualpipe(2, 4)
+    schedule = generate("dualpipe", 2, 4)
     programs = [lower(schedule)[number] for number in numbers]
     if not reduced:
         programs = [replace(program, actions=program.actions[:-1]) for program in programs]
@@ -296,7 +296,7 @@ def test_programs_are_a_function_of_the_schedule(schedule):
 
 
 def test_activations_within_a_bound():
-    schedule = dualpipe(4, 8)
+    schedule = generate("dualpipe", 4, 8)
     assert check(schedule, lower(schedule), most_activations=5) == (5, 5, 5, 5) == peak_activations(schedule)
     with pytest.raises(ScheduleError, match=r"position 0: 5 microbatches in flight at once, at most 4 allowed\n"):
         check(schedule, lower(schedule), most_activations=4)
@@ -336,7 +336,7 @@ def test_memory_of_kinds_on_four_ranks_in_microbatches_on_all_layers(kind, relat
 
 @pytest.mark.parametrize("positions", [2, 4, 6, 8])
 def test_four_outstanding_receives_are_enough(positions):
-    schedule = dualpipe(positions, 2 * positions + 2)
+    schedule = generate("dualpipe", positions, 2 * positions + 2)
     check(schedule, lower(schedule), outstanding_receives=4)
     with pytest.raises(ScheduleError, match="deadlock: .*RECEIVE"):
         check(schedule, lower(schedule), outstanding_receives=1)

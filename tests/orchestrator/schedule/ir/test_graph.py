@@ -9,8 +9,8 @@ from orchestrator.schedule.ir.actions import Kind, Payload, dependencies, parse_
 from orchestrator.schedule.ir.check import ScheduleError
 from orchestrator.schedule.ir.graph import compiled
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.stages import SEARCHED, Stages, V
-from orchestrator.schedule.kinds.dualpipe import dualpipe
+from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages, V
+from orchestrator.schedule.kinds.registry import generate
 from tests.orchestrator.schedule.examples import schedules
 from tests.reference.programs import works
 
@@ -77,19 +77,20 @@ def test_crossings_go_from_position_to_position(schedule):
 
 def test_what_a_pair_makes_leaves_in_its_order():
     """The user of the second one's tensor comes first in the numbers of actions."""
-    schedule = parse_csv("F0.0,F1.0,F0.1,B1.0,F1.1|B0.0,B1.1,I0.1,W0.1\nF1.0,F0.0,F1.1,B0.0,F0.1|B1.0,B0.1,I1.1,W1.1\n")
+    schedule = parse_csv("F0.0,F1.0,F0.1,B1.0,F1.1|B0.0,B1.1,I0.1,W0.1\nF1.0,F0.0,F1.1,B0.0,F0.1|B1.0,B0.1,I1.1,W1.1\n",
+                         "dualpipe", Stages(BOTH, 2))
     made = [str(crossing.send) for crossing in compiled(schedule).crossings if crossing.receive.peer == 1]
     assert made == [f"SEND {tensor} to 0" for tensor in (
         "activation 1.0", "activation 1.1", "gradient 0.0", "gradient 0.1")]
-    pairs = parse_csv("F0.0,F0.1|F1.0\nF0.0,F1.0|F0.1\n", "forward_only")
+    pairs = parse_csv("F0.0,F0.1|F1.0\nF0.0,F1.0|F0.1\n", "forward_only", Stages(BOTH, 2))
     assert [str(c.send) for c in compiled(pairs).crossings] == ["SEND activation 0.0 to 1", "SEND activation 0.1 to 1",
                                                                 "SEND activation 1.0 to 0"]
 
 
 def test_one_schedule_is_compiled_once():
-    schedule = dualpipe(4, 8)
+    schedule = generate("dualpipe", 4, 8)
     graph = compiled(schedule)
-    assert compiled(schedule) is compiled(dualpipe(4, 8)) is compiled(graph) is graph
+    assert compiled(schedule) is compiled(generate("dualpipe", 4, 8)) is compiled(graph) is graph
 
 
 def test_no_order():

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from orchestrator.schedule.ir.actions import Kind, Payload, Reduce, Transfer, parse_csv
 from orchestrator.schedule.ir.check import ScheduleError, check
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.stages import LOOP, Stages, V, chunks_of
-from orchestrator.schedule.kinds.dualpipe import dualpipe
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 from orchestrator.schedule.kinds.forward_only import forward_only
-from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate, smallest_microbatches
 
 SIZES = [(2, 4), (2, 10), (4, 8), (6, 12), (8, 20)]
 
@@ -25,7 +24,7 @@ def of(program, kind):
 
 
 def test_a_small_program_word_for_word():
-    assert list(map(str, lower(dualpipe(2, 4), lookahead=2)[0].actions)) == [
+    assert list(map(str, lower(generate("dualpipe", 2, 4), lookahead=2)[0].actions)) == [
         "RECEIVE activation 1.0 from 1",
         "F0.0", "SEND activation 0.0 to 1",
         "F1.0",
@@ -43,7 +42,7 @@ def test_a_small_program_word_for_word():
 @pytest.mark.parametrize("positions, microbatches", SIZES)
 def test_what_crosses(positions, microbatches):
     """Each microbatch crosses each boundary between stages once down and once up, between neighbours."""
-    for program in lower(dualpipe(positions, microbatches)):
+    for program in lower(generate("dualpipe", positions, microbatches)):
         at = program.position
         expected = [
             (payload, peer, slot, microbatch)
@@ -60,7 +59,7 @@ def test_what_crosses(positions, microbatches):
 @pytest.mark.parametrize("positions, microbatches", SIZES)
 def test_sends_and_receives_are_in_one_order_with_distinct_small_tags(positions, microbatches, lookahead):
     ends = defaultdict(lambda: ([], []))
-    for program in lower(dualpipe(positions, microbatches), lookahead):
+    for program in lower(generate("dualpipe", positions, microbatches), lookahead):
         for action in program.actions:
             if isinstance(action, Transfer):
                 sender, receiver = (program.position, action.peer)[:: 1 if action.kind is Kind.SEND else -1]
@@ -74,7 +73,7 @@ def test_sends_and_receives_are_in_one_order_with_distinct_small_tags(positions,
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 5])
 def test_receives_are_posted_ahead(lookahead):
-    for program in lower(dualpipe(8, 20), lookahead):
+    for program in lower(generate("dualpipe", 8, 20), lookahead):
         actions = program.actions
         computes = [index for index, action in enumerate(actions) if hasattr(action, "computes")]
         users = {(compute.kind is Kind.FORWARD, compute.slot, compute.microbatch): number for number, index in enumerate(computes)
@@ -86,27 +85,27 @@ def test_receives_are_posted_ahead(lookahead):
 
 
 def test_gradients_are_reduced_at_the_end():
-    for program in lower(dualpipe(4, 8)):
+    for program in lower(generate("dualpipe", 4, 8)):
         assert program.actions[-1] == Reduce() and len(of(program, Kind.REDUCE)) == 1
 
 
 def test_one_position_transfers_nothing():
-    assert list(map(str, lower(dualpipe(1, 2))[0].actions)) == ["F0.0", "F0.1|B0.0", "B0.1", "REDUCE"]
+    assert list(map(str, lower(generate("dualpipe", 1, 2))[0].actions)) == ["F0.0", "F0.1|B0.0", "B0.1", "REDUCE"]
 
 
 def test_refused():
     with pytest.raises(ValueError, match="lookahead = -1: at least 0"):
-        lower(dualpipe(2, 4), -1)
+        lower(generate("dualpipe", 2, 4), -1)
     with pytest.raises(ScheduleError, match=r"position 0, action 0: F1.0 needs F1.0 of stage 0, which no position runs"):
-        lower(parse_csv("F1.0\nF0.0\n"))
+        lower(parse_csv("F1.0\nF0.0\n", "dualpipe", Stages(BOTH, 2)))
 
 
 @settings(max_examples=100, deadline=None)
 @given(kind=st.sampled_from(KINDS), positions=st.sampled_from((1, 2, 3, 4, 6)), wanted=st.integers(1, 12),
        chunks=st.integers(1, 3), lookahead=st.integers(0, 4))
 def test_any_kind_crosses_once_between_stages_on_different_positions(kind, positions, wanted, chunks, lookahead):
-    positions += kind == "dualpipe" and positions > 1 and positions % 2
-    chunks = None if chunks_of(kind) else chunks
+    positions += not TABLE[kind].takes(positions)
+    chunks = None if TABLE[kind].chunks else chunks
     schedule = generate(kind, positions, smallest_microbatches(kind, positions, wanted, chunks), chunks)
     each = schedule.microbatches // len(schedule.stages.paths)
     expected = []

@@ -13,6 +13,7 @@ from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.orders import check_orders, forms, strands_of, with_orders
 from orchestrator.schedule.ir.pieces import timed
 from orchestrator.schedule.ir.spans import Lane
+from orchestrator.schedule.ir.stages import LOOP, Stages
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
@@ -51,7 +52,7 @@ def test_the_order_takes_as_long_as_the_simulator_says():
 
 
 def test_a_microbatch_of_which_anything_is_split_is_in_two_parts():
-    schedule = parse_csv("F0.0/2,F0.1,I0.0,F0.2|W0.0,B0.1/2,B0.2\n", "1f1b")
+    schedule = parse_csv("F0.0/2,F0.1,I0.0,F0.2|W0.0,B0.1/2,B0.2\n", "1f1b", Stages(LOOP, 1))
     assert [form for _, form in forms(schedule.rows[0])] == [
         ((F, 0, 2),), ((F, 0, 2),), ((I, 0, 2),), ((F, 0, 1), (W, 0, 2)), ((B, 0, 2),), ((B, 0, 1),)]
     programs, stages, hosted = ordered(schedule)
@@ -65,7 +66,7 @@ def test_halves_are_half_as_long_and_alternate():
     stage = COSTS.strands(0)
     whole, (one, other) = stage.strands(F, 1), stage.strands(F, 2)
     assert one == other and sum(piece.duration for piece in one.pieces) * 2 == sum(piece.duration for piece in whole[0].pieces)
-    order = dict(ordered(parse_csv("F0.0/2,B0.0\n", "1f1b"))[0][0].orders)[(F, 0, 2),]
+    order = dict(ordered(parse_csv("F0.0/2,B0.0\n", "1f1b", Stages(LOOP, 1)))[0][0].orders)[(F, 0, 2),]
     lanes = [stage.forward[order[:place].count(mark)].lane for place, mark in enumerate(order)]
     first = lanes.index(Lane.EXCHANGE)
     assert order[first] == 0 and order[first + 1] == 1                          # one's dispatch runs under the other's attention

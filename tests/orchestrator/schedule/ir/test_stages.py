@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, SEARCHED, Stages, V, chunks_of, stages_of
+from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 
 EVERY = st.one_of(
     st.builds(Stages, st.just(BOTH), st.integers(1, 9)),
@@ -60,32 +60,27 @@ def test_what_is_not_there():
     assert Stages(LOOP, 2).stage_at(0, 1) is None
 
 
-@pytest.mark.parametrize("kind, chunks, stages", [
-    ("dualpipe", None, Stages(BOTH, 4)), ("dualpipev", 2, Stages(V, 4, 2)), ("zbv", None, Stages(V, 4, 2)),
-    ("zb_h1", 1, Stages(LOOP, 4)), ("1f1b", None, Stages(LOOP, 4)), ("gpipe", None, Stages(LOOP, 4)),
-    ("interleaved_1f1b", None, Stages(LOOP, 4, 2)), ("merged_interleaved_1f1b", 3, Stages(LOOP, 4, 3)),
-    (SEARCHED, None, Stages(BOTH, 4)), (FORWARD_ONLY, None, Stages(BOTH, 4)),
+@pytest.mark.parametrize("stages, handovers", [
+    (Stages(BOTH, 2), [{}, {}]), (Stages(BOTH, 1), [{}]), (Stages(LOOP, 2, 2), [{}, {}]), (Stages(LOOP, 1, 3), [{1: 0, 2: 1}]),
+    (Stages(V, 2, 2), [{}, {1: 0}]), (Stages(V, 3, 2), [{}, {}, {1: 0}]), (Stages(V, 2, 4), [{2: 1}, {1: 0, 3: 2}]),
+    (Stages(V, 1, 2), [{1: 0}])])
+def test_where_a_slot_feeds_another_of_its_position(stages, handovers):
+    assert [stages.handovers(position) for position in range(stages.positions)] == handovers
+
+
+@pytest.mark.parametrize("stages, smallest", [
+    (Stages(BOTH, 4), [2, 2, 2, 4, 4]), (Stages(BOTH, 1), [1, 1, 2, 3, 4]), (Stages(V, 4, 2), [1, 1, 2, 3, 4]),
 ])
-def test_stages_of_a_kind(kind, chunks, stages):
-    assert stages_of(kind, 4, chunks) == stages
-    assert chunks_of(kind) in (None, stages.chunks)
-
-
-def test_placement_is_free_where_the_kind_is_no_shape():
-    assert stages_of(SEARCHED, 4, placement=V) == Stages(V, 4, 2)
-    assert stages_of(FORWARD_ONLY, 4, 3, LOOP) == Stages(LOOP, 4, 3)
+def test_microbatches_that_the_entrances_share(stages, smallest):
+    assert [stages.shared_evenly(wanted) for wanted in range(5)] == smallest
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Stages("ring", 2), "placement 'ring': one of both, v, loop"),
+    (lambda: Stages("ring", 2), "placement = ring: one of both, v, loop"),
     (lambda: Stages(LOOP, 0), "positions = 0: at least 1"),
     (lambda: Stages(LOOP, 2, 0), "chunks = 0: at least 1 with placement loop"),
     (lambda: Stages(V, 2, 3), "chunks = 3: an even number with placement v"),
     (lambda: Stages(BOTH, 2, 2), "chunks = 2: 1 with placement both"),
-    (lambda: stages_of("zigzag", 2), "schedule kind 'zigzag': one of dualpipe, dualpipev, "),
-    (lambda: stages_of("zbv", 2, 4), "chunks = 4: zbv takes 2"),
-    (lambda: stages_of("interleaved_1f1b", 2, 0), "chunks = 0: at least 1 with placement loop"),
-    (lambda: stages_of(SEARCHED, 2, placement="ring"), "placement 'ring': one of both, v, loop"),
 ])
 def test_refused(make, message):
     with pytest.raises(ValueError) as refusal:

@@ -13,7 +13,7 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Kind, Pair, parse_csv, to_csv
 from orchestrator.schedule.ir.check import check, peak_activations
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.kinds.dualpipe import dualpipe
+from orchestrator.schedule.kinds.registry import generate
 
 GOLDEN = {
     (2, 4): """\
@@ -51,7 +51,7 @@ def test_rows_are_those_of_the_released_code(positions, microbatches):
     golden = GOLDEN[positions, microbatches].splitlines()
     if len(golden) < positions:
         golden += [mirrored(line) for line in reversed(golden)]
-    assert to_csv(dualpipe(positions, microbatches)).splitlines() == golden
+    assert to_csv(generate("dualpipe", positions, microbatches)).splitlines() == golden
 
 
 @settings(max_examples=15, deadline=None)
@@ -59,7 +59,7 @@ def test_rows_are_those_of_the_released_code(positions, microbatches):
 def test_counts_in_closed_form(sizes):
     positions, microbatches = sizes
     half, each = positions // 2, microbatches // 2
-    for position, row in enumerate(dualpipe(positions, microbatches).rows):
+    for position, row in enumerate(generate("dualpipe", positions, microbatches).rows):
         h = min(position, positions - 1 - position)
         kinds = Counter(action.kind for action in row)
         pairs = 2 * (each - positions + h + 1) + (half - h - 1) - (h == half - 1)
@@ -72,9 +72,9 @@ def test_counts_in_closed_form(sizes):
 @settings(max_examples=15, deadline=None)
 @given(SIZES)
 def test_invariants_at_any_size(sizes):
-    schedule = dualpipe(*sizes)
+    schedule = generate("dualpipe", *sizes)
     assert check(schedule, lower(schedule)) == (sizes[0] + 1,) * sizes[0]
-    assert parse_csv(to_csv(schedule)) == schedule
+    assert parse_csv(to_csv(schedule), schedule.kind, schedule.stages) == schedule
     lines = to_csv(schedule).splitlines()
     assert lines[::-1] == [mirrored(line) for line in lines]
     for row in schedule.rows:
@@ -88,7 +88,7 @@ def test_invariants_at_any_size(sizes):
     (3, "F0.0,F0.1|B0.0,F0.2|B0.1,B0.2"),
 ])
 def test_one_position(microbatches, line):
-    schedule = dualpipe(1, microbatches)
+    schedule = generate("dualpipe", 1, microbatches)
     assert to_csv(schedule) == line + "\n"
     assert check(schedule, lower(schedule)) == (min(microbatches, 2),) == peak_activations(schedule)
 
@@ -103,5 +103,5 @@ def test_one_position(microbatches, line):
 ])
 def test_refused_in_one_line(positions, microbatches, message):
     with pytest.raises(ConfigError) as refusal:
-        dualpipe(positions, microbatches)
+        generate("dualpipe", positions, microbatches)
     assert str(refusal.value) == message

@@ -10,8 +10,7 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.kinds.dualpipe import dualpipe
-from orchestrator.schedule.kinds.dualpipev import dualpipev
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import Durations
 from orchestrator.schedule.timing.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
@@ -23,15 +22,15 @@ SIZES = st.builds(lambda positions, more: (positions, 2 * positions + more), st.
 @given(SIZES)
 def test_rows_are_the_first_half_of_dualpipe(sizes):
     positions, microbatches = sizes
-    schedule = dualpipev(positions, microbatches)
-    assert to_csv(schedule).splitlines() == to_csv(dualpipe(2 * positions, 2 * microbatches)).splitlines()[:positions]
+    schedule = generate("dualpipev", positions, microbatches)
+    assert to_csv(schedule).splitlines() == to_csv(generate("dualpipe", 2 * positions, 2 * microbatches)).splitlines()[:positions]
     assert check(schedule, lower(schedule)) == (2 * positions + 1,) * positions
 
 
 @settings(max_examples=30, deadline=None)
 @given(SIZES)
 def test_rows_are_torchs(sizes):
-    schedule = dualpipev(*sizes)
+    schedule = generate("dualpipev", *sizes)
     assert to_csv(schedule).splitlines() == torch_rows("ScheduleDualPipeV", schedule.stages, sizes[1])
 
 
@@ -43,7 +42,7 @@ def test_bubble_of_the_last_position_is_the_published_formula(sizes, forward, we
     backward = forward + weights
     pair = forward + backward - min(hidden, weights)
     durations = Durations(forward, forward, weights, pair=pair)
-    schedule = dualpipev(*sizes)
+    schedule = generate("dualpipev", *sizes)
     makespan = simulate(schedule, durations).makespan
     bubbles = [makespan - sum(map(durations.of, row)) for row in schedule.rows]
     assert bubbles[-1] == max(bubbles) == (sizes[0] - 1) * (pair + backward - 3 * weights)
@@ -56,5 +55,5 @@ def test_bubble_of_the_last_position_is_the_published_formula(sizes, forward, we
 ])
 def test_refused_in_one_line(positions, microbatches, message):
     with pytest.raises(ConfigError) as refusal:
-        dualpipev(positions, microbatches)
+        generate("dualpipev", positions, microbatches)
     assert str(refusal.value) == message

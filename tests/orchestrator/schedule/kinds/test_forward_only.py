@@ -11,7 +11,7 @@ from orchestrator.schedule.ir.actions import Kind, Reduce, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
-from orchestrator.schedule.kinds.forward_only import forward_only, smallest_microbatches
+from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.timing.durations import UNIT
 from orchestrator.schedule.timing.simulate import simulate
 
@@ -44,7 +44,7 @@ def shortest(stages: Stages, microbatches: int) -> int:
 @settings(max_examples=80, deadline=None)
 @given(EVERY, st.integers(1, 20))
 def test_right_and_shortest(stages, wanted):
-    microbatches = smallest_microbatches(stages, wanted)
+    microbatches = stages.shared_evenly(wanted)
     schedule = forward_only(stages, microbatches)
     programs = lower(schedule)
     assert check(schedule, programs, most_activations=1) == (1,) * stages.positions
@@ -75,10 +75,3 @@ def test_refused_in_one_line(stages, microbatches, message):
     with pytest.raises(ConfigError) as refusal:
         forward_only(stages, microbatches)
     assert str(refusal.value) == message
-
-
-@pytest.mark.parametrize("stages, smallest", [
-    (Stages(BOTH, 4), [2, 2, 2, 4, 4]), (Stages(BOTH, 1), [1, 1, 2, 3, 4]), (Stages(V, 4, 2), [1, 1, 2, 3, 4]),
-])
-def test_smallest_number_of_microbatches(stages, smallest):
-    assert [smallest_microbatches(stages, wanted) for wanted in range(5)] == smallest

@@ -10,7 +10,8 @@ from orchestrator.refusal import ConfigError
 from orchestrator.schedule.ir.actions import Kind, Pair, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.kinds.interleaved import groups, interleaved_1f1b, merged_interleaved_1f1b
+from orchestrator.schedule.kinds.interleaved import groups
+from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import Durations
 from orchestrator.schedule.timing.simulate import simulate
 from tests.reference.torch_schedules import torch_rows
@@ -41,7 +42,7 @@ def megatron_rows(positions: int, rounds: int, chunks: int, *, merged: bool) -> 
 @settings(max_examples=40, deadline=None)
 @given(positions=POSITIONS, rounds=st.integers(1, 4), chunks=CHUNKS, merged=st.booleans())
 def test_rows_are_megatrons(positions, rounds, chunks, merged):
-    schedule = (merged_interleaved_1f1b if merged else interleaved_1f1b)(positions, rounds * positions, chunks)
+    schedule = generate("merged_interleaved_1f1b" if merged else "interleaved_1f1b", positions, rounds * positions, chunks)
     assert to_csv(schedule).splitlines() == megatron_rows(positions, rounds, chunks, merged=merged)
 
 
@@ -49,7 +50,7 @@ def test_rows_are_megatrons(positions, rounds, chunks, merged):
 @given(positions=POSITIONS, microbatches=MICROBATCHES, chunks=CHUNKS)
 def test_rows_are_torchs_where_groups_are_equal(positions, microbatches, chunks):
     """torch refuses numbers of microbatches that do not fall into equal groups."""
-    schedule = interleaved_1f1b(positions, microbatches, chunks)
+    schedule = generate("interleaved_1f1b", positions, microbatches, chunks)
     if len({len(group) for group in groups(microbatches, positions)}) > 1:
         with pytest.raises(ValueError, match="multiple of the number of rounds"):
             torch_rows("ScheduleInterleaved1F1B", schedule.stages, microbatches)
@@ -62,7 +63,7 @@ def test_rows_are_torchs_where_groups_are_equal(positions, microbatches, chunks)
        forward=st.integers(1, 9), inputs=st.integers(1, 9), weights=st.integers(0, 9))
 def test_makespan(positions, microbatches, chunks, merged, forward, inputs, weights):
     """Bubble (P - 1)(F + B) of one chunk for any M >= P, divisible by P or not; also merged, if a pair hides nothing."""
-    schedule = (merged_interleaved_1f1b if merged else interleaved_1f1b)(positions, microbatches, chunks)
+    schedule = generate("merged_interleaved_1f1b" if merged else "interleaved_1f1b", positions, microbatches, chunks)
     check(schedule, lower(schedule))
     each = forward + inputs + weights
     wanted = chunks * max(positions, microbatches) + min(positions, microbatches) - 1
@@ -73,7 +74,7 @@ def test_makespan(positions, microbatches, chunks, merged, forward, inputs, weig
 @given(positions=POSITIONS, rounds=st.integers(1, 4), chunks=CHUNKS, merged=st.booleans())
 def test_peak(positions, rounds, chunks, merged):
     """The forwards before the alternation, and the one that comes first in it (merged: the one paired with a backward)."""
-    schedule = (merged_interleaved_1f1b if merged else interleaved_1f1b)(positions, rounds * positions, chunks)
+    schedule = generate("merged_interleaved_1f1b" if merged else "interleaved_1f1b", positions, rounds * positions, chunks)
     most = chunks * rounds * positions
     expected = [(chunks - 1) * positions + 2 * (positions - 1 - r) + 1 + merged for r in range(positions)]
     assert check(schedule, lower(schedule)) == tuple(min(most, peak) for peak in expected)
@@ -82,7 +83,7 @@ def test_peak(positions, rounds, chunks, merged):
 @settings(max_examples=40, deadline=None)
 @given(positions=POSITIONS, microbatches=MICROBATCHES, chunks=CHUNKS)
 def test_every_merged_pair_is_of_different_microbatches(positions, microbatches, chunks):
-    schedule = merged_interleaved_1f1b(positions, microbatches, chunks)
+    schedule = generate("merged_interleaved_1f1b", positions, microbatches, chunks)
     pairs = [action for row in schedule.rows for action in row if isinstance(action, Pair)]
     assert all(pair.first.kind is Kind.FORWARD and pair.second.kind is Kind.BACKWARD for pair in pairs)
     assert all(pair.first.microbatch != pair.second.microbatch for pair in pairs)
@@ -99,11 +100,11 @@ def test_groups():
 
 
 @pytest.mark.parametrize("sizes, message", [
-    ((2, 4, 0), "chunks = 0: interleaved_1f1b takes at least 1"),
+    ((2, 4, 0), "chunks = 0: at least 1 with placement loop"),
     ((0, 4, 2), "positions = 0: interleaved_1f1b takes at least 1"),
     ((2, 0, 2), "microbatches = 0: interleaved_1f1b takes at least 1"),
 ])
 def test_refused(sizes, message):
     with pytest.raises(ConfigError) as refusal:
-        interleaved_1f1b(*sizes)
+        generate("interleaved_1f1b", *sizes)
     assert str(refusal.value) == message

@@ -11,8 +11,8 @@ from orchestrator.config.run_config import ConfigError
 from orchestrator.schedule.ir.actions import Pair, Split, parse_csv, to_csv
 from orchestrator.schedule.ir.check import check, peak_activations
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.stages import Stages, stages_of
-from orchestrator.schedule.kinds.registry import KINDS, generate
+from orchestrator.schedule.ir.stages import Stages
+from orchestrator.schedule.kinds.registry import KINDS, generate, stages_of
 from orchestrator.schedule.search import Options, options_for, search, searched
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
 from orchestrator.schedule.timing.simulate import makespan, simulate

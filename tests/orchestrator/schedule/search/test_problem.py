@@ -10,6 +10,7 @@ import pytest
 from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv, to_csv
 from orchestrator.schedule.ir.check import ScheduleError, check
 from orchestrator.schedule.ir.lower import lower
+from orchestrator.schedule.ir.stages import LOOP, Stages
 from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
 from orchestrator.schedule.search.anneal import Cooling, anneal
 from orchestrator.schedule.search.problem import NEVER, Problem
@@ -100,7 +101,7 @@ def test_activations_are_counted_in_microbatches_on_all_layers_of_a_rank():
 
 def test_a_split_action_is_kept_as_one():
     text = "F0.0/2,B0.0/2\nF0.0,I0.0/2,W0.0\n"
-    schedule = parse_csv(text, "1f1b")
+    schedule = parse_csv(text, "1f1b", Stages(LOOP, 2))
     problem = problem_of(schedule, COSTS["communication"])
     assert to_csv(problem.schedule(problem.rows(schedule))) == text
     assert problem.rows(schedule)[0][0].duration == COSTS["communication"].of(Split(Compute(Kind.FORWARD, 0, 0, 0)))

@@ -15,9 +15,8 @@ from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.graph import compiled
 from orchestrator.schedule.ir.spans import figures
 from orchestrator.schedule.ir.stages import BOTH, Stages
-from orchestrator.schedule.kinds.dualpipe import dualpipe
 from orchestrator.schedule.kinds.forward_only import forward_only
-from orchestrator.schedule.kinds.registry import KINDS, generate, smallest_microbatches
+from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate, smallest_microbatches
 from orchestrator.schedule.timing.durations import UNIT, Durations
 from orchestrator.schedule.timing.simulate import makespan, simulate
 
@@ -28,10 +27,10 @@ from orchestrator.schedule.timing.simulate import makespan, simulate
 ])
 def test_makespan_and_bubble_of_dualpipe(positions, microbatches, makespan, bubble, overlapped):
     """F 1, B 2, W 1, F&B 3, and F&B 2.4: as an independent simulation of the released code has them."""
-    timeline = simulate(dualpipe(positions, microbatches))
+    timeline = simulate(generate("dualpipe", positions, microbatches))
     assert timeline.makespan == makespan
     assert timeline.bubbles() == pytest.approx([bubble] * positions)
-    assert simulate(dualpipe(positions, microbatches), replace(UNIT, pair=2.4)).makespan == pytest.approx(overlapped)
+    assert simulate(generate("dualpipe", positions, microbatches), replace(UNIT, pair=2.4)).makespan == pytest.approx(overlapped)
 
 
 @settings(max_examples=20, deadline=None)
@@ -42,7 +41,7 @@ def test_bubble_of_the_middle_positions_is_the_published_formula(half, more, for
     weight = min(weight, forward)
     backward = forward + weight
     pair = forward + backward - min(hidden, weight)
-    timeline = simulate(dualpipe(2 * half, 4 * half + 2 * more), Durations(forward, forward, weight, pair=pair))
+    timeline = simulate(generate("dualpipe", 2 * half, 4 * half + 2 * more), Durations(forward, forward, weight, pair=pair))
     bubbles = timeline.bubbles()
     expected = (half - 1) * (pair + backward - 3 * weight)
     assert bubbles[half - 1:half + 1] == pytest.approx([expected] * 2)
@@ -60,7 +59,7 @@ def test_durations_by_stage_and_hops():
 
 
 def test_one_position_never_idles():
-    assert simulate(dualpipe(1, 5), replace(UNIT, hop=5.0)).bubbles() == (0.0,)
+    assert simulate(generate("dualpipe", 1, 5), replace(UNIT, hop=5.0)).bubbles() == (0.0,)
 
 
 def relaxed(schedule, durations):
@@ -100,7 +99,7 @@ COSTS = st.floats(0.1, 3.0)
 @st.composite
 def cases(draw):
     kind, positions = draw(st.sampled_from(KINDS)), draw(st.sampled_from((1, 2, 3, 4)))
-    positions += kind == "dualpipe" and positions == 3
+    positions += not TABLE[kind].takes(positions)
     schedule = generate(kind, positions, smallest_microbatches(kind, positions, draw(st.integers(1, 8))))
     stages = schedule.stages.count
     each = st.lists(COSTS, min_size=stages, max_size=stages)
@@ -154,7 +153,7 @@ def test_figures_are_those_of_the_lanes(case, jitter):
 
 
 def test_jitter_is_drawn_from_the_seed():
-    schedule, noisy = dualpipe(8, 64), replace(UNIT, jitter=0.2, seed=1)
+    schedule, noisy = generate("dualpipe", 8, 64), replace(UNIT, jitter=0.2, seed=1)
     stretch = simulate(schedule, noisy).stretch
     assert simulate(schedule, noisy).ends == simulate(schedule, noisy).ends
     assert simulate(schedule, replace(noisy, seed=2)).makespan != simulate(schedule, noisy).makespan == makespan(schedule, noisy)
