@@ -1,4 +1,4 @@
-"""What a person starts, as `python -m jobs.NAME`. Until `cli.run` minds it, while modules are imported, Ctrl-C ends it in one line."""
+"""What a person starts, as `dualray NAME` or `python -m jobs.NAME`. Until `cli.run` minds it, while modules are imported, Ctrl-C ends it in one line."""
 
 from __future__ import annotations
 
@@ -13,5 +13,6 @@ def interrupted(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Python is looking for the job
+COMMAND = "dualray"
+if (sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) == COMMAND) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)

@@ -32,7 +32,8 @@ from orchestrator.topology import Node
 
 
 def main() -> int:
-    parser = cli.Parser(prog="python -m jobs.train", description="Train a mixture-of-experts model across Ray actors.")
+    parser = cli.Parser(prog=cli.program("train"), description="Train a mixture-of-experts model across Ray actors.",
+                        examples=("--config tiny --set training.steps=200", "--config moe_16b --set topology.virtual_nodes=4 --dry-run"))
     cli.arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="print layout, memory and microbatches, or why they are refused; start no actor")
@@ -202,7 +203,7 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 def _followed(run: RunActors, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
     """To its end. Where it can be asked stands in the folder meanwhile."""
     announced = Announced(folder, session.ray_address(), session.is_local())
-    progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
+    progress.say(f"watch        http://{run.address}/ or {cli.program('status')} {folder.path} --watch")
     progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
     announced(run.address)
     try:
