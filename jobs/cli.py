@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from jobs import COMMAND, interrupted, packaged
+from jobs import command, interrupted, packaged
 from orchestrator.config.run_config import ConfigError, RunConfig, load
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 def program(job: str) -> str:
     """How this job is called, as it was."""
-    return f"{COMMAND} {job}" if os.path.basename(sys.argv[0]) == COMMAND else f"python -m jobs.{job}"
+    return f"{command.NAME} {job}" if os.path.basename(sys.argv[0]) == command.NAME else f"python -m jobs.{job}"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 import sys
 
+from jobs import end_when_interrupted
+
+NAME = "dualray"
 JOBS = {
     "train": "train a model on a Ray cluster, or on this machine",
     "tokenize": "turn text into the corpus that training reads",
@@ -24,13 +27,14 @@ _REFUSED = 2
 
 def main() -> int:
     """The job's exit code; 2: there is no such job."""
+    end_when_interrupted()
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(_help())
         return 0
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name not in JOBS:
         said = "which command?" if name is None else f"{name!r} is no command;"
-        print(f"dualray: {said} there are {', '.join(JOBS)}", file=sys.stderr)
+        print(f"{NAME}: {said} there are {', '.join(JOBS)}", file=sys.stderr)
         return _REFUSED
     del sys.argv[1]
     job = importlib.import_module(f"jobs.{name}")

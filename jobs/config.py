@@ -16,15 +16,15 @@ from orchestrator.refusal import ConfigError
 
 INTRODUCTION = """# Configuration
 
-<!-- Made by `python -m jobs.config --markdown > docs/configuration.md`; the meanings stand at the keys, in orchestrator/config/. -->
+<!-- Made by `python -m jobs.config --markdown > docs/configuration.md`; meanings stand at the keys, in orchestrator/config/. -->
 
 A run has one configuration: a YAML file with the sections below (`--config`), changed key by key on the command line
-(`--set section.key=value`, repeatable; the value is YAML, so `[1, 2]`, `null` and `{pool: train}` are too). Whatever is not given has
-its default. `dualray config` prints what stands here, `dualray config KEY` one key or section, `--json` the same for programs.
+(`--set section.key=value`, repeatable; the value is YAML, so `[1, 2]`, `null` and `{pool: train}` are too). Whatever is not given
+has its default. `dualray config` prints what stands here, `dualray config KEY` one key or section, `--json` the same for programs.
 
 `--config` takes a path, relative ones from the working directory. Where there is no file of that path, it takes the name of a
 configuration that comes with the program: %(configurations)s, with or without `.yaml`.
-Where there is neither it is refused, with these names. A file in the working directory goes before a configuration of the same name.
+Where there is neither it is refused, with these names. A file of the working directory goes before a configuration of its name.
 `dualray config --file` lists all files that come along, `dualray config --file NAME` prints the path of one.
 
 - Nothing is repaired or guessed. An unknown key, a wrong type, a value out of range or keys that contradict each other end the
@@ -40,13 +40,13 @@ EXAMPLES = ("schedule", "training.steps --json")
 
 def main() -> int:
     """Raises ConfigError, UsageError: refused."""
-    parser = cli.Parser(prog=cli.program("config"), description="Every key of the run configuration: type, default, unit, meaning.",
-                        examples=EXAMPLES)
+    parser = cli.Parser(prog=cli.program("config"), examples=EXAMPLES,
+                        description="Every key of the run configuration: type, default, unit, meaning.")
     parser.add_argument("key", metavar="KEY", nargs="?", help="a key, as section.key, or a section (default: all)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
-    form.add_argument("--file", metavar="NAME", nargs="?", const="", help="print the path of a file that comes along; without NAME, "
+    form.add_argument("--file", metavar="NAME", nargs="?", const="", help="print the path of a file that comes along; without NAME "
                       "the names of all: configurations, cluster files, dashboards")
     options = parser.parse_args()
     if options.key is not None and (options.markdown or options.file is not None):

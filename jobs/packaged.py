@@ -34,5 +34,5 @@ def configuration_file(given: str) -> str:
         return packaged[given.removesuffix(".yaml")]
     if path.is_dir():
         return given  # refused as any folder is
-    raise ConfigError("--config", given, "a readable YAML file (No such file or directory), or the name of a configuration that comes "
-                                         f"along: {', '.join(packaged)}")
+    raise ConfigError("--config", given, "a readable YAML file (No such file or directory), or the name of a configuration that "
+                                         f"comes along: {', '.join(packaged)}")

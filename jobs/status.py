@@ -37,7 +37,7 @@ _CHECKPOINT = re.compile(r"step-(\d+)")
 def main() -> int:
     """The words of the command line, so that `audit` stands before the folder and plain status needs no word."""
     auditing = sys.argv[1:2] == [AUDIT]
-    parser = cli.Parser(prog=cli.program("status") + (f" {AUDIT}" if auditing else ""), description=__doc__.split("\n\n")[0],
+    parser = cli.Parser(prog=cli.program("status") + (f" {AUDIT}" if auditing else ""), description=_description(),
                         examples=_AUDIT_EXAMPLES if auditing else _EXAMPLES)
     parser.add_argument("folder", metavar="RUN", nargs=None if auditing else "?", help="a run's folder, a path or a URI, or its name")
     cli.arguments(parser)
@@ -54,6 +54,10 @@ def main() -> int:
         return _audit(options) if auditing else _status(options)
     except (storage.StorageError, DatasetError) as error:
         raise cli.JobFailed(str(error)) from error
+
+
+def _description() -> str:
+    return __doc__.split("\n\n")[0].replace("python -m jobs.status", cli.program("status"))
 
 
 # ---- audit

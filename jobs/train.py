@@ -32,8 +32,8 @@ from orchestrator.topology import Node
 
 
 def main() -> int:
-    parser = cli.Parser(prog=cli.program("train"), description="Train a mixture-of-experts model across Ray actors.",
-                        examples=("--config tiny --set training.steps=200", "--config moe_16b --set topology.virtual_nodes=4 --dry-run"))
+    parser = cli.Parser(prog=cli.program("train"), description="Train a mixture-of-experts model across Ray actors.", examples=(
+        "--config tiny --set training.steps=200", "--config deepseek_v3 --set topology.virtual_nodes=256 --dry-run"))
     cli.arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="print layout, memory and microbatches, or why they are refused; start no actor")
@@ -233,7 +233,7 @@ def _checked_dataset(config: RunConfig, data: str) -> Dataset:
     """Raises ConfigError: no data there, or data that this configuration cannot use. DatasetError: damaged."""
     if not storage.exists(storage.join(data, MANIFEST)):
         raise ConfigError("data.path", data,
-                          "a folder that python -m jobs.tokenize has finished, or auto; it has no manifest.json")
+                          f"a folder that {cli.program('tokenize')} has finished, or auto; it has no manifest.json")
     dataset = Dataset.open(data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check(config.data.tokenizer, tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)

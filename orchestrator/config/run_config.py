@@ -93,7 +93,7 @@ class ScheduleSection(Section):
     """In which order a rank works through the microbatches of a step."""
 
     kind: Literal["dualpipe", "dualpipev", "zb_h1", "zbv", "1f1b", "interleaved_1f1b", "merged_interleaved_1f1b", "gpipe",
-                  "searched"] = Field("dualpipe", description="the published schedule; searched: a shorter one, with schedule.costs")
+                  "searched"] = Field("dualpipe", description="a published one; searched: a shorter one, with schedule.costs")
     chunks: Annotated[int, Unit("stages"), Gt(0)] | Auto = Field(
         "auto", description="stages of a position that a microbatch passes, of the interleaved kinds and searched")
     placement: Literal["both", "v", "loop", "auto"] = Field("auto", description="how searched folds the stages")

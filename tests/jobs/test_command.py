@@ -14,7 +14,8 @@ import pytest
 from jobs import cli, command
 from tests.cluster import REPOSITORY
 
-IMPORTED = "; print(*sorted({'torch', 'ray', 'pyarrow', 'pydantic', 'jobs.train', 'jobs.plan', 'jobs.config'} & sys.modules.keys()))"
+IMPORTED = ("; print(*sorted({'torch', 'ray', 'pyarrow', 'pydantic', 'jobs.train', 'jobs.plan', 'jobs.config'} "
+            "& sys.modules.keys()))")
 WORDS = {"status": [["audit"]]}
 """Words after which a job has another parser, beside sub-commands, which argparse knows of."""
 
@@ -58,8 +59,9 @@ def test_help_lists_all_commands_with_their_lines(script):
         assert [words for words in map(str.split, done.stdout.splitlines()) if words == [name, *line.split()]], name
 
 
-@pytest.mark.parametrize("words, start", [(["trian"], "dualray: 'trian' is no command; there are "), ([], "dualray: which command? there are "),
-                                          (["../x"], "dualray: '../x' is no command; "), (["cli"], "dualray: 'cli' is no command; ")])
+@pytest.mark.parametrize("words, start", [
+    (["trian"], "dualray: 'trian' is no command; there are "), ([], "dualray: which command? there are "),
+    (["../x"], "dualray: '../x' is no command; "), (["cli"], "dualray: 'cli' is no command; ")])
 def test_what_is_no_command_is_refused_in_one_line(script, words, start):
     done = ran(script, *words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -68,13 +70,14 @@ def test_what_is_no_command_is_refused_in_one_line(script, words, start):
 
 @pytest.mark.parametrize("job, words, code", [
     ("config", ["run.seed"], 0), ("config", ["run.sed"], 2), ("plan", ["schedule", "--ranks", "4", "--microbatches", "8"], 0),
-    ("plan", ["schedule", "--ranks", "four"], 2), ("plan", ["run", "none"], 2), ("config", ["--help"], 0), ("plan", ["run", "--help"], 0)])
+    ("plan", ["schedule", "--ranks", "four"], 2), ("plan", ["run", "none"], 2), ("config", ["--help"], 0),
+    ("plan", ["run", "--help"], 0), ("status", ["--help"], 0)])
 def test_both_ways_say_the_same(script, job, words, code):
     ours, theirs = ran(script, job, *words), ran("-m", f"jobs.{job}", *words)
     assert ours.returncode == theirs.returncode == code, (ours.stderr, theirs.stderr)
 
     def plain(printed: str) -> list[str]:  # a shorter name breaks lines elsewhere
-        return printed.replace(f"python -m jobs.{job}", f"dualray {job}").split()
+        return " ".join(printed.split()).replace(f"python -m jobs.{job}", f"dualray {job}").split()
 
     assert plain(theirs.stdout) == ours.stdout.split() and plain(theirs.stderr) == ours.stderr.split()
     assert "python -m" not in ours.stdout + ours.stderr
@@ -121,8 +124,9 @@ def checked(monkeypatch, capsys, job: str, words: list[str]) -> None:
     assert len(found) == 2 and found[0] != found[1]
     parser = [parsed(monkeypatch, job, call) for call in found][0]
     if not words:
-        for name in (name for action in parser._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices):
-            checked(monkeypatch, capsys, job, [name])
+        for action in parser._actions:
+            for name in action.choices if isinstance(action, argparse._SubParsersAction) else ():
+                checked(monkeypatch, capsys, job, [name])
 
 
 @pytest.mark.parametrize("job", jobs())
@@ -131,8 +135,8 @@ def test_help_ends_with_two_examples_that_the_job_takes(monkeypatch, capsys, job
         checked(monkeypatch, capsys, job, words)
 
 
-@pytest.mark.parametrize("given, error", [((), AssertionError), (("--json",), AssertionError), (("--json", "--jsno"), cli.UsageError),
-                                          (("--json", ""), None)])
+@pytest.mark.parametrize("given, error", [
+    ((), AssertionError), (("--json",), AssertionError), (("--json", "--jsno"), cli.UsageError), (("--json", ""), None)])
 def test_a_job_without_two_examples_that_are_right_would_be_noticed(monkeypatch, capsys, given, error):
     class Job:
         @staticmethod

@@ -38,7 +38,8 @@ def test_all_keys_of_all_sections(told):
 
 def test_one_key(told):
     assert told("elastic.beat_seconds") == (
-        0, "elastic: How a run goes on while nodes come and go.\n\n  elastic.beat_seconds\n      between two signs of life of a rank\n"
+        0, "elastic: How a run goes on while nodes come and go.\n\n"
+           "  elastic.beat_seconds\n      between two signs of life of a rank\n"
            "      a finite number (above 0), in seconds; default 0.2\n", "")
     assert "an integer (above 0), in steps; must be given" in told("training.batch_ramp.steps")[1]
 
@@ -65,7 +66,8 @@ def test_refusals(told, arguments, line):
 
 def test_files_that_come_along(told):
     names = told("--file")[1].split()
-    assert {"configs/tiny.yaml", "cluster/rayjob.yaml", "dashboards/prometheus.yml", "dashboards/grafana/overview.json"} <= set(names)
+    assert {"configs/tiny.yaml", "cluster/rayjob.yaml", "dashboards/prometheus.yml", "dashboards/grafana/overview.json"
+            } <= set(names)
     for name in names:
         path = told("--file", name)[1].removesuffix("\n")
         assert os.path.isabs(path) and os.path.isfile(path) and path.endswith(f"/{name}")
@@ -81,8 +83,8 @@ def test_where_a_configuration_is_looked_for(tmp_path, monkeypatch):
     assert packaged.configuration_file("tiny.yaml") == "tiny.yaml"
     with pytest.raises(cli.ConfigError) as caught:
         packaged.configuration_file("sub/tiny")
-    assert str(caught.value) == ("--config = sub/tiny: a readable YAML file (No such file or directory), or the name of a configuration "
-                                 "that comes along: deepseek_v3, moe_16b, tiny")
+    assert str(caught.value) == ("--config = sub/tiny: a readable YAML file (No such file or directory), or the name of a "
+                                 "configuration that comes along: deepseek_v3, moe_16b, tiny")
 
 
 def test_a_job_takes_a_configuration_by_name(tmp_path, monkeypatch):

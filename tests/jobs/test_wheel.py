@@ -31,13 +31,14 @@ def site(tmp_path_factory) -> Path:
         shutil.copytree(REPOSITORY / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, folder / "source")
-    try:
-        here = tuple(map(int, importlib.metadata.version("setuptools").split(".")[:2])) >= (70, 1)  # from there on it makes wheels alone
+    try:  # from 70.1 on it makes wheels by itself
+        here = tuple(map(int, importlib.metadata.version("setuptools").split(".")[:2])) >= (70, 1)
     except importlib.metadata.PackageNotFoundError:
         here = False
     for words in (["wheel", "--wheel-dir", "wheels", *(["--no-build-isolation"] if here else []), "./source"],
                   ["install", "--target", "site", "--no-index", "--find-links", "wheels", "dualray"]):
-        pip = done([sys.executable, "-m", "pip", words[0], "--quiet", "--no-deps", "--disable-pip-version-check", *words[1:]], folder, 300)
+        quiet = ["--quiet", "--no-deps", "--disable-pip-version-check"]
+        pip = done([sys.executable, "-m", "pip", words[0], *quiet, *words[1:]], folder, 300)
         assert pip.returncode == 0, pip.stderr
     return folder / "site"
 
