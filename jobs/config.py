@@ -74,7 +74,7 @@ def text(found: tuple[Keys, ...]) -> str:
 def as_json(found: tuple[Keys, ...]) -> str:
     """Keys in order, each with its section; `default` is null where `required`."""
     return json.dumps({"sections": {section.name: section.meaning for section in found},
-                       "keys": [vars(key) for section in found for key in section.keys]}, indent=1)
+                       "keys": [vars(key) for section in found for key in section.keys]})
 
 
 def markdown() -> str:
