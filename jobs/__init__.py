@@ -1,4 +1,7 @@
-"""What a person starts, as `python -m jobs.NAME`. Until `cli.run` minds it, while modules are imported, Ctrl-C ends it in one line."""
+"""What a person starts, as `dualray NAME` or `python -m jobs.NAME`.
+
+Until `cli.run` minds it, while modules are imported, Ctrl-C ends it in one line.
+"""
 
 from __future__ import annotations
 
@@ -13,5 +16,11 @@ def interrupted(number: int, frame: Any) -> None:
     os._exit(130)
 
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Python is looking for the job
-    signal.signal(signal.SIGINT, interrupted)
+def end_when_interrupted() -> None:
+    """Unless somebody has said what Ctrl-C does."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+
+
+if sys.argv[:1] == ["-m"]:  # Python is looking for the job
+    end_when_interrupted()

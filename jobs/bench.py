@@ -38,7 +38,7 @@ DEFAULT_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "tiny.yaml")
 
 
 def main() -> int:
-    parser = cli.Parser(prog="python -m jobs.bench",
+    parser = cli.Parser(prog=cli.program("bench"), examples=("parity --json", "chaos --minutes 2 --json"),
                         description="Measure. " + "; ".join(f"{name}: {text}" for name, text in BENCHES.items()))
     parser.add_argument("name", choices=sorted(BENCHES))
     cli.arguments(parser)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO, TypeVar
 
-from jobs import interrupted
+from jobs import command, interrupted, packaged
 from orchestrator.config.run_config import ConfigError, RunConfig, load
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -56,26 +56,40 @@ def within(seconds: float) -> Callable[[Callable[[], T]], T | None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; sub-parsers are of the same class."""
+    """An argument parser whose errors are one line; sub-parsers are of the same class.
 
-    def __init__(self, *args, **kwargs):
+    examples: arguments that a person may want to give, which the help ends with.
+    """
+
+    def __init__(self, *args, examples: tuple[str, ...] = (), **kwargs):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self._examples = examples
+
+    def format_help(self) -> str:
+        shown = "".join(f"  {self.prog} {example}\n" for example in self._examples)
+        return super().format_help() + (f"\nexamples:\n{shown}" if shown else "")
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}")
 
 
+def program(job: str) -> str:
+    """How this job is called, as it was."""
+    return f"{command.NAME} {job}" if os.path.basename(sys.argv[0]) == command.NAME else f"python -m jobs.{job}"
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every job takes."""
-    parser.add_argument("--config", metavar="FILE", help="run configuration in YAML; without it, all defaults")
+    parser.add_argument("--config", metavar="FILE", help="run configuration in YAML, or the name of one that comes along; "
+                        "without it, all defaults")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides",
                         help="override one setting, as section.key=value; repeatable")
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
     """The configuration that `arguments` named. Raises ConfigError."""
-    return load(options.config, options.overrides)
+    return load(options.config and packaged.configuration_file(options.config), options.overrides)
 
 
 def run(main: Callable[[], int | None]) -> int:

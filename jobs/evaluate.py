@@ -33,7 +33,9 @@ from orchestrator.layout.layout import choose
 
 def main() -> int:
     """Raises ConfigError, UsageError: refused. JobFailed: a file cannot be read, or the ranks fail."""
-    parser = cli.Parser(prog="python -m jobs.evaluate", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog=cli.program("evaluate"), description=__doc__.splitlines()[0], examples=(
+        "--checkpoint runs/tiny/checkpoints/step-00000120",
+        "--checkpoint runs/tiny/checkpoints/step-00000120 --sequences 64 --json"))
     cli.arguments(parser)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint of a run: a path or URI")
     parser.add_argument("--data", metavar="DIR", help="folder written by jobs.tokenize (default: that of the run)")

@@ -30,7 +30,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 def main(argv: list[str] | None = None) -> None:
     """Raises ConfigError: refused. JobFailed: the checkpoint cannot be read, or the folder not be written."""
-    parser = cli.Parser(prog="python -m jobs.export", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog=cli.program("export"), description=__doc__.splitlines()[0], examples=(
+        "--checkpoint runs/tiny/checkpoints/step-00000120 --output exported",
+        "--checkpoint runs/tiny/checkpoints/step-00000120 --output exported-fp8 --precision fp8"))
     cli.arguments(parser)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint of a run: a path or URI")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write: a path or URI")
@@ -104,7 +106,7 @@ def configuration(options: Any, model: dict) -> RunConfig:
     """Of the run that `options.checkpoint` is of, or of `options.config`. Raises ConfigError: it is of another model."""
     beside = storage.join(options.checkpoint.rstrip("/"), "..", "..", "config.yaml")
     if options.config:
-        config = load(options.config, options.overrides)
+        config = cli.configuration(options)
     elif storage.exists(beside):
         config = load(beside, options.overrides)
     else:

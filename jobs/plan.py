@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from jobs.cli import JobFailed, Parser, arguments, configuration, run, within
+from jobs.cli import JobFailed, Parser, arguments, configuration, program, run, within
 from jobs.plan_run import comparison
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.plan.compare import as_objects, compare, contestants, searched_contestants, table
@@ -66,6 +66,9 @@ COMMON = ("communication", "hop", "layers")
 """Costs that `compare` takes too."""
 _LARGEST = 1e12
 CHECK_SECONDS = 60.0
+_SCHEDULE_EXAMPLES = ("--kind dualpipe --ranks 8 --microbatches 20", "--config tiny --format svg --output tiny.svg")
+_COMPARE_EXAMPLES = ("--ranks 8 --microbatches 32 --communication 0.913", "--ranks 4 --microbatches 8 --json")
+_RUN_EXAMPLES = ("runs/tiny", "runs/tiny#50 --json")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m jobs.plan", description="Look at what a run would do, without running it.")
+    parser = Parser(prog=program("plan"), description="Look at what a run would do, without running it.",
+                    examples=(f"schedule {_SCHEDULE_EXAMPLES[0]}", f"compare {_COMPARE_EXAMPLES[0]}"))
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     _add_schedule(subcommands)
     _add_compare(subcommands)
@@ -84,7 +88,7 @@ def _parser() -> Parser:
 
 
 def _add_schedule(subcommands: argparse._SubParsersAction) -> None:
-    parser = subcommands.add_parser("schedule", help="the order of work of every pipeline rank")
+    parser = subcommands.add_parser("schedule", help="the order of work of every pipeline rank", examples=_SCHEDULE_EXAMPLES)
     arguments(parser)
     parser.add_argument("--kind", help="; ".join(f"{kind.name} ({kind.meaning})" for kind in TABLE.values())
                         + " (default: schedule.kind)")
@@ -107,7 +111,7 @@ def _add_schedule(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _add_compare(subcommands: argparse._SubParsersAction) -> None:
-    parser = subcommands.add_parser("compare", help="all kinds of schedules side by side")
+    parser = subcommands.add_parser("compare", help="all kinds of schedules side by side", examples=_COMPARE_EXAMPLES)
     parser.add_argument("--ranks", type=int, metavar="N", default=8)
     parser.add_argument("--microbatches", type=int, metavar="M", default=32, help="per step, all directions")
     _add_common_costs(parser)
@@ -120,7 +124,8 @@ def _add_compare(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _add_run(subcommands: argparse._SubParsersAction) -> None:
-    parser = subcommands.add_parser("run", help="other schedules of a run's stages, with the durations that it measured")
+    parser = subcommands.add_parser("run", help="other schedules of a run's stages, with the durations that it measured",
+                                    examples=_RUN_EXAMPLES)
     parser.add_argument("run", metavar="FOLDER[#STEP]", help="of a run with a trace.json (default: its last step)")
     parser.add_argument("--hop", type=float, metavar="MILLISECONDS", default=0.0, help="from one rank to another (default: 0)")
     parser.add_argument("--most-activations", type=_number, metavar="N",

@@ -23,10 +23,12 @@ from actors.data.dataset import Dataset, DatasetError
 from actors.files import storage
 from jobs import audit, cli
 from jobs.driver import live, session
-from orchestrator.config.run_config import RunConfig, load, parse
+from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.data.ledger import committed_by
 
 AUDIT = "audit"
+_EXAMPLES = ("tiny --watch", "tiny --json --set run.directory=/shared/runs")
+_AUDIT_EXAMPLES = ("tiny", "runs/tiny --json --set data.path=/shared/tokens")
 _CLEAR, _WATCH_SECONDS = "\x1b[H\x1b[2J", 1.0
 _TAIL_BYTES = 1 << 20
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -35,7 +37,8 @@ _CHECKPOINT = re.compile(r"step-(\d+)")
 def main() -> int:
     """The words of the command line, so that `audit` stands before the folder and plain status needs no word."""
     auditing = sys.argv[1:2] == [AUDIT]
-    parser = cli.Parser(prog="python -m jobs.status" + (f" {AUDIT}" if auditing else ""), description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(prog=cli.program("status") + (f" {AUDIT}" if auditing else ""), description=_description(),
+                        examples=_AUDIT_EXAMPLES if auditing else _EXAMPLES)
     parser.add_argument("folder", metavar="RUN", nargs=None if auditing else "?", help="a run's folder, a path or a URI, or its name")
     cli.arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -51,6 +54,10 @@ def main() -> int:
         return _audit(options) if auditing else _status(options)
     except (storage.StorageError, DatasetError) as error:
         raise cli.JobFailed(str(error)) from error
+
+
+def _description() -> str:
+    return __doc__.split("\n\n")[0].replace("python -m jobs.status", cli.program("status"))
 
 
 # ---- audit
@@ -79,7 +86,7 @@ def configuration(options: Namespace) -> RunConfig:
     """The run's own, in the folder where it is now; `--config` and `--set` go before. Raises ConfigError."""
     folder = options.folder.rstrip("/")
     if options.config:
-        config = load(options.config, options.overrides)
+        config = cli.configuration(options)
     elif storage.exists(storage.join(folder, "config.yaml")) or committed_by(_journal(folder, audit.LEDGER)):
         config = parse(yaml.safe_load(storage.read_bytes(storage.join(folder, "config.yaml"))), options.overrides)
     else:  # a run that has not got so far
@@ -111,7 +118,7 @@ def named(options: Namespace) -> str:
 
 def _directories(options: Namespace) -> list[str]:
     """Where runs may be: as configured; else where those of this folder are, and those of `ray job` of this user."""
-    config = load(options.config, options.overrides) if options.config else parse({}, options.overrides)
+    config = cli.configuration(options)
     found = [session.run_directory(config)]
     return found + [os.path.expanduser(session.RUNS_OF_JOBS)] if config.run.directory == "auto" else found
 

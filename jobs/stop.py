@@ -29,7 +29,8 @@ _END_SECONDS = 15.0
 
 def main() -> int:
     """Raises JobFailed: no such run is under way, or it does not end."""
-    parser = cli.Parser(prog="python -m jobs.stop", description="Ask a run that is under way to save and end; returns when it has.")
+    parser = cli.Parser(prog=cli.program("stop"), description="Ask a run that is under way to save and end; returns when it has.",
+                        examples=("tiny", "/shared/runs/tiny --now"))
     parser.add_argument("folder", metavar="RUN", help="a run's folder, a path or a URI, or its name")
     parser.add_argument("--now", action="store_true", help="end it at once, without a save")
     cli.arguments(parser)

@@ -42,7 +42,8 @@ Show = Callable[[int, int, int], None]
 
 def main(argv: list[str] | None = None) -> None:
     """Raises ConfigError, UsageError: refused. JobFailed: a file cannot be read or written, or Ray has no free CPU."""
-    parser = cli.Parser(prog="python -m jobs.tokenize", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog=cli.program("tokenize"), description=__doc__.splitlines()[0], examples=(
+        "--input notes.txt books --output data/books", "--input stdlib --output data/stdlib-256 --set data.sequence_length=256"))
     cli.arguments(parser)
     parser.add_argument("--input", nargs="+", default=[documents.STDLIB], metavar="PATH",
                         help="files, folders, URIs, or stdlib (the default): the source of Python's standard library")

@@ -34,7 +34,8 @@ CHECK_SECONDS, LONGEST_CHECK_SECONDS = 60.0, 86_400.0
 
 
 def main() -> int:
-    parser = cli.Parser(prog="python -m jobs.train", description="Train a mixture-of-experts model across Ray actors.")
+    parser = cli.Parser(prog=cli.program("train"), description="Train a mixture-of-experts model across Ray actors.", examples=(
+        "--config tiny --set training.steps=200", "--config deepseek_v3 --set topology.virtual_nodes=256 --dry-run"))
     cli.arguments(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="print layout, memory and microbatches, or why they are refused; the schedule is lowered and "
@@ -210,7 +211,7 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 def _followed(run: RunActors, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
     """To its end. Where it can be asked stands in the folder meanwhile."""
     announced = Announced(folder, session.ray_address(), session.is_local())
-    progress.say(f"watch        http://{run.address}/ or python -m jobs.status {folder.path} --watch")
+    progress.say(f"watch        http://{run.address}/ or {cli.program('status')} {folder.path} --watch")
     progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
     announced(run.address)
     try:
@@ -240,7 +241,7 @@ def _checked_dataset(config: RunConfig, data: str) -> Dataset:
     """Raises ConfigError: no data there, or data that this configuration cannot use. DatasetError: damaged."""
     if not storage.exists(storage.join(data, MANIFEST)):
         raise ConfigError("data.path", data,
-                          "a folder that python -m jobs.tokenize has finished, or auto; it has no manifest.json")
+                          f"a folder that {cli.program('tokenize')} has finished, or auto; it has no manifest.json")
     dataset = Dataset.open(data)
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset.check(config.data.tokenizer, tokenizer.fingerprint, config.model.vocab_size, config.data.sequence_length)

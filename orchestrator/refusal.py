@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +19,13 @@ _LONGEST = 120  # characters of a value that are shown
 _BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
 _UNKNOWN = ("extra_forbidden", "invalid_key")
 _COUNTS = {2: "two"}
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """How text is spelled, beside its type, where its pattern does not say it to a person."""
+
+    words: str
 
 
 class ConfigError(ValueError):
@@ -53,9 +61,9 @@ def refusal(error: ValidationError, root: type[BaseModel], tree: dict[str, Any])
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a field takes, in words. Text with a pattern is explained by the field's description."""
-    if any(getattr(entry, "pattern", None) for entry in field.metadata):
-        return f"text of {field.description}"
+    """What a field takes, in words."""
+    if spelled := next((entry.words for entry in field.metadata if isinstance(entry, Spelled)), None):
+        return f"text of {spelled}"
     return _words(field.annotation, field.metadata)
 
 

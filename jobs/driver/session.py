@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterable
 from typing import IO, Any
 
 from jobs.cli import JobFailed
@@ -24,6 +25,7 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_memory_mon
 _LOCAL = {"RAY_AUTH_MODE": "disabled"}
 _LOCAL_OBJECT_STORE_BYTES = 100_000_000
 _PREFIX, _LOCK = "/tmp/dualray-", ".lock"
+_MODULES = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir, os.pardir))
 _folders: list[tuple[str, IO[bytes]]] = []  # of the Ray in this process and its lock, until `disconnect`
 _requests: list[RunConfig] = []  # for nodes, that this process is to take back: one at most
 
@@ -53,7 +55,24 @@ def connect() -> None:
     if local:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
                     "_temp_dir": _temporary_folder()}
-    ray.init(**options)
+    ray.init(**options, job_config=_job_config())
+
+
+def _job_config() -> Any:
+    """Ray has its workers look for modules in the driver's working directory first, where an `actors.py` may be that is none of
+    ours. They shall look there only if it is where this program's own are."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _OwnFolder()  # what it adds to, when it connects
+    return config
+
+
+class _OwnFolder(list):
+    """Takes the folder that this program's modules are in, and no other."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        super().extend(folder for folder in folders if os.path.realpath(folder) == _MODULES)
 
 
 def _silence_ray() -> None:

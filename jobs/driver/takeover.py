@@ -65,7 +65,7 @@ def taken_over(folder: RunFolder, config: RunConfig, data: str, replay: Replay |
             _wait_for_its_end(coordinator, present.config, progress, interrupt)
             _end_all(folder)
             return None
-        _check_same(config, present.config, _FREE, "stop it first (python -m jobs.stop)")
+        _check_same(config, present.config, _FREE, f"stop it first ({cli.program('stop')})")
         driver = uuid.uuid4().hex
         told = _accepted(coordinator, driver, folder, interrupt)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # it is dead, or as good as that

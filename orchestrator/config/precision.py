@@ -35,14 +35,15 @@ class PrecisionSection(Section):
 
     attention: Format = Field("same", description="projections of queries, keys, values and output")
     mlp: Format = Field("same", description="of layers without experts")
-    experts: Format = "same"
-    shared_experts: Format = "same"
+    experts: Format = Field("same", description="routed experts")
+    shared_experts: Format = Field("same", description="those that every token passes")
     mtp_projection: Format = Field("same", description="what joins embedding and hidden state for multi-token prediction")
-    embedding: Format = "same"
-    head: Format = "same"
-    gate: Format = "fp32"
-    norms: Format = "fp32"
-    scales: Literal["tiles", "tensor"] = Field("tiles", description="of FP8 numbers: one for each tile of 128, or for a whole tensor")
+    embedding: Format = Field("same", description="not fp8: rows are looked up in it, nothing is multiplied")
+    head: Format = Field("same", description="not fp8: the loss is taken of what it gives")
+    gate: Format = Field("fp32", description="fp32 only: rounding it costs accuracy and saves nothing")
+    norms: Format = Field("fp32", description="fp32 only, as the gate")
+    scales: Literal["tiles", "tensor"] = Field(
+        "tiles", description="of FP8 numbers: one for each tile of 128, or for a whole tensor")
     gradients: Literal["e4m3", "e5m2"] = Field("e4m3", description="format of output gradients in FP8 products")
     accumulation: Literal["fp32", "14bit"] = Field("fp32", description="of FP8 products; 14bit: as FP8 units that are not promoted")
 

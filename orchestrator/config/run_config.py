@@ -2,7 +2,7 @@
 
 Every refusal is one line that names the key, the value and what is allowed, and comes before any actor starts.
 Values are never repaired: `auto` is a value that a user writes, and is resolved later against the cluster.
-Keys under `model:` are those of DeepSeek-V3's `config.json`, with the same meaning.
+What a key means, and the unit of a number, stand here, at the key: command line and documentation are made from it.
 """
 
 from __future__ import annotations
@@ -12,113 +12,91 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le
-from pydantic import Field, NonNegativeInt, PositiveInt, Strict, ValidationError
+from pydantic import Field, PositiveInt, Strict, ValidationError
 
-from orchestrator.config.model_config import ModelConfig, check_model
+from orchestrator.config.model import ModelConfig, check_model
 from orchestrator.config.precision import PrecisionSection, check_precision
-from orchestrator.config.section import Real, Section
+from orchestrator.config.section import (
+    Layers,
+    Nodes,
+    Number,
+    Parts,
+    Positions,
+    Ranks,
+    Real,
+    Seconds,
+    Section,
+    Steps,
+    Unit,
+)
 from orchestrator.config.settings import apply_override, read_tree
-from orchestrator.refusal import ConfigError, refusal
+from orchestrator.config.training import DataSection, OptimizerSection, TrainingSection
+from orchestrator.refusal import ConfigError, Spelled, refusal
 from orchestrator.schedule.ir.stages import PLACEMENTS, Stages
 from orchestrator.schedule.kinds.registry import NAMES, TABLE
 from orchestrator.topology import is_label, is_selector
 
 Auto = Literal["auto"]
-Pair = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]  # YAML has lists only
+Pair = Annotated[tuple[PositiveInt, PositiveInt], Strict(False), Unit("positions, ranks")]  # YAML has lists only
 
 
 class RunSection(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-                      description="letters, digits and any of . _ -, the first a letter or a digit")
+    """What a run is called, where it is kept, and what its chance begins with."""
+
+    name: Annotated[str, Spelled("letters, digits and any of . _ -, the first a letter or a digit")] = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run, and of its folder in run.directory")
     directory: str = Field("auto", description="folder of all runs: a path or any pyarrow.fs URI; auto: ./runs, under "
                                                "`ray job` ~/dualray/runs")
-    seed: int = Field(1234, ge=0)
-
-
-class DataSection(Section):
-    path: str = Field("auto", description="folder written by jobs.tokenize (path or URI); auto: the built-in corpus")
-    tokenizer: str = Field("byte", description="byte, or the path of a tokenizer.json; must be what the data was made with")
-    sequence_length: int = Field(128, ge=4)
-    shuffle_window: int = Field(32, ge=1, description="row groups whose sequences are mixed with each other")
-    validation_fraction: Real = Field(0.02, gt=0, lt=0.5, description="share of documents held out by jobs.tokenize")
-    prefetch_steps: int = Field(4, ge=1)
-
-
-class BatchRamp(Section):
-    start_sequences: int = Field(gt=0)
-    steps: int = Field(gt=0, description="steps over which the batch grows linearly to training.batch_sequences")
-
-
-class TrainingSection(Section):
-    steps: int = Field(100, gt=0)
-    batch_sequences: int = Field(64, gt=0, description="sequences of one optimizer step, all ranks together")
-    batch_ramp: BatchRamp | None = None
-    microbatch_sequences: int = Field(4, gt=0)
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    recompute: Literal["none", "selective", "full"] = "none"
-    dispatch_precision: Literal["same", "float8"] = Field("same", description="of tokens on their way to experts, and of gradients on "
-                                                                             "theirs: that of training.dtype, or FP8 with scales")
-    mtp_loss_weight: Real = Field(0.3, ge=0)
-    balance_loss_weight: Real = Field(0.0001, ge=0, description="sequence-wise balance loss (report, eq. 17)")
-    bias_update_speed: Real = Field(0.001, ge=0, description="gate bias step per optimizer step (report, section 2.1.2)")
-    validate_every: int = Field(50, ge=0, description="steps between validations; 0: only at the end")
-    validation_sequences: int = Field(64, ge=0, description="0: no validation at all")
-    init_from: str | None = Field(None, description="folder with a model to begin with, as Hugging Face keeps DeepSeek-V3: a path or "
-                                                    "URI; null: random weights")
-    step_timeout_seconds: Real = Field(600.0, gt=0, description="bound on every wait inside a step")
-
-
-class OptimizerSection(Section):
-    learning_rate: Real = Field(2.2e-4, gt=0)
-    final_learning_rate: Real = Field(2.2e-5, ge=0)
-    warmup_steps: int = Field(20, ge=0)
-    constant_steps: int = Field(0, ge=0, description="steps at the full rate before the cosine begins")
-    beta1: Real = Field(0.9, ge=0, lt=1)
-    beta2: Real = Field(0.95, ge=0, lt=1)
-    epsilon: Real = Field(1e-8, gt=0)
-    moments: Literal["exact", "bf16"] = Field("exact", description="of AdamW, as they are kept from step to step: as the master weights, "
-                                                                   "or rounded (DeepSeek-V3 report, section 3.3.3)")
-    weight_decay: Real = Field(0.1, ge=0)
-    clip_norm: Real = Field(1.0, gt=0)
+    seed: Annotated[int, Unit("")] = Field(1234, ge=0, description="of random weights and of the order of sequences")
 
 
 class LayoutSection(Section):
-    pipeline: int = Field(2, gt=0, description="positions of one pipeline (PP)")
-    expert: PositiveInt | Auto = Field("auto", description="ranks of one EP group")
-    data: PositiveInt | Auto = Field("auto", description="replicas: sets of rows that together hold every expert")
+    """Which rank stands where in pipelines, EP groups and replicas."""
+
+    pipeline: Positions = Field(2, gt=0, description="positions of one pipeline (PP)")
+    expert: Annotated[Ranks, Gt(0)] | Auto = Field("auto", description="ranks of one EP group")
+    data: Annotated[int, Unit("replicas"), Gt(0)] | Auto = Field(
+        "auto", description="replicas: sets of rows that together hold every expert")
     shape: Pair | Auto = Field("auto", description="[positions on a node, ranks of a position on a node]")
-    layers_per_stage: list[PositiveInt] | Auto = "auto"
-    hops: Literal["auto", 1, 2] = Field("auto", description="of a token to its experts: straight to each rank, or once to a node "
-                                                           "and on from there; auto: 2 where an EP group has several ranks on a node")
-    group_parts: int = Field(1, ge=1, description="parts that an expert group left over may be cut into for different nodes, "
-                                                  "where groups do not divide by the rows; 1: none is cut")
+    layers_per_stage: list[Annotated[Layers, Gt(0)]] | Auto = Field(
+        "auto", description="of each stage in turn; auto: near-equal shares")
+    hops: Literal["auto", 1, 2] = Field(
+        "auto", description="of a token to its experts: straight to each rank, or once to a node and on from there; auto: 2 "
+                            "where an EP group has several ranks on a node")
+    group_parts: Parts = Field(1, ge=1, description="parts that an expert group left over may be cut into for different nodes, "
+                                                    "where groups do not divide by the rows; 1: none is cut")
 
 
 class PlacementSection(Section):
     """Which rank holds which expert, while the run goes on."""
 
-    every: int = Field(0, ge=0, description="steps between placements of the experts by measured load; 0: they stay")
-    least_gain: Real = Field(0.05, ge=0, description="a layer's experts stay unless its busiest rank, divided by the mean, "
+    every: Steps = Field(0, ge=0, description="steps between placements of the experts by measured load; 0: they stay")
+    least_gain: Number = Field(0.05, ge=0, description="a layer's experts stay unless its busiest rank, divided by the mean, "
                                                      "falls by more than this")
+
+
+Duration = Annotated[Real, Unit("a shared unit of time")]
 
 
 class CostsSection(Section):
     """Durations of a whole position's work on one microbatch, in any unit that they share."""
 
-    forward: Real = Field(1.0, gt=0)
-    backward_input: Real = Field(1.0, gt=0)
-    backward_weight: Real = Field(1.0, gt=0)
-    dispatch: Real = Field(0.25, ge=0, description="all dispatches of one forward")
-    combine: Real = Field(0.25, ge=0, description="all combines of one forward")
-    hop: Real = Field(0.05, ge=0, description="a tensor's way from one position to another")
+    forward: Duration = Field(1.0, gt=0, description="of all layers")
+    backward_input: Duration = Field(1.0, gt=0, description="the part of backward that the position before waits for")
+    backward_weight: Duration = Field(1.0, gt=0, description="the part that gives gradients of weights")
+    dispatch: Duration = Field(0.25, ge=0, description="all dispatches of one forward")
+    combine: Duration = Field(0.25, ge=0, description="all combines of one forward")
+    hop: Duration = Field(0.05, ge=0, description="a tensor's way from one position to another")
 
 
 class ScheduleSection(Section):
-    kind: Literal[NAMES] = "dualpipe"
-    chunks: PositiveInt | Auto = Field("auto", description="stages of a position that a microbatch passes, of the "
-                                                           "interleaved kinds and searched")
+    """In which order a rank works through the microbatches of a step."""
+
+    kind: Literal[NAMES] = Field("dualpipe", description="a published one; searched: a shorter one, with schedule.costs")
+    chunks: Annotated[int, Unit("stages"), Gt(0)] | Auto = Field(
+        "auto", description="stages of a position that a microbatch passes, of the interleaved kinds and searched")
     placement: Literal[*PLACEMENTS, "auto"] = Field("auto", description="how searched folds the stages")
-    most_activations: Annotated[Real, Ge(1)] | Auto = Field(
+    most_activations: Annotated[Real, Unit("microbatches"), Ge(1)] | Auto = Field(
         "auto", description="microbatches on all layers of a position that searched may keep at once")
     costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with, and the order of pieces "
                                                             "inside an action follows from")
@@ -126,11 +104,14 @@ class ScheduleSection(Section):
 
 
 class TopologySection(Section):
-    virtual_nodes: int = Field(0, ge=0, le=16384, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
-    ranks_per_node: Annotated[PositiveInt, Le(1024)] | Auto = Field(
-        "auto", description="auto: what the node offers, in GPUs, units of `rank` or CPUs")
-    resource: str = Field("auto", min_length=1, description="of Ray, that a rank takes a unit of; auto: GPU where any node has one, else "
-                                                            "`rank` where any node offers it, else CPU")
+    """Which nodes a run takes, and how many ranks of each."""
+
+    virtual_nodes: Nodes = Field(0, ge=0, le=16384, description="0: Ray's own nodes; N: divide one machine's ranks into N nodes")
+    ranks_per_node: Annotated[Ranks, Gt(0), Le(1024)] | Auto = Field(
+        "auto", description="of a node, at most; auto: what the node offers, in GPUs, units of `rank` or CPUs")
+    resource: str = Field(
+        "auto", min_length=1, description="of Ray, that a rank takes a unit of; auto: GPU where any node has one, else `rank` "
+                                          "where any node offers it, else CPU")
     labels: dict[str, str] = Field({}, description="only nodes with these labels of Ray's; a value, !value, in(value, ...) or "
                                                    "!in(value, ...) by label")
 
@@ -138,40 +119,51 @@ class TopologySection(Section):
 class ElasticSection(Section):
     """How a run goes on while nodes come and go."""
 
-    copies: int = Field(1, ge=0, le=2, description="further owners of each optimizer shard, on other nodes")
-    min_nodes: int = Field(1, ge=1, description="with fewer the run waits")
-    max_nodes: PositiveInt | Auto = Field("auto", description="nodes that are used at once; auto: all there are")
-    beat_seconds: Real = Field(0.2, gt=0, description="between two signs of life of a rank")
-    silence_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="without a sign of life a rank or node is lost; above "
-                                                           "3 beats; auto: 1.5, or 15 on virtual nodes, which share one host")
-    cool_down_seconds: Real = Field(30.0, ge=0, description="a lost node is left alone; doubles with each loss, up to 32 times")
-    abort_seconds: Real = Field(2.0, gt=0, description="allowance for ranks to let go of what they communicate: a rank that is not "
-                                 "free after this twice and 1.5 times the silence, or 10 s, is given up")
-    form_seconds: Real = Field(5.0, gt=0, description="bound on making process groups after a change")
-    wait_seconds: Annotated[Real, Gt(0)] | None = Field(None, description="for min_nodes, before the run gives up; null: for ever")
-    stuck_seconds: Annotated[Real, Gt(0)] | Auto = Field("auto", description="no rank finishes anything for so long: the step is "
-                                                         "interrupted, and who hangs is replaced; auto: 10, or 10 median steps")
-    orphan_seconds: Real = Field(300.0, gt=0, description="how long ranks and coordinator go on without the process that started "
-                                                          "the run: as long it can be taken over by the same command")
-    storage_seconds: Real = Field(300.0, gt=0, description="how long storage may be away before the run ends")
-    give_up_seconds: Real = Field(1800.0, gt=0, description="without a committed step, before the run ends")
+    copies: Annotated[int, Unit("owners")] = Field(
+        1, ge=0, le=2, description="further owners of each optimizer shard, on other nodes")
+    min_nodes: Nodes = Field(1, ge=1, description="with fewer the run waits")
+    max_nodes: Annotated[Nodes, Gt(0)] | Auto = Field("auto", description="nodes that are used at once; auto: all there are")
+    beat_seconds: Seconds = Field(0.2, gt=0, description="between two signs of life of a rank")
+    silence_seconds: Annotated[Seconds, Gt(0)] | Auto = Field(
+        "auto", description="without a sign of life a rank or node is lost; above 3 beats; auto: 1.5, or 15 on virtual nodes, "
+                            "which share one host")
+    cool_down_seconds: Seconds = Field(30.0, ge=0, description="a lost node is left alone; doubles with each loss, up to 32 times")
+    abort_seconds: Seconds = Field(
+        2.0, gt=0, description="allowance for ranks to let go of what they communicate: a rank that is not free after this twice"
+                               " and 1.5 times the silence, or 10 s, is given up")
+    form_seconds: Seconds = Field(5.0, gt=0, description="bound on making process groups after a change")
+    wait_seconds: Annotated[Seconds, Gt(0)] | None = Field(
+        None, description="for min_nodes, before the run gives up; null: for ever")
+    stuck_seconds: Annotated[Seconds, Gt(0)] | Auto = Field(
+        "auto", description="no rank finishes anything for so long: the step is interrupted, and who hangs is replaced; auto: "
+                            "10, or 10 median steps")
+    orphan_seconds: Seconds = Field(
+        300.0, gt=0, description="how long ranks and coordinator go on without the process that started the run: as long it can "
+                                 "be taken over by the same command")
+    storage_seconds: Seconds = Field(300.0, gt=0, description="how long storage may be away before the run ends")
+    give_up_seconds: Seconds = Field(1800.0, gt=0, description="without a committed step, before the run ends")
 
 
 class CheckpointSection(Section):
-    every: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(3, gt=0)
+    """What is kept on storage, to continue from."""
+
+    every: Steps = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: Annotated[int, Unit("checkpoints")] = Field(3, gt=0, description="of a run, the newest; older ones are deleted")
 
 
 class TelemetrySection(Section):
+    """What a run tells of itself, and where it is asked."""
+
     host: str = Field("auto", description="address that exporters bind to; auto: of the host itself where a run has one host only, "
                                           "else each node's own in the cluster")
-    port: Annotated[int, Field(ge=0, le=65535)] | Auto = Field(
+    port: Annotated[int, Unit(""), Field(ge=0, le=65535)] | Auto = Field(
         "auto", description="of the coordinator's page, metrics and target list; auto: the first free one of 9464 to 9473, 0: any")
-    peak_teraflops: Annotated[Real, Gt(0)] | Auto = Field("auto", description="what a rank's accelerator can do in dense BF16 products, "
-                                                          "for model FLOPs utilisation; auto: by its name, if it is a known one")
+    peak_teraflops: Annotated[Real, Unit("TFLOP/s"), Gt(0)] | Auto = Field(
+        "auto", description="what a rank's accelerator can do in dense BF16 products, for model FLOPs utilisation; auto: by its "
+                            "name, if it is a known one")
     tensorboard: bool = Field(False, description="event files in the run folder's `tensorboard`, for a folder that is a local path")
-    timeline_seconds: Real = Field(10.0, gt=0, description="between two steps whose spans the page shows")
-    trace_steps: list[NonNegativeInt] = Field(default_factory=list, description="steps, counted from 0, whose spans go to "
+    timeline_seconds: Seconds = Field(10.0, gt=0, description="between two steps whose spans the page shows")
+    trace_steps: list[Annotated[Steps, Ge(0)]] = Field(default_factory=list, description="steps, counted from 0, whose spans go to "
                                                                                 "trace.json")
 
 

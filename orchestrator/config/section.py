@@ -1,13 +1,21 @@
-"""What every section of the configuration is made of."""
+"""What every section of the configuration is made of: keys that say what they mean, and numbers that say in what unit."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Of a number, beside its type: `Annotated[int, Unit("nodes")]`. `name`: empty for one that counts and measures nothing."""
+
+    name: str
 
 
 def _real(value: Any) -> Any:
@@ -16,6 +24,11 @@ def _real(value: Any) -> Any:
 
 
 Real = Annotated[float, BeforeValidator(_real)]
+Number = Annotated[Real, Unit("")]
+Seconds = Annotated[Real, Unit("seconds")]
+Channels, Experts, Groups, Heads, Layers, Nodes, Parts, Positions, Ranks, Sequences, Steps, Tokens = (
+    Annotated[int, Unit(name)] for name in ("channels", "experts", "groups", "heads", "layers", "nodes", "parts", "positions",
+                                            "ranks", "sequences", "steps", "tokens"))
 
 
 class Section(BaseModel):

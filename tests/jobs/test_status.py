@@ -20,7 +20,8 @@ from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from jobs import audit, cli, status
-from orchestrator.config.run_config import BatchRamp, TrainingSection, parse
+from orchestrator.config.run_config import parse
+from orchestrator.config.training import BatchRamp, TrainingSection
 from orchestrator.data import order
 from orchestrator.data.ledger import read
 from orchestrator.data.order import Shape

@@ -11,7 +11,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as published
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
 from actors.model.chunk import LossScales
-from orchestrator.config.model_config import ModelConfig, RopeScaling
+from orchestrator.config.model import ModelConfig, RopeScaling
 from tests.actors.model.helpers import SCALES, Pipeline, biases_of, random_tokens, small_model, weights_of, worst_difference
 
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0, mscale=0.7, mscale_all_dim=1.3)

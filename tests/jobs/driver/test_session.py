@@ -12,6 +12,7 @@ import ray
 from actors.hosts import cluster
 from jobs.driver import session
 from orchestrator.config.run_config import parse
+from tests.cluster import REPOSITORY
 
 
 def test_folders_of_the_dead_are_deleted_those_of_the_living_are_not(tmp_path, monkeypatch):
@@ -32,6 +33,21 @@ def test_folders_of_the_dead_are_deleted_those_of_the_living_are_not(tmp_path, m
         living.communicate()
         for _, lock in session._folders:
             lock.close()
+
+
+def test_workers_look_for_modules_in_this_programs_folder_or_in_none_that_is_named(monkeypatch, tmp_path):
+    """Of the folders that Ray adds: the script's, and the working directory."""
+    given = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: given.append(options["job_config"]))
+    monkeypatch.setattr(session, "_QUIET", {})
+    monkeypatch.setattr(session, "_silence_ray", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    session.connect()
+    paths = given[0]._py_driver_sys_path
+    (tmp_path / "link").symlink_to(REPOSITORY)
+    paths.extend([str(tmp_path), str(REPOSITORY / "jobs"), f"{tmp_path}/link", str(REPOSITORY)])
+    assert paths == [f"{tmp_path}/link", str(REPOSITORY)]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config.run_config import BatchRamp, TrainingSection
+from orchestrator.config.training import BatchRamp, TrainingSection
 from orchestrator.data.order import (
     Permutation,
     Shape,
