@@ -69,8 +69,8 @@ def test_seconds_of_events_count_from_the_moment_at_which_the_coordinator_knew()
     told = []
 
     def slow(command):
-        if isinstance(command, commands.Tell) and command.kind in ("aborted", "layout", "generation"):
-            told.append((command.kind, dict(command.details)["seconds"], company.run.now - knew))
+        if isinstance(command, commands.Tell) and command.event.name in ("aborted", "layout", "generation"):
+            told.append((command.event.name, command.event.seconds, company.run.now - knew))
         elif isinstance(command, commands.Abort) or is_call(command, commands.Recall) or is_call(command, commands.Form):
             company.now += 0.3
         return None
