@@ -60,18 +60,20 @@ class GenerationFormed(Event):
     grouping_seconds: float
     moving_seconds: float
     seconds: float
+    ranks: int | None = None
 
 
 @_told_as("generation")
 class GenerationLoaded(Event):
     """A new generation whose state came from a checkpoint, or is the initial one. In its line, unlike that of the other, are no
-    `seconds`. recovery_seconds: since the change was noticed; None: nothing went wrong, a run began or goes on where one ended."""
+    `seconds`. recovery_seconds: since the change was noticed; None: there was none, a run begins or goes on where one ended."""
 
     generation: int
     layout: str
     nodes: int
     step: int
     recovery_seconds: float | None = None
+    ranks: int | None = None
 
 
 @_told_as("resumed")
