@@ -190,5 +190,5 @@ class Telling:
                                            worst_unevenness(before, self.load.mean), worst_unevenness(found, self.load.mean))
             case ValidatedStep():
                 scores = self._scores()
-                return kinds.Validated(what.step, scores["loss"], scores["accuracy"], round(scores["seconds"], 3))
+                return kinds.Validated(what.step, scores["loss"], round(scores["seconds"], 3), accuracy=scores["accuracy"])
         return what

@@ -53,7 +53,8 @@ class EventFiles:
     def _validated(self, event: kinds.Validated, time: float) -> None:
         if self._writer is not None:
             for key, value in (("loss", event.loss), ("accuracy", event.accuracy)):
-                self._writer.add_scalar(f"validation/{key}", value, event.step, walltime=time)
+                if value is not None:
+                    self._writer.add_scalar(f"validation/{key}", value, event.step, walltime=time)
 
     _HANDLERS = Handlers({
         kinds.GenerationLoaded: _anew, kinds.CoordinatorRestarted: _anew, kinds.Validated: _validated,

@@ -8,7 +8,7 @@ node/local, as `str(Member)` is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 KINDS: list[type[Event]] = []
@@ -295,11 +295,11 @@ class ControlStoreBack(Event):
 
 @_told_as("validation")
 class Validated(Event):
-    """loss: nats a token. accuracy: share of next tokens that are the likeliest ones."""
+    """loss: nats a token. accuracy: share of next tokens that are the likeliest ones; older runs did not tell it."""
 
     step: int
     loss: float
-    accuracy: float
+    accuracy: float | None = field(default=None, kw_only=True)
     seconds: float
 
 
@@ -310,8 +310,8 @@ class NotFinite(Event):
     step: int
     gradient_norm: str
     loss: str
+    mtp_loss: str | None = field(default=None, kw_only=True)
     balance_loss: str
-    mtp_loss: str | None = None
 
 
 @_told_as("replayed")

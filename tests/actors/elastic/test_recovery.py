@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -132,8 +133,8 @@ class Second:
     def __init__(self, company: Company, event: str, rank: int):
         self._company, self._event, self._rank, self._left = company, event, rank, 2 if event == "generation" else 1
 
-    def __call__(self, kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == self._event:
+    def __call__(self, kind: str, values: Any) -> None:
+        if kind == "event" and values.name == self._event:
             self._left -= 1
             if self._left == 0:
                 self._company.strike(self._rank, KILL)
@@ -228,8 +229,8 @@ def test_below_the_minimum_it_waits_and_goes_on(stage):
     more = (STEPS, "elastic.min_nodes=4", "elastic.cool_down_seconds=0.5")
     gone = node(2)
 
-    def back(kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == "waiting":
+    def back(kind: str, values: Any) -> None:
+        if kind == "event" and values.name == "waiting":
             says(stage, "joined", gone)()
 
     run = stage.with_faults("EP4", [], *more, before={3: says(stage, "left", gone)}, watch=back)
@@ -249,8 +250,8 @@ def test_the_wait_is_bounded(stage):
 def test_it_can_be_stopped_while_it_waits(stage):
     run = Run()
 
-    def stop(kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == "waiting":
+    def stop(kind: str, values: Any) -> None:
+        if kind == "event" and values.name == "waiting":
             run.trainer.stop()
 
     began = time.monotonic()

@@ -18,6 +18,7 @@ from actors.protocol.trainer import TrainingFailed
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member
+from tests.told_events import told
 
 MEMBERS = (Member("a", 0), Member("b", 0))
 
@@ -76,7 +77,7 @@ def test_files_of_tensorboard_are_a_chore():
     found._event_files = SimpleNamespace(observe=lambda kind, values: full())
     found._trainer = SimpleNamespace(chore=lambda what, job: chores.append(job))
     found._updates, found._count = deque(), 0
-    found._watch("event", {"event": "lost"})
+    found._watch("event", told("lost"))
     assert calls == ["event", "event"] and found._count == 1 and len(chores) == 1
     with pytest.raises(OSError):
         chores[0]()
