@@ -14,6 +14,7 @@ from runtime import Run
 
 from actors.calls.rank_calls import News
 from actors.protocol.trainer import TrainingFailed
+from actors.telemetry.exporter import RunMetrics
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
@@ -111,13 +112,16 @@ def test_two_are_killed_at_once(stage, name, ranks, more):
 @pytest.mark.parametrize("copies, ranks", [(0, (1,)), (1, (0, 1)), (1, (2, 3))])
 def test_more_is_lost_than_owners_cover(stage, copies, ranks):
     """The newest checkpoint: of step 4, when step 5 has been committed."""
-    more = ("training.steps=9", "checkpoint.every=4", f"elastic.copies={copies}")
-    run = stage.with_faults("EP4", both(6, *ranks), *more, regrown=[8])
+    more, metrics = ("training.steps=9", "checkpoint.every=4", f"elastic.copies={copies}"), RunMetrics()
+    run = stage.with_faults("EP4", both(6, *ranks), *more, regrown=[8], watch=metrics.observe)
     stage.check(run, "EP4", *more, redone=3 + len(ranks))
     lost, = run.told("state_lost")
     resumed, = run.told("resumed")
     assert lost["step"] == 6 and "no owner is left of" in lost["reason"]
     assert resumed["step"] == 4 and resumed["steps_to_redo"] == 2
+    first, *others = run.told("generation")
+    assert "recovery_seconds" not in first and any("recovery_seconds" in event for event in others)
+    assert metrics.registry.get_sample_value("dualray_recoveries_total") == len(others)
 
 
 def test_without_a_checkpoint_it_starts_over_and_says_so(stage):

@@ -68,6 +68,13 @@ def test_who_is_superseded_leaves_ranks_alone_for_good(killed, monkeypatch):
     assert killed == []
 
 
+def test_a_run_that_is_ended_at_once_says_so_in_a_word(killed):
+    """jobs.stop tells that from a failure, whatever the text."""
+    found = coordinator(None, ranks())
+    found.give_up("enough")
+    assert found.outcome(0.0) == Failure("enough", Ending.STOPPED)
+
+
 def test_files_of_tensorboard_are_a_chore():
     """Neither what they raise nor how long they take is for the thread that conducts."""
     chores, calls = [], []

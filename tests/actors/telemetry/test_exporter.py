@@ -227,6 +227,10 @@ def test_losses_and_recoveries_are_counted(serve):
     metrics.observe("event", told("lost", members=["b/0"]))
     metrics.observe("event", told("generation", step=5, seconds=0.5, bytes=1024, nodes=1))
     assert shown(*names) == [3, 2, 0.5, 5120, 0]
+    metrics.observe("event", told("lost", members=["a/0", "b/0"]))
+    metrics.observe("event", told("resumed", step=4, steps_to_redo=1))
+    metrics.observe("event", told("generation", step=4, recovery_seconds=9.5, nodes=2))
+    assert shown(*names) == [5, 3, 9.5, 5120, 0], "state that came from a checkpoint is the costliest recovery"
 
 
 def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
