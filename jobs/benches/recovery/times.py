@@ -81,8 +81,10 @@ def incident(kind: str, at: float, share: float, steps: Sequence[Line], events: 
     """
     after = [told for told in events if told.time >= at - 0.001]
     aborts, generations = READ.of(after, kinds.RanksAborted), READ.of(after, kinds.GenerationFormed)
-    if not aborts or not generations or READ.of(after, kinds.GenerationLoaded):
-        raise ValueError(f"no fault, or none that memory answers, is told of after {at}: {[told.name for told in after]}")
+    if not aborts or not generations:
+        raise ValueError(f"no fault is told of after {at}: {[told.name for told in after]}")
+    if READ.of(after, kinds.GenerationLoaded):
+        raise ValueError(f"state was loaded after {at}: {[told.name for told in after]}")
     first = next((step for step in steps if step["generation"] >= generations[0].event.generation), None)
     if first is None:
         raise ValueError(f"no step of generation {generations[0].event.generation}")

@@ -59,7 +59,8 @@ def test_a_committed_step_that_is_gone_and_a_short_batch_are_seen():
     assert incident_of([step(2, 15.25, 16.25, 2, sequences=12)], STORY).tokens_lost == 4 * 8
 
 
-@pytest.mark.parametrize("steps, events, words", [((), STORY, "no step of generation 2"), ((), (), "no fault is told of")])
+@pytest.mark.parametrize("steps, events, words", [((), STORY, "no step of generation 2"), ((), (), "no fault is told of"),
+                                                  ((), [*STORY, told("generation", 16.0, generation=3)], "state was loaded")])
 def test_files_that_do_not_tell(steps, events, words):
     with pytest.raises(ValueError, match=words):
         incident_of(steps, events)
