@@ -25,6 +25,9 @@ from jobs import audit, cli
 from jobs.driver import live, session
 from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.data.ledger import committed_by
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Kind, Selection
+from orchestrator.told.lines import Told, read, to_json
 
 AUDIT = "audit"
 _EXAMPLES = ("tiny --watch", "tiny --json --set run.directory=/shared/runs")
@@ -32,6 +35,12 @@ _AUDIT_EXAMPLES = ("tiny", "runs/tiny --json --set data.path=/shared/tokens")
 _CLEAR, _WATCH_SECONDS = "\x1b[H\x1b[2J", 1.0
 _TAIL_BYTES = 1 << 20
 _CHECKPOINT = re.compile(r"step-(\d+)")
+_READ = Selection((kinds.GenerationFormed, kinds.GenerationLoaded, kinds.Validated), leaves=(
+    kinds.LayoutPlanned, kinds.Resumed, kinds.StartedOver, kinds.ExpertsPlaced, kinds.RanksLost, kinds.Interrupted,
+    kinds.RanksAborted, kinds.CommittedStateLost, kinds.CoordinatorRestarted, kinds.NodesJoining, kinds.NodesDraining,
+    kinds.NodesAwaited, kinds.NodeIdle, kinds.NodeBarred, kinds.Slow, kinds.SlowOver, kinds.CheckpointWritten,
+    kinds.CheckpointFailed, kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway, kinds.DataAway,
+    kinds.ControlStoreAway, kinds.ControlStoreBack, kinds.NotFinite, kinds.Replayed, kinds.UnknownEvent))
 
 
 def main() -> int:
@@ -142,17 +151,21 @@ def _touched(folders: Iterable[str]) -> str | None:
 def state_of(folder: str, config: RunConfig) -> dict[str, Any]:
     """What the files say. `running`: whether its coordinator answers, or a process of this host holds it; None where that cannot be
     seen."""
-    events = [audit.json_object(text) for text in _journal(folder, "events.jsonl")]
+    events = read(audit.json_object(text) for text in _journal(folder, "events.jsonl"))
     metrics = [audit.json_object(text) for text in _journal(folder, audit.METRICS)[-1:]]
-    newest = {event["event"]: event for event in events if "event" in event}
     saved = _saved_steps(folder)
     answered = live.ask(folder)
     return {
         "run": folder, "running": _running(folder, answered), "steps_committed": committed_by(_journal(folder, audit.LEDGER)),
         "steps": answered["steps"] if answered else config.training.steps, "newest_step": metrics[0] if metrics else None, "checkpoints": saved,
-        "generation": newest.get("generation"), "validation": newest.get("validation"),
-        "last_event": events[-1] if events else None, "live": answered,
+        "generation": _newest_of(events, kinds.GenerationFormed, kinds.GenerationLoaded),
+        "validation": _newest_of(events, kinds.Validated), "last_event": to_json(events[-1]) if events else None, "live": answered,
     }
+
+
+def _newest_of(events: list[Told], *wanted: Kind) -> dict[str, Any] | None:
+    found = _READ.of(events, *wanted)
+    return to_json(found[-1]) if found else None
 
 
 def _lines(state: dict[str, Any]) -> list[str]:
@@ -172,7 +185,7 @@ def _lines(state: dict[str, Any]) -> list[str]:
         return found + live.lines(state["live"])
     if event := state["last_event"]:
         details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
-        found.append(f"last event   {event.get('event')}: {details}")
+        found.append(f"last event   {event['event']}: {details}")
     return found
 
 

@@ -20,6 +20,7 @@ from actors.state import checkpoint
 from jobs import cli, status
 from jobs.driver import session
 from orchestrator.config.run_config import RunConfig, parse
+from orchestrator.protocol.events import Ending
 
 ENDED_AT_ONCE = "ended at once by jobs.stop --now; the same command continues from the newest checkpoint"
 _ANSWER_SECONDS, _LOOK_SECONDS = 30.0, 0.2
@@ -65,7 +66,7 @@ def stop(folder: str, actors: str, config: RunConfig, now: bool) -> str:
     if found is None:
         return f"ended: ranks without a coordinator; {_left(folder)}"
     if isinstance(found, Failure):
-        if found.reason == ENDED_AT_ONCE:
+        if found.ending is Ending.STOPPED:  # by `give_up`
             return _left(folder)
         raise cli.JobFailed(f"the run has ended: {found.reason}")
     if not found.interrupted:

@@ -261,8 +261,7 @@ def _check_model_folder(config: RunConfig) -> None:
 def _summarise(config: RunConfig, folder: RunFolder, data: str, progress: Progress) -> None:
     """Of a run that has ended: it has not failed for want of its summary."""
     try:
-        steps, events = folder.metric_lines(), folder.event_lines()
-        validation = [(event["step"], event["loss"]) for event in events if event.get("event") == "validation"]
+        steps, validation = folder.metric_lines(), summary.validations(folder.events())
         baselines = corpus.baselines(Dataset.open(data), config.training.validation_sequences)
         told = summary.lines(steps, validation, baselines, folder.path)
         folder.write("summary.png", summary.picture(steps, validation, baselines))

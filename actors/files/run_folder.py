@@ -20,6 +20,8 @@ from pyarrow import fs
 from actors.files import storage
 from actors.files.journal import Journal
 from orchestrator.data import ledger
+from orchestrator.told import lines
+from orchestrator.told.lines import Told
 
 CHECKPOINTS, LEDGER, LIVE = "checkpoints", "ledger.jsonl", "live.json"
 _PARTIAL_SECONDS = 600.0
@@ -123,9 +125,9 @@ class RunFolder:
     def metrics(self, values: dict[str, Any]) -> None:
         self._metrics.append(json.dumps(values))
 
-    def told(self, event: Mapping[str, Any]) -> None:
-        """One line of `events.jsonl`; its `time` is seconds since the epoch."""
-        self._events.append(json.dumps(event))
+    def told(self, event: Told) -> None:
+        """One line of `events.jsonl`."""
+        self._events.append(json.dumps(lines.to_json(event)))
 
     def ledger_lines(self) -> list[dict[str, Any]]:
         """Of the committed steps; a line that a crash cut off is none. Raises StorageError."""
@@ -133,10 +135,10 @@ class RunFolder:
 
     def trim_metrics(self, step: int) -> list[dict[str, Any]]:
         """Keep the metrics of steps before `step`. Returns the others."""
-        lines = self._metrics.lines()
-        steps = [values for values in _objects(lines) if type(values.get("step")) is int]
+        written = self._metrics.lines()
+        steps = [values for values in _objects(written) if type(values.get("step")) is int]
         kept = [values for values in steps if values["step"] < step]
-        if len(kept) == len(lines):
+        if len(kept) == len(written):
             return []
         self._metrics.rewrite([json.dumps(values) for values in kept])
         return [values for values in steps if values["step"] >= step]
@@ -144,18 +146,19 @@ class RunFolder:
     def metric_lines(self) -> list[dict[str, Any]]:
         return _objects(self._metrics.lines())
 
-    def event_lines(self) -> list[dict[str, Any]]:
-        return _objects(self._events.lines())
+    def events(self) -> list[Told]:
+        """What was told, but for lines that are damaged."""
+        return lines.read(_objects(self._events.lines()))
 
     def close(self) -> None:
         for journal in (self._ledger, self._metrics, self._events):
             journal.close()
 
 
-def _objects(lines: Iterable[str]) -> list[dict[str, Any]]:
+def _objects(written: Iterable[str]) -> list[dict[str, Any]]:
     """What lines say, but for those that a crash or a disk has damaged: nothing depends on one of them."""
     found = []
-    for line in lines:
+    for line in written:
         try:
             found.append(json.loads(line))
         except (ValueError, RecursionError):

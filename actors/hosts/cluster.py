@@ -20,6 +20,7 @@ from actors.files import names
 from actors.protocol.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig, TopologySection
 from orchestrator.protocol.membership import Member
+from orchestrator.told.kinds import ControlStoreAway, ControlStoreBack, Event
 from orchestrator.topology import Node, selects
 
 logger = logging.getLogger(__name__)
@@ -159,10 +160,10 @@ class NodeWatch:
     """Asks Ray a few times a second who is there and who drains, on a thread of its own: that may take as long as it takes. An
     autoscaler, if there is one, is told first how many nodes are wanted.
 
-    told: of events in which Ray's control store has a part, with their details; on a thread of this watch.
+    told: of events in which Ray's control store has a part; on a thread of this watch.
     """
 
-    def __init__(self, config: RunConfig, told: Callable[[str, dict[str, Any]], None] = lambda kind, details: None):
+    def __init__(self, config: RunConfig, told: Callable[[Event], None] = lambda event: None):
         self._config, self._lock, self._news = config, threading.Lock(), []
         self._told: Callable[[News], None] | None = None
         self._known: dict[str, Node] = {}
@@ -217,9 +218,9 @@ class NodeWatch:
             silent = self._unanswered.look()
             if since is None and silent > AWAY_SECONDS:
                 since = time.monotonic() - silent
-                self._tell("control_store_away", {"seconds": round(silent, 3)})
+                self._tell(ControlStoreAway(round(silent, 3)))
             elif since is not None and silent < AWAY_SECONDS:
-                self._tell("control_store_back", {"seconds": round(time.monotonic() - silent - since, 3)})
+                self._tell(ControlStoreBack(round(time.monotonic() - silent - since, 3)))
                 since = None
 
     def _compared(self, present: dict[str, Node], draining: Mapping[str, int]) -> list[News]:

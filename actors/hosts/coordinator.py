@@ -41,6 +41,7 @@ from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member
+from orchestrator.told.kinds import Event
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Coordinator:
         self._written: Token | None = None
         self._wanted: queue.SimpleQueue[Member] = queue.SimpleQueue()
         self._ranks, self._data = RayRanks(ranks, self._wanted.put, self._nodes), data
-        self._updates: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=10_000)
+        self._updates: deque[tuple[int, str, Any]] = deque(maxlen=10_000)
         self._count = 0
         self._lock = threading.Lock()
         self._metrics = RunMetrics(config.training.steps, config.checkpoint.every)
@@ -127,7 +128,7 @@ class Coordinator:
     # --- the driver ----------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="control")
-    def updates(self, driver: str, since: int) -> tuple[int, list[tuple[str, dict[str, Any]]], bool] | Failure:
+    def updates(self, driver: str, since: int) -> tuple[int, list[tuple[str, Any]], bool] | Failure:
         """What happened after update number `since`: (number of the newest, [(kind, values)], whether the run is over).
 
         A Failure: another driver has taken over.
@@ -168,7 +169,7 @@ class Coordinator:
     @ray.method(concurrency_group="control")
     def give_up(self, reason: str) -> None:
         """End at once, without a save."""
-        self._finish(Failure(reason))
+        self._finish(Failure(reason, Ending.STOPPED))
 
     def _stop(self) -> None:
         self._stop_requested = True
@@ -276,11 +277,11 @@ class Coordinator:
                 self._written = RunFolder(self._config.run.directory, self._config.run.name).token(_TOKEN)
         return self._written
 
-    def _tell(self, kind: str, details: dict[str, Any]) -> None:
+    def _tell(self, event: Event) -> None:
         if self._trainer is not None:
-            self._trainer.tell(kind, details)
+            self._trainer.tell(event)
 
-    def _watch(self, kind: str, values: dict[str, Any]) -> None:
+    def _watch(self, kind: str, values: Any) -> None:
         if kind == "history":
             self._board.recall(values["steps"], values["events"])
             self._metrics.recall(values["events"])
@@ -303,7 +304,7 @@ class Coordinator:
             closing.start()
             closing.join(_END_SECONDS)
 
-    def _update(self, kind: str, values: dict[str, Any]) -> None:
+    def _update(self, kind: str, values: Any) -> None:
         with self._lock:
             self._count += 1
             self._updates.append((self._count, kind, values))

@@ -17,6 +17,7 @@ from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol.events import Ending
 from orchestrator.recovery.replay import Replay
+from orchestrator.told.kinds import NotFinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Refusal:
 
     ending: Ending
     text: str
-    event: Mapping[str, Any] | None = None
+    event: NotFinite | None = None
 
 
 class Book:
@@ -63,7 +64,7 @@ class Book:
         if not (all(map(math.isfinite, losses.values())) and math.isfinite(norm)):
             return Refusal(Ending.NOT_FINITE, f"step {step}: loss {losses['loss']}, gradient norm {norm}: not finite; no update was "
                            f"made, the weights are those after {step} steps",
-                           {"step": step, "gradient_norm": repr(norm)} | {name: repr(value) for name, value in losses.items()})
+                           NotFinite(step, repr(norm), **{name: repr(value) for name, value in losses.items()}))
         entered, labelled = (digest_text(combine(report.digests[end] for report in account.reports)) for end in (0, 1))
         if entered != labelled:
             return Refusal(Ending.OWN_FAULT, f"step {step}: sequences {entered} entered the pipeline, but labels are of {labelled}")

@@ -184,7 +184,7 @@ class RealShell:
         refusal = parts.book.refusal(account)
         if refusal is not None:
             if refusal.event is not None:
-                parts.telling.event("not_finite", refusal.event)
+                parts.telling.tell(refusal.event)
             parts.post(LineRefused(order, refusal.ending, refusal.text))
             return
         self._accounts[order] = account
@@ -233,11 +233,11 @@ class RealShell:
         threading.Thread(target=find, name="placement", daemon=True).start()
 
     def _tell(self, command: commands.Tell) -> None:
-        if command.kind == "validation":
+        if isinstance(command.event, commands.ValidatedStep):
             batch, config = self._parts.held_out, self._parts.config
             sums = sum((self._sums[rank] for rank in sorted(self._sums)), LossSums())
             self.scores = losses_of(sums, batch, config) | scores_of(sums, batch, config)
-        self._parts.telling.tell(command)
+        self._parts.telling.tell(command.event)
 
     @property
     def validation(self) -> Mapping[str, float]:

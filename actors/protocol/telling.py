@@ -23,11 +23,14 @@ from orchestrator.layout.expert_load import ExpertLoad
 from orchestrator.layout.layout import Layout, Place
 from orchestrator.layout.placement import Placement, moves, worst_unevenness
 from orchestrator.plan.recipe import learning_rate
-from orchestrator.protocol.commands import Tell
+from orchestrator.protocol.commands import FormedRef, InReferences, LoadedRef, PlacedRef, PlannedRef, StepLost, ValidatedStep
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.telemetry import goodput
+from orchestrator.told import kinds
+from orchestrator.told.kinds import Event
+from orchestrator.told.lines import Told
 
-Watch = Callable[[str, dict[str, Any]], None]
+Watch = Callable[[str, Any], None]
 
 _SPENT_ON = {
     "stepping": goodput.STEP, "committing": goodput.STEP, "applying": goodput.STEP, "fetching batch": goodput.DATA,
@@ -35,8 +38,6 @@ _SPENT_ON = {
     "snapshotting": goodput.CHECKPOINT, "awaiting save": goodput.CHECKPOINT,
 }
 """By phase of the state machine; all others are on the way from one generation to the next."""
-_OWN = "step_lost"
-"""What the machine tells the account of time only."""
 
 
 class Telling:
@@ -53,11 +54,9 @@ class Telling:
         self._slow: tuple[int, SlowWatch] | None = None
         self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
         self._stands = self._configured = False
-        self._since: dict[str, list[dict[str, Any]]] | None = None
-        self._untrimmed: tuple[int, dict[str, list[dict[str, Any]]]] | None = None  # of the clerk's thread
+        self._since: dict[str, list[Any]] | None = None
+        self._untrimmed: tuple[int, dict[str, list[Any]]] | None = None  # of the clerk's thread
         self.load = ExpertLoad(max(1, config.placement.every))
-        self._details = {"layout": self._of_layout, "generation": self._of_generation, "placement": self._of_placement,
-                         "validation": self._of_validation}
 
     # --- what is asked -------------------------------------------------------------------------------------------
 
@@ -71,21 +70,17 @@ class Telling:
 
     # --- what is told --------------------------------------------------------------------------------------------
 
-    def tell(self, told: Tell) -> None:
+    def tell(self, what: Event | InReferences) -> None:
         """An event, in the words of its users."""
-        if told.kind == _OWN:
+        if isinstance(what, StepLost):
             self._spending.step_lost()
             return
-        details = self._details.get(told.kind, dict)(told.details)
-        if told.kind == "generation":
+        if isinstance(what, FormedRef | LoadedRef):
             self._stands = True
             self._configure()
-        self.event(told.kind, details)
-
-    def event(self, kind: str, details: Mapping[str, Any]) -> None:
-        event = {"time": round(time.time(), 3), "event": kind, **details}
-        self._clerk.chore("events.jsonl", lambda: self._folder.told(event))
-        self._tell("event", event)
+        told = Told(round(time.time(), 3), self._in_words(what))
+        self._clerk.chore("events.jsonl", lambda: self._folder.told(told))
+        self._tell("event", told)
 
     def entered(self, phase: str) -> None:
         """The state machine is in this phase now: what time goes to from here on."""
@@ -147,7 +142,7 @@ class Telling:
     def _trim(self) -> None:
         step, since = self._untrimmed
         undone = self._folder.trim_metrics(step)
-        found = {"step": self._folder.metric_lines(), "event": self._folder.event_lines()}
+        found = {"step": self._folder.metric_lines(), "event": self._folder.events()}
         self._untrimmed = None
         self._post(lambda: self._trimmed(undone, found, since))
 
@@ -159,7 +154,7 @@ class Telling:
             self._since = None
         self._watch("history", {"steps": found["step"] + since["step"], "events": found["event"] + since["event"]})
 
-    def _tell(self, kind: str, values: dict[str, Any]) -> None:
+    def _tell(self, kind: str, values: Any) -> None:
         if self._since is not None:
             self._since[kind].append(values)
         self._watch(kind, values)
@@ -167,31 +162,33 @@ class Telling:
     def _look_for_slow(self, account: StepAccount, requests: list[StepRequest], layout: Layout, placement: Placement) -> None:
         if self._slow is None or self._slow[0] != account.generation:
             self._slow = account.generation, SlowWatch(layout, placement)
-        for kind, details in self._slow[1].after(requests, account.reports):
-            self.event(kind, {"step": account.step, **details})
+        for event in self._slow[1].after(account.step, requests, account.reports):
+            self.tell(event)
 
     def _configure(self) -> None:
         """Not before a generation stands, for a refused run leaves the configuration of the last one; then until it is written."""
         if self._stands and not self._configured:
             self._clerk.chore("config.yaml", self._write_configuration)
 
-    def _of_layout(self, details: Mapping[str, Any]) -> dict[str, Any]:
-        layout = self._tables.layout(details["layout"])
-        return {"layout": layout.describe(), "nodes": len(layout.nodes), "notes": list(self._notes()), "seconds": details["seconds"]}
-
-    def _of_generation(self, details: Mapping[str, Any]) -> dict[str, Any]:
-        layout = self._tables.layout(details["layout"])
-        rest = {key: value for key, value in details.items() if key not in ("generation", "layout", "placement", "step")}
-        return {"generation": details["generation"], "layout": layout.describe(), "nodes": len(layout.nodes), "step": details["step"],
-                **rest}
-
-    def _of_placement(self, details: Mapping[str, Any]) -> dict[str, Any]:
-        before, found = self._tables.placement(details["before"]), self._tables.placement(details["placement"])
-        return {"step": details["step"], "generation": details["generation"], "experts": len(moves(before, found)),
-                "bytes": details["bytes"], "seconds": details["seconds"],
-                "unevenness_before": worst_unevenness(before, self.load.mean),
-                "unevenness_after": worst_unevenness(found, self.load.mean)}
-
-    def _of_validation(self, details: Mapping[str, Any]) -> dict[str, Any]:
-        scores = self._scores()
-        return {**details, "loss": scores["loss"], "accuracy": scores["accuracy"], "seconds": round(scores["seconds"], 3)}
+    def _in_words(self, what: Event | InReferences) -> Event:
+        """With what the machine has references to only."""
+        match what:
+            case PlannedRef():
+                layout = self._tables.layout(what.layout)
+                return kinds.LayoutPlanned(layout.describe(), len(layout.nodes), tuple(self._notes()), what.seconds)
+            case FormedRef():
+                layout = self._tables.layout(what.layout)
+                return kinds.GenerationFormed(what.generation, layout.describe(), len(layout.nodes), what.step, what.bytes,
+                                              what.grouping_seconds, what.moving_seconds, what.seconds, layout.size)
+            case LoadedRef():
+                layout = self._tables.layout(what.layout)
+                return kinds.GenerationLoaded(what.generation, layout.describe(), len(layout.nodes), what.step, what.recovery_seconds,
+                                              layout.size)
+            case PlacedRef():
+                before, found = self._tables.placement(what.before), self._tables.placement(what.placement)
+                return kinds.ExpertsPlaced(what.step, what.generation, len(moves(before, found)), what.bytes, what.seconds,
+                                           worst_unevenness(before, self.load.mean), worst_unevenness(found, self.load.mean))
+            case ValidatedStep():
+                scores = self._scores()
+                return kinds.Validated(what.step, scores["loss"], round(scores["seconds"], 3), accuracy=scores["accuracy"])
+        return what

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Change, Ending, Goal, Head, Seen, Started
 from orchestrator.protocol.membership import Member, Rules
 from orchestrator.protocol.run import Run
+from orchestrator.told.kinds import CheckpointUnreadable, Event, StorageAway
+from orchestrator.told.lines import Told, details
 
 __all__ = ["Batches", "Sources", "Trainer", "TrainingFailed"]
 
@@ -72,7 +74,7 @@ class _Storage:
 
 class Trainer:
     """`watch(kind, values)` is told each step's metrics ("step"), its loads of experts by layer ("load"), the spans of some steps
-    ("timeline"), each event ("event"), and what was before where a run goes on or back ("history"); on the thread of `run`, which it
+    ("timeline"), each event ("event": a Told), and what was before where a run goes on or back ("history"); on the thread of `run`, which it
     must not keep.
 
     `store`: where the ranks meet, served by this process on `host`; None: one of the trainer's own.
@@ -104,10 +106,10 @@ class Trainer:
         """Files that whoever watches writes of what it is told, as Clerk.chore: they never hold the run up."""
         self._clerk.chore(what, job)
 
-    def tell(self, kind: str, details: Mapping[str, Any]) -> None:
+    def tell(self, event: Event) -> None:
         """An event that the state machine has no part in. From any thread; before and after the run nobody hears of it."""
         if (telling := self._telling) is not None:
-            self._conductor.post(lambda: telling.event(kind, details))
+            self._conductor.post(lambda: telling.tell(event))
 
     @property
     def layout(self) -> Layout:
@@ -162,16 +164,16 @@ class Trainer:
                 if not self._start.left_behind or not _is_away(error) or time.monotonic() > until:
                     raise
                 if pause == _FIRST_PAUSE_SECONDS:
-                    self._early("storage_away", reason=str(error))
+                    self._early(StorageAway(str(error)))
             time.sleep(pause)
             pause = min(_LAST_PAUSE_SECONDS, 2 * pause)
 
-    def _early(self, kind: str, **details: Any) -> None:
+    def _early(self, event: Event) -> None:
         """An event of before there is a shell."""
-        event = {"time": round(time.time(), 3), "event": kind, **details}
-        logger.warning("%s: %s", kind, details)
-        self._clerk.chore("events.jsonl", lambda: self._folder.told(event))
-        self._watch("event", event)
+        told = Told(round(time.time(), 3), event)
+        logger.warning("%s: %s", told.name, details(event))
+        self._clerk.chore("events.jsonl", lambda: self._folder.told(told))
+        self._watch("event", told)
 
     # --- what there is -------------------------------------------------------------------------------------------
 
@@ -196,9 +198,9 @@ class Trainer:
                 if isinstance(away := error.__cause__, StorageError) and _is_away(away):
                     raise away from None  # an older one is not taken for that
                 seen.append(Seen(_step_of(directory), directory, readable=False))
-                unreadable.append({"step": seen[-1].step, "path": directory, "reason": str(error)})
+                unreadable.append(CheckpointUnreadable(seen[-1].step, directory, str(error)))
         for one in unreadable:  # once, though all this is read again where something is away
-            self._early("checkpoint_unreadable", **one)
+            self._early(one)
         if manifests:
             newest = max(manifests, key=lambda directory: manifests[directory].step)
             checkpoint.check_model(manifests[newest], self._config.model, newest)

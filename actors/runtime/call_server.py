@@ -155,4 +155,5 @@ def _lacks_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    # by its text, for want of a class: what torch's allocator for the host, and cuBLAS, NCCL and the driver, raise of a lack of memory
     return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()

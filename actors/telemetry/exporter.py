@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hmac
 import json
@@ -22,6 +21,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollecto
 
 from actors.calls.messages import StepReport
 from orchestrator.telemetry.goodput import KINDS, RECOVERY
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Handlers
+from orchestrator.told.lines import Told
 
 AUTO, _LOOPBACK = "auto", "127.0.0.1"
 PAGE = Path(__file__).parent / "page.html"
@@ -226,7 +228,8 @@ class RunMetrics:
         self._failures = Counter("dualray_failures", "Times that ranks were lost; all that were lost at once count as one",
                                  registry=self.registry)
         self._lost = Counter("dualray_lost_ranks", "Rank processes that were lost", registry=self.registry)
-        self._recoveries = Counter("dualray_recoveries", "Generations formed after a loss, a drain or a join", registry=self.registry)
+        self._recoveries = Counter("dualray_recoveries", "Generations after a loss, a drain or a join, with state of memory or loaded",
+                                   registry=self.registry)
         self._recovery = Gauge("dualray_recovery_seconds", "From noticing the last change to its new generation",
                                registry=self.registry)
         self._moved = Counter("dualray_moved_state_bytes", "State that moved from rank to rank, all ranks", registry=self.registry)
@@ -237,56 +240,33 @@ class RunMetrics:
     def ended(self) -> None:
         self._ended.set(1)
 
-    def recall(self, events: Iterable[dict[str, Any]]) -> None:
+    def recall(self, events: Iterable[Told]) -> None:
         """Of a run that goes on: what it saved and scored last."""
-        newest = {event["event"]: event for event in events if event.get("event") in ("checkpoint", "validation")}
-        for event in newest.values():
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that is none of this program's
-                self.observe("event", event)
+        newest = {type(told.event): told for told in events if isinstance(told.event, kinds.CheckpointWritten | kinds.Validated)}
+        for told in newest.values():
+            self._HANDLERS(self, told)
 
-    def observe(self, kind: str, values: dict[str, Any]) -> None:
+    def observe(self, kind: str, values: Any) -> None:
         """Take what a trainer's `watch` is told."""
         if kind == "step":
-            for key, gauge in self._gauges.items():
-                gauge.set(values[key])
-            if values.get("mfu") is not None:
-                self._observe_utilisation(values["mfu"])
-            self._tokens.inc(values["tokens"])
-            self._at.set(values["time"])
-            self._waiting.set(0)
-            for spent_on, seconds in values["spent"].items():
-                self._spent.labels(spent_on).inc(max(0.0, seconds - (values.get("redone", 0.0) if spent_on == RECOVERY else 0.0)))
-            if values["step"] + 1 == self._steps:
-                self.ended()
-            self._across.inc(values["bytes_across_nodes"])
-            self._inside.inc(values["bytes_inside_nodes"])
-        elif kind == "event" and values["event"] == "validation":
-            self._validation.set(values["loss"])
-        elif kind == "event" and values["event"] == "checkpoint":
-            self._checkpoint.set(values["time"])
-            self._checkpointed.set(values["step"])
-        elif kind == "event" and values["event"] == "placement":
-            self._slow.clear()  # ranks are watched anew
-        elif kind == "event" and values["event"] == "generation":
-            self._slow.clear()  # ranks are numbered anew, and watched anew
-            self._waiting.set(0)
-            self._gauges["nodes"].set(values["nodes"])
-            if "seconds" in values:  # it is not the first one
-                self._recoveries.inc()
-                self._recovery.set(values["seconds"])
-                self._moved.inc(values["bytes"])
-        elif kind == "event" and values["event"] == "lost":
-            self._lost.inc(len(values["members"]))
-            self._failures.inc()
-        elif kind == "event" and values["event"] == "waiting":
-            self._waiting.set(1)
-        elif kind == "event" and values["event"] == "not_finite":
-            self._not_finite.inc()
-        elif kind == "event" and values["event"] == "slow":
-            self._slow.labels(*_slow_labels(values)).set(values["factor"])
-        elif kind == "event" and values["event"] == "slow_over":
-            self._slow.remove(*_slow_labels(values))
+            self._observe_step(values)
+        elif kind == "event":
+            self._HANDLERS(self, values)
 
+    def _observe_step(self, values: dict[str, Any]) -> None:
+        for key, gauge in self._gauges.items():
+            gauge.set(values[key])
+        if values.get("mfu") is not None:
+            self._observe_utilisation(values["mfu"])
+        self._tokens.inc(values["tokens"])
+        self._at.set(values["time"])
+        self._waiting.set(0)
+        for spent_on, seconds in values["spent"].items():
+            self._spent.labels(spent_on).inc(max(0.0, seconds - (values.get("redone", 0.0) if spent_on == RECOVERY else 0.0)))
+        if values["step"] + 1 == self._steps:
+            self.ended()
+        self._across.inc(values["bytes_across_nodes"])
+        self._inside.inc(values["bytes_inside_nodes"])
 
     def _observe_utilisation(self, ratio: float) -> None:
         """A series only where it is known."""
@@ -295,10 +275,66 @@ class RunMetrics:
                                       "Model FLOPs / what the accelerators can do in dense BF16 products", registry=self.registry)
         self._utilisation.set(ratio)
 
+    # --- events ------------------------------------------------------------------------------------------------------
 
-def _slow_labels(values: dict[str, Any]) -> tuple[str, ...]:
-    peer = values["peer"]
-    return str(values["rank"]), values["node"], "" if peer is None else str(peer), values["lane"]
+    def _validated(self, event: kinds.Validated, time: float) -> None:
+        self._validation.set(event.loss)
+
+    def _saved(self, event: kinds.CheckpointWritten, time: float) -> None:
+        self._checkpoint.set(time)
+        self._checkpointed.set(event.step)
+
+    def _placed(self, event: kinds.ExpertsPlaced, time: float) -> None:
+        self._slow.clear()  # ranks are watched anew
+
+    def _formed(self, event: kinds.GenerationFormed, time: float) -> None:
+        self._stands(event)
+        self._recovered(event.seconds)
+        self._moved.inc(event.bytes)
+
+    def _loaded(self, event: kinds.GenerationLoaded, time: float) -> None:
+        self._stands(event)
+        if event.recovery_seconds is not None:
+            self._recovered(event.recovery_seconds)
+
+    def _stands(self, event: kinds.GenerationFormed | kinds.GenerationLoaded) -> None:
+        self._slow.clear()  # ranks are numbered anew, and watched anew
+        self._waiting.set(0)
+        self._gauges["nodes"].set(event.nodes)
+
+    def _recovered(self, seconds: float) -> None:
+        self._recoveries.inc()
+        self._recovery.set(seconds)
+
+    def _ranks_lost(self, event: kinds.RanksLost, time: float) -> None:
+        self._lost.inc(len(event.members))
+        self._failures.inc()
+
+    def _waits(self, event: kinds.NodesAwaited, time: float) -> None:
+        self._waiting.set(1)
+
+    def _went_wrong(self, event: kinds.NotFinite, time: float) -> None:
+        self._not_finite.inc()
+
+    def _is_slow(self, event: kinds.Slow, time: float) -> None:
+        self._slow.labels(*_slow_labels(event)).set(event.factor)
+
+    def _slow_over(self, event: kinds.SlowOver, time: float) -> None:
+        self._slow.remove(*_slow_labels(event))
+
+    _HANDLERS = Handlers({
+        kinds.Validated: _validated, kinds.CheckpointWritten: _saved, kinds.ExpertsPlaced: _placed, kinds.GenerationFormed: _formed,
+        kinds.GenerationLoaded: _loaded, kinds.RanksLost: _ranks_lost, kinds.NodesAwaited: _waits, kinds.NotFinite: _went_wrong,
+        kinds.Slow: _is_slow, kinds.SlowOver: _slow_over,
+    }, leaves=(
+        kinds.LayoutPlanned, kinds.Resumed, kinds.StartedOver, kinds.Interrupted, kinds.RanksAborted, kinds.CommittedStateLost,
+        kinds.CoordinatorRestarted, kinds.NodesJoining, kinds.NodesDraining, kinds.NodeIdle, kinds.NodeBarred, kinds.CheckpointFailed,
+        kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway, kinds.DataAway, kinds.ControlStoreAway,
+        kinds.ControlStoreBack, kinds.Replayed, kinds.UnknownEvent))
+
+
+def _slow_labels(event: kinds.Slow | kinds.SlowOver) -> tuple[str, ...]:
+    return str(event.rank), event.node, "" if event.peer is None else str(event.peer), event.lane
 
 
 def listening(host: str, node: str, many_hosts: bool) -> tuple[str, ...]:

@@ -13,6 +13,9 @@ from actors.files.storage import join
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.telemetry import goodput
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Handlers
+from orchestrator.told.lines import Told, to_json
 
 _POINTS, _EVENTS, _LOST = 400, 60, 8
 _SHOWN = ("step", "time", "loss", "tokens_per_second", "seconds", "overlap_ratio", "bubble_ratio", "exposed_comm_seconds", "gradient_norm",
@@ -36,23 +39,25 @@ class Board:
         self._waiting: str | None = None
         self._since = time.time()
 
-    def recall(self, steps: Iterable[dict[str, Any]], events: Iterable[dict[str, Any]]) -> None:
+    def recall(self, steps: Iterable[dict[str, Any]], events: Iterable[Told]) -> None:
         """What was before, of a run that goes on, in place of what is here."""
         with self._lock:
             self._points, self._spent, self._lost, self._slow = [], goodput.totals(()), {}, {}
             self._events.clear()
             self._since = time.time()
-        for kind, found in (("event", events), ("step", steps)):
-            for values in found:
-                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # a line that is none of this program's
-                    self.observe(kind, values)
+        for told in events:
+            self.observe("event", told)
+        for values in steps:
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # a line that is none of this program's
+                self.observe("step", values)
 
-    def observe(self, kind: str, values: dict[str, Any]) -> None:
+    def observe(self, kind: str, values: Any) -> None:
         with self._lock:
             if kind == "step":
                 self._step(values)
             elif kind == "event":
-                self._event(values)
+                self._events.append(to_json(values))
+                self._HANDLERS(self, values)
             elif kind == "timeline":
                 self._timeline = values
 
@@ -82,33 +87,51 @@ class Board:
         if len(self._points) == 2 * _POINTS:  # older ones at half the density: the whole run stays in sight, the newest among it
             self._points = [*self._points[:-1:2], self._points[-1]]
 
-    def _event(self, values: dict[str, Any]) -> None:
-        kind = values["event"]
-        self._events.append(values)
-        if kind == "generation":
-            self._slow, self._waiting = {}, None
-            seated = {place.node for place in found.places} if (found := self._layout()) else set()
-            self._lost = {node: when for node, when in self._lost.items() if node not in seated}
-        elif kind == "placement":
-            self._slow = {}
-        elif kind == "lost":
-            self._lost |= {member.rpartition("/")[0]: values["time"] for member in values["members"]}
-            self._lost = dict(list(self._lost.items())[-_LOST:])  # nodes that never come back are many, on hosts that are lent
-        elif kind == "slow":
-            self._slow[values["rank"], values.get("peer"), values.get("lane")] = values["factor"]
-        elif kind == "slow_over":
-            self._slow.pop((values["rank"], values.get("peer"), values.get("lane")), None)
-        elif kind == "waiting":
-            self._waiting = values["reason"]
-        elif kind in ("validation", "checkpoint"):
-            setattr(self, f"_{kind}", values)
-
     def _slow_ranks(self) -> dict[int, float]:
         """The worst factor of each rank that is slow in something."""
         found: dict[int, float] = {}
         for (rank, *_), factor in self._slow.items():
             found[rank] = max(factor, found.get(rank, 0.0))
         return found
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def _generation(self, event: kinds.GenerationFormed | kinds.GenerationLoaded, time: float) -> None:
+        self._slow, self._waiting = {}, None
+        seated = {place.node for place in found.places} if (found := self._layout()) else set()
+        self._lost = {node: when for node, when in self._lost.items() if node not in seated}
+
+    def _placed(self, event: kinds.ExpertsPlaced, time: float) -> None:
+        self._slow = {}
+
+    def _ranks_lost(self, event: kinds.RanksLost, time: float) -> None:
+        self._lost |= {member.rpartition("/")[0]: time for member in event.members}
+        self._lost = dict(list(self._lost.items())[-_LOST:])  # nodes that never come back are many, on hosts that are lent
+
+    def _is_slow(self, event: kinds.Slow, time: float) -> None:
+        self._slow[event.rank, event.peer, event.lane] = event.factor
+
+    def _slow_over(self, event: kinds.SlowOver, time: float) -> None:
+        self._slow.pop((event.rank, event.peer, event.lane), None)
+
+    def _waits(self, event: kinds.NodesAwaited, time: float) -> None:
+        self._waiting = event.reason
+
+    def _validated(self, event: kinds.Validated, time: float) -> None:
+        self._validation = to_json(Told(time, event))
+
+    def _saved(self, event: kinds.CheckpointWritten, time: float) -> None:
+        self._checkpoint = to_json(Told(time, event))
+
+    _HANDLERS = Handlers({
+        kinds.GenerationFormed: _generation, kinds.GenerationLoaded: _generation, kinds.ExpertsPlaced: _placed,
+        kinds.RanksLost: _ranks_lost, kinds.Slow: _is_slow, kinds.SlowOver: _slow_over, kinds.NodesAwaited: _waits,
+        kinds.Validated: _validated, kinds.CheckpointWritten: _saved,
+    }, leaves=(
+        kinds.LayoutPlanned, kinds.Resumed, kinds.StartedOver, kinds.Interrupted, kinds.RanksAborted, kinds.CommittedStateLost,
+        kinds.CoordinatorRestarted, kinds.NodesJoining, kinds.NodesDraining, kinds.NodeIdle, kinds.NodeBarred, kinds.CheckpointFailed,
+        kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway, kinds.DataAway, kinds.ControlStoreAway,
+        kinds.ControlStoreBack, kinds.NotFinite, kinds.Replayed, kinds.UnknownEvent))
 
 
 def _grid(layout: Layout, slow: dict[int, float]) -> list[dict[str, Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from actors.calls.messages import StepReport, StepRequest
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
 from orchestrator.telemetry.stragglers import Change, Flow, Watch, Work
+from orchestrator.told.kinds import Slow, SlowOver
 
 
 class SlowWatch:
@@ -21,13 +21,13 @@ class SlowWatch:
             for rank, experts in zip(entry.ranks, entry.experts, strict=True):
                 self._experts[rank][entry.layer] = experts
 
-    def after(self, requests: Sequence[StepRequest], reports: Sequence[StepReport]) -> list[tuple[str, dict[str, Any]]]:
-        """Events of a step, as kind (slow, slow_over) and details."""
+    def after(self, step: int, requests: Sequence[StepRequest], reports: Sequence[StepReport]) -> list[Slow | SlowOver]:
+        """Events of a step."""
         rows = self._rows(reports)
         works = {report.rank: Work(report.figures.compute_seconds, sum(request.sizes.values()), rows[report.rank])
                  for request, report in zip(requests, reports, strict=True)}
         self._watch, changes = self._watch.after(works, flows(reports))
-        return [self._event(change) for change in changes]
+        return [self._event(step, change) for change in changes]
 
     def _rows(self, reports: Iterable[StepReport]) -> dict[int, int]:
         """Tokens of the global batch that chose the experts of each rank, over the layers of its stages."""
@@ -41,12 +41,11 @@ class SlowWatch:
     def _peers(self, rank: int) -> frozenset[int]:
         return frozenset(self._layout.peers(self._layout.places[rank].position))
 
-    def _event(self, change: Change) -> tuple[str, dict[str, Any]]:
+    def _event(self, step: int, change: Change) -> Slow | SlowOver:
         slow, places = change.straggler, self._layout.places
-        return "slow_over" if change.over else "slow", {
-            "rank": slow.rank, "node": places[slow.rank].node, "peer": slow.peer,
-            "peer_node": None if slow.peer is None else places[slow.peer].node, "lane": slow.lane.value,
-            "factor": round(slow.factor, 2)}
+        return (SlowOver if change.over else Slow)(
+            step, slow.rank, places[slow.rank].node, slow.peer, None if slow.peer is None else places[slow.peer].node,
+            slow.lane.value, round(slow.factor, 2))
 
 
 def flows(reports: Iterable[StepReport]) -> dict[tuple[int, int], Flow]:

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Handlers
+
 FOLDER = "tensorboard"
 _AGAIN_SECONDS = 30.0
 """Each try leaves a file."""
@@ -24,7 +27,7 @@ class EventFiles:
     def __init__(self, folder: str):
         self._folder, self._writer, self._again_at = folder, None, 0.0
 
-    def observe(self, kind: str, values: dict[str, Any]) -> None:
+    def observe(self, kind: str, values: Any) -> None:
         """Raises OSError and the like: it cannot be written, now."""
         try:
             self._observe(kind, values)
@@ -32,20 +35,35 @@ class EventFiles:
             self._writer, self._again_at = None, time.monotonic() + _AGAIN_SECONDS
             raise
 
-    def _observe(self, kind: str, values: dict[str, Any]) -> None:
-        if kind == "step" and self._writer is None and time.monotonic() >= self._again_at:
-            self._writer = SummaryWriter(self._folder, purge_step=values["step"])
-        if kind == "event" and values["event"] in ("generation", "coordinator_restarted") and "seconds" not in values:
-            self.close()  # state came from storage, or another coordinator wrote before
-            self._writer = SummaryWriter(self._folder, purge_step=values["step"])
-        elif kind == "step" and self._writer is not None:
-            for key, tag in _SCALARS.items():
-                if values.get(key) is not None:
-                    self._writer.add_scalar(tag, values[key], values["step"], walltime=values["time"])
-        elif kind == "event" and values["event"] == "validation" and self._writer is not None:
-            for key in ("loss", "accuracy", "mtp_acceptance"):
-                if key in values:
-                    self._writer.add_scalar(f"validation/{key}", values[key], values["step"], walltime=values["time"])
+    def _observe(self, kind: str, values: Any) -> None:
+        if kind == "step":
+            if self._writer is None and time.monotonic() >= self._again_at:
+                self._writer = SummaryWriter(self._folder, purge_step=values["step"])
+            if self._writer is not None:
+                for key, tag in _SCALARS.items():
+                    if values.get(key) is not None:
+                        self._writer.add_scalar(tag, values[key], values["step"], walltime=values["time"])
+        elif kind == "event":
+            self._HANDLERS(self, values)
+
+    def _anew(self, event: kinds.GenerationLoaded | kinds.CoordinatorRestarted, time: float) -> None:
+        self.close()  # state came from storage, or another coordinator wrote before
+        self._writer = SummaryWriter(self._folder, purge_step=event.step)
+
+    def _validated(self, event: kinds.Validated, time: float) -> None:
+        if self._writer is not None:
+            for key, value in (("loss", event.loss), ("accuracy", event.accuracy)):
+                if value is not None:
+                    self._writer.add_scalar(f"validation/{key}", value, event.step, walltime=time)
+
+    _HANDLERS = Handlers({
+        kinds.GenerationLoaded: _anew, kinds.CoordinatorRestarted: _anew, kinds.Validated: _validated,
+    }, leaves=(
+        kinds.LayoutPlanned, kinds.GenerationFormed, kinds.Resumed, kinds.StartedOver, kinds.ExpertsPlaced, kinds.RanksLost,
+        kinds.Interrupted, kinds.RanksAborted, kinds.CommittedStateLost, kinds.NodesJoining, kinds.NodesDraining, kinds.NodesAwaited,
+        kinds.NodeIdle, kinds.NodeBarred, kinds.Slow, kinds.SlowOver, kinds.CheckpointWritten, kinds.CheckpointFailed,
+        kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway, kinds.DataAway, kinds.ControlStoreAway,
+        kinds.ControlStoreBack, kinds.NotFinite, kinds.Replayed, kinds.UnknownEvent))
 
     def close(self) -> None:
         if self._writer is not None:

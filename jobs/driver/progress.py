@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any, TextIO
 
 from jobs import cli
+from orchestrator.told.lines import Told, details
 
 _PLAIN_SECONDS = 5.0
 _MOST_TEXTS = 10_000
@@ -68,9 +69,10 @@ class Progress:
             before, self._held = f"{self._held}\n", None
         self._write(f"{before}{text}\n")
 
-    def event(self, values: dict[str, Any]) -> None:
-        details = "  ".join(f"{key} {_short(value)}" for key, value in values.items() if key not in ("time", "event") and value is not None)
-        self.say(f"{values['event'].replace('_', ' ')}: {details}")
+    def event(self, told: Told) -> None:
+        """Of any kind."""
+        text = "  ".join(f"{key} {_short(value)}" for key, value in details(told.event).items() if value is not None)
+        self.say(f"{told.name.replace('_', ' ')}: {text}")
 
     def _write(self, text: str) -> None:
         self._texts.append(text)

@@ -351,7 +351,7 @@ def newest(ranks: Mapping[Member, Any]) -> dict[Member, Any]:
     return {found[place]: ranks[found[place]] for place in sorted(found)}
 
 
-def _show(updates: list[tuple[str, dict[str, Any]]], progress: Progress) -> bool:
+def _show(updates: list[tuple[str, Any]], progress: Progress) -> bool:
     """Whether a step was committed."""
     for kind, values in updates:
         if kind == "step":

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Selection
+from orchestrator.told.lines import Told
+
 OWN_BIGRAM = "own bigram"
+_READ = Selection((kinds.Validated,), leaves=(
+    kinds.LayoutPlanned, kinds.GenerationFormed, kinds.GenerationLoaded, kinds.Resumed, kinds.StartedOver, kinds.ExpertsPlaced,
+    kinds.RanksLost, kinds.Interrupted, kinds.RanksAborted, kinds.CommittedStateLost, kinds.CoordinatorRestarted,
+    kinds.NodesJoining, kinds.NodesDraining, kinds.NodesAwaited, kinds.NodeIdle, kinds.NodeBarred, kinds.Slow, kinds.SlowOver,
+    kinds.CheckpointWritten, kinds.CheckpointFailed, kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway,
+    kinds.DataAway, kinds.ControlStoreAway, kinds.ControlStoreBack, kinds.NotFinite, kinds.Replayed, kinds.UnknownEvent))
+
+
+def validations(events: Iterable[Told]) -> list[tuple[int, float]]:
+    """(committed steps, loss) of each."""
+    return [(told.event.step, told.event.loss) for told in _READ.of(events, kinds.Validated)]
 
 
 def lines(steps: list[dict[str, Any]], validation: list[tuple[int, float]], baselines: dict[str, float], path: str) -> list[str]:

@@ -4,5 +4,5 @@ Events come in (`events`), commands go out (`commands`); `run.Run.handle` is all
 or exception for what may happen: the same machine runs under `actors/protocol`, which carries its commands out, and under a
 simulator that tries to break it.
 
-May import: config.
+May import: config, told.
 """

@@ -8,13 +8,14 @@ from typing import Any
 
 from orchestrator.protocol import events as happened
 from orchestrator.protocol import suspicion
-from orchestrator.protocol.commands import Command, Fence, Spawn, Tell
+from orchestrator.protocol.commands import Command, Fence, InReferences, Spawn, Tell
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Base
 from orchestrator.protocol.interruption import Trials
 from orchestrator.protocol.membership import Decision, Member, Membership, Rules
 from orchestrator.protocol.planner import Planner
 from orchestrator.protocol.saving import Saver
+from orchestrator.told.kinds import Event, NodeBarred, NodeIdle
 from orchestrator.topology import Node
 
 
@@ -45,14 +46,14 @@ class Attendance:
     def order(self, command: Command) -> None:
         self._out.append(command)
 
-    def tell(self, kind: str, **details: Any) -> None:
-        self.order(Tell(kind, details))
+    def tell(self, event: Event | InReferences) -> None:
+        self.order(Tell(event))
 
-    def tell_once(self, kind: str, key: str, value: Any, **details: Any) -> None:
+    def tell_once(self, event: Event, key: str, value: Any) -> None:
         """Unless the last thing told under `key` was the same."""
         if self._told.get(key) != value:
             self._told[key] = value
-            self.tell(kind, **details)
+            self.tell(event)
 
     def forget_told(self, key: str) -> None:
         self._told.pop(key, None)
@@ -117,8 +118,7 @@ class Attendance:
         else:
             self.membership = self.membership.ended(member, self.now, reason)
         if self.trials.failed(member, self.now):
-            self.tell("barred", member=str(member), node=member.node, reason=reason,
-                      tried=self.trials.most)
+            self.tell(NodeBarred(str(member), member.node, reason, self.trials.most))
         if fence:
             self.order(Fence(member, reason))
 
@@ -170,8 +170,7 @@ class Attendance:
     def _tell_idle(self, decision: Decision) -> None:
         """Why a node that is there is not used, and until when: once for each loss."""
         for name, until in self.membership.cooling(self.now):
-            self.tell_once("idle", f"idle {name}", until, node=name, reason=decision.reasons.get(name, ""),
-                           seconds=round(until - self.now, 1))
+            self.tell_once(NodeIdle(name, decision.reasons.get(name, ""), round(until - self.now, 1)), f"idle {name}", until)
 
     # --- what the cluster says -------------------------------------------------------------------------------------------
 

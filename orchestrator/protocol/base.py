@@ -50,7 +50,7 @@ def choose(recalled: Mapping[Member, Recalled], committed: int, checkpoints: Seq
     values, where no checkpoint was ever made.
     """
     generations = _generations(recalled)
-    lost = "no rank holds any state"
+    lost = None
     for key in sorted(generations, reverse=True):
         base, applied = generations[key]
         having = {member for member, count in applied.items()
@@ -58,8 +58,8 @@ def choose(recalled: Mapping[Member, Recalled], committed: int, checkpoints: Seq
         missing = planner.covered(base, having)
         if missing is None:
             return Carry(base, frozenset(having), committed)
-        if lost.startswith("no rank"):
-            lost = missing
+        lost = lost or missing
+    lost = lost or "no rank holds any state"
     readable = [seen for seen in checkpoints if seen.readable and seen.step <= committed]
     newest = max(readable, key=lambda seen: seen.step, default=None)
     older = _older(generations, committed, newest.step if newest else 0, planner)

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.protocol.commands import CutLine, Finish, Form, Former, Initialise, OriginLine, Probe, Restore
+from orchestrator.protocol.commands import (
+    CutLine,
+    Finish,
+    Form,
+    FormedRef,
+    Former,
+    Initialise,
+    LoadedRef,
+    OriginLine,
+    PlannedRef,
+    Probe,
+    Restore,
+)
 from orchestrator.protocol.events import Base, Failed, Plan, Seen
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase, Recording
+from orchestrator.told.kinds import Resumed, StartedOver
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
@@ -129,7 +142,7 @@ class Moving(Phase):
         run.trials.begin(member for member, came in zip(plan.members, former.came_from) if came is None)
         run.taking_part = set(everybody)
         run.generation += 1
-        run.tell("layout", layout=plan.layout, seconds=round(run.now - run.change_since, 4))
+        run.tell(PlannedRef(plan.layout, round(run.now - run.change_since, 4)))
         request = Form(plan, former)
         self.ask(run, everybody, lambda member: request, run.bounds.form)
 
@@ -140,11 +153,9 @@ class Moving(Phase):
         plan = self._plan
         settle(run, plan)
         formed = self.answers.values()
-        run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed,
-                 bytes=sum(answer.bytes for answer in formed),
-                 grouping_seconds=round(max(answer.grouping_seconds for answer in formed), 4),
-                 moving_seconds=round(max(answer.moving_seconds for answer in formed), 4),
-                 seconds=round(run.now - run.change_since, 4))
+        run.tell(FormedRef(run.generation, plan.layout, run.committed, sum(answer.bytes for answer in formed),
+                           round(max(answer.grouping_seconds for answer in formed), 4),
+                           round(max(answer.moving_seconds for answer in formed), 4), round(run.now - run.change_since, 4)))
         run.interruption = None
         run.go_on()
 
@@ -201,13 +212,13 @@ class Loading(Phase):
         run.enter(Recording(line, self._loaded))
 
     def _loaded(self, run: Run) -> None:
-        seen, plan = self._seen, self._plan
+        seen, plan, recovers = self._seen, self._plan, run.loaded or run.left_behind
         settle(run, plan)
         if seen is not None:
-            run.tell("resumed", step=run.committed, checkpoint=seen.directory, steps_to_redo=run.redone)
+            run.tell(Resumed(run.committed, seen.directory, run.redone))
         elif run.redone:
-            run.tell("started_over", reason="no checkpoint", steps_to_redo=run.redone)
-        run.tell("generation", generation=run.generation, layout=plan.layout, placement=plan.placement, step=run.committed)
+            run.tell(StartedOver("no checkpoint", run.redone))
+        run.tell(LoadedRef(run.generation, plan.layout, run.committed, round(run.now - run.change_since, 4) if recovers else None))
         run.redone, run.interruption = 0, None
         run.go_on()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import ClassVar
 
-from orchestrator.protocol.events import Base, CallId, Ending, PlacementRef, Plan
+from orchestrator.protocol.events import Base, CallId, Ending, LayoutRef, PlacementRef, Plan
 from orchestrator.protocol.membership import Member
+from orchestrator.told import kinds
 
 
 class Lane(StrEnum):
@@ -170,6 +170,74 @@ class CutLine:
 Line = StepLine | EpochLine | OriginLine | CutLine
 
 
+# --- what is told, but for what only whoever carries it out has: descriptions, scores ---------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRef:
+    """As kinds.LayoutPlanned."""
+
+    name: ClassVar[str] = kinds.LayoutPlanned.name
+    layout: LayoutRef
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FormedRef:
+    """As kinds.GenerationFormed."""
+
+    name: ClassVar[str] = kinds.GenerationFormed.name
+    generation: int
+    layout: LayoutRef
+    step: int
+    bytes: int
+    grouping_seconds: float
+    moving_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRef:
+    """As kinds.GenerationLoaded."""
+
+    name: ClassVar[str] = kinds.GenerationLoaded.name
+    generation: int
+    layout: LayoutRef
+    step: int
+    recovery_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRef:
+    """As kinds.ExpertsPlaced."""
+
+    name: ClassVar[str] = kinds.ExpertsPlaced.name
+    step: int
+    generation: int
+    placement: PlacementRef
+    before: PlacementRef
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedStep:
+    """As kinds.Validated."""
+
+    name: ClassVar[str] = kinds.Validated.name
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLost:
+    """The step under way will be done again. For the account of time only: users are told why."""
+
+    name: ClassVar[str] = "step_lost"
+
+
+InReferences = PlannedRef | FormedRef | LoadedRef | PlacedRef | ValidatedStep | StepLost
+
+
 # --- commands ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,8 +320,7 @@ class FindPlacement:
 class Tell:
     """What users are to know: a line of events.jsonl."""
 
-    kind: str
-    details: Mapping[str, Any]
+    event: kinds.Event | InReferences
 
 
 @dataclass(frozen=True, slots=True)

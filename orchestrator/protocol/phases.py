@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from orchestrator.protocol.commands import EpochLine, Line, Request
 from orchestrator.protocol.events import Answer, Answered, CallId, Ending, Failed, Heard, LetGo, PlacementFound
 from orchestrator.protocol.membership import Member
+from orchestrator.told.kinds import CoordinatorRestarted, NodesAwaited, StorageAway
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
@@ -169,7 +170,7 @@ class Opening(Phase):
         self.order, self._text = None, text
         if run.now >= self._given_up:
             return run.end(Ending.STORAGE, text)
-        run.tell_once("storage_away", "storage", True, reason=text)
+        run.tell_once(StorageAway(text), "storage", True)
         self._again = run.now + run.bounds.first_pause * 10
         return self._wait(run)
 
@@ -184,7 +185,7 @@ class Opening(Phase):
             if self.order is None and run.now >= self._again:
                 self._write(run)
             elif self.order is not None and run.now >= self._told:
-                run.tell_once("storage_away", "storage", True, reason=unanswered)
+                run.tell_once(StorageAway(unanswered), "storage", True)
                 self._told = self._given_up
         if run.now >= self._end:
             self._without_those_who_wait(run)
@@ -217,7 +218,7 @@ class Opening(Phase):
         run.roll_called = True
         from orchestrator.protocol.recovering import Recalling
         if run.left_behind:
-            run.tell("coordinator_restarted", step=run.committed, members=len(run.membership.ready_members()))
+            run.tell(CoordinatorRestarted(run.committed, len(run.membership.ready_members())))
         return run.enter(Recalling())
 
 
@@ -250,7 +251,7 @@ class Recording(Phase):
         self.order = self.deadline = None
         if run.now - self.since > run.bounds.storage:
             return self.give_up(run, text)
-        run.tell_once("storage_away", "storage", True, reason=text)
+        run.tell_once(StorageAway(text), "storage", True)
         self._pause = min(run.bounds.last_pause / 10, 2 * (self._pause or run.bounds.first_pause / 2))
         self.deadline = run.now + self._pause
         return None
@@ -260,7 +261,7 @@ class Recording(Phase):
 
     def late(self, run: Run) -> None:
         if self.order is not None and self._more > 0:
-            run.tell_once("storage_away", "storage", True, reason=f"the ledger does not answer for {run.now - self.since:.0f} s")
+            run.tell_once(StorageAway(f"the ledger does not answer for {run.now - self.since:.0f} s"), "storage", True)
             self.deadline, self._more = run.now + self._more, 0.0
             return None
         if self.order is not None:  # whether it is there nobody knows: nothing may follow
@@ -302,7 +303,7 @@ class WaitingForNodes(Phase):
             if run.base is None or run.newest_readable == run.committed:
                 return run.end(*run.to_end)
             most = min(run.bounds.start, inf if most is None else most)  # who comes by then helps to save what is in memory
-        run.tell_once("waiting", "waiting", self._reason, reason=self._reason)
+        run.tell_once(NodesAwaited(self._reason), "waiting", self._reason)
         self.deadline = None if most is None else run.now + most - run.waited_seconds
         return None
 

@@ -15,6 +15,7 @@ from orchestrator.protocol.commands import Abort, Probe, Recall
 from orchestrator.protocol.events import Answered, Ending, Failed, FailKind, Fault, LetGo, Recalled, Seen
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase
+from orchestrator.told.kinds import CheckpointUnreadable, CommittedStateLost, Interrupted, RanksAborted, RanksLost, StorageAway
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
@@ -246,14 +247,14 @@ def _blame_storage(run: Run, faults: Mapping[Member, Fault]) -> bool:
         return False
     if not texts:
         run.away_since = run.now if run.away_since is None else run.away_since
-        run.tell_once("storage_away", "storage", True, reason=away[0])
+        run.tell_once(StorageAway(away[0]), "storage", True)
         if run.now - run.away_since > run.bounds.storage:
             run.end(Ending.STORAGE, f"{run.loading.directory} could not be read for {run.now - run.away_since:.0f} s: {away[0]}")
         return True
     seen, run.loading, run.away_since = run.loading, None, None
     run.checkpoints = [Seen(other.step, other.directory, other.readable and other.directory != seen.directory)
                        for other in run.checkpoints]
-    run.tell("checkpoint_unreadable", step=seen.step, path=seen.directory, reason=texts[0])
+    run.tell(CheckpointUnreadable(seen.step, seen.directory, texts[0]))
     return True
 
 
@@ -274,8 +275,7 @@ def _newly_lost(run: Run) -> list[Member]:
 def _tell_lost(run: Run, lost: Sequence[Member]) -> None:
     run.interruption.told.update(lost)
     run.trials.unnamed = 0
-    run.tell("lost", members=[str(member) for member in lost], generation=run.generation,
-             reasons=sorted({run.membership.why_lost(member) for member in lost}))
+    run.tell(RanksLost(tuple(map(str, lost)), run.generation, tuple(sorted({run.membership.why_lost(member) for member in lost}))))
 
 
 def _tell(run: Run, lost: Sequence[Member]) -> None:
@@ -283,12 +283,12 @@ def _tell(run: Run, lost: Sequence[Member]) -> None:
     if lost:
         _tell_lost(run, lost)
     else:
-        run.tell("interrupted", member=None if interruption.first is None else str(interruption.first), reason=interruption.sign,
-                 generation=run.generation)
+        first = None if interruption.first is None else str(interruption.first)
+        run.tell(Interrupted(first, interruption.sign, run.generation))
     run.seated = tuple(member for member in run.seated if run.trusts(member))
     run.taking_part = {member for member in run.taking_part if run.trusts(member)}
-    run.tell("aborted", ranks=len(interruption.aborted), slowest_rank_seconds=round(max(interruption.aborted.values(), default=0.0), 4),
-             unanswered=sorted(map(str, interruption.silent)), seconds=round(run.now - interruption.since, 4))
+    run.tell(RanksAborted(len(interruption.aborted), round(max(interruption.aborted.values(), default=0.0), 4),
+                          tuple(sorted(map(str, interruption.silent))), round(run.now - interruption.since, 4)))
 
 
 def _suspects(run: Run) -> str:
@@ -309,7 +309,7 @@ def _go_on(run: Run, recalled: Mapping[Member, Recalled]) -> None:
         case Carry(base, having, applied):
             run.base, run.loading, run.away_since = base, None, None
             if applied < run.committed:
-                run.tell("state_lost", reason=f"the last {run.committed - applied} steps are in nobody's memory", step=run.committed)
+                run.tell(CommittedStateLost(f"the last {run.committed - applied} steps are in nobody's memory", run.committed))
                 return cut(run, applied, "older state in memory", again)
             return run.enter(Finishing(having))
         case Load(seen, lost):
@@ -357,7 +357,7 @@ def _load(run: Run, recalled: Mapping[Member, Recalled], seen: Seen | None, lost
     costs = run.committed - (seen.step if seen else 0)
     if costs and (run.loaded or run.left_behind) and run.told_lost_at != run.committed:
         run.told_lost_at = run.committed
-        run.tell("state_lost", reason=lost, step=run.committed)
+        run.tell(CommittedStateLost(lost, run.committed))
     run.base = None
     if run.dead(run.seated):
         return again(run)

@@ -9,6 +9,7 @@ from orchestrator.protocol.commands import Collect, Discard, Snapshot, WriteMani
 from orchestrator.protocol.events import CallId, Ending, FailKind, Seen
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase
+from orchestrator.told.kinds import CheckpointFailed, CheckpointNotDeleted, CheckpointWritten
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
@@ -127,13 +128,13 @@ class Saver:
         elif order in self._doubted:
             self._discard(run, self._doubted.pop(order)[0])
         elif (seen := self._discards.pop(order, None)) is not None:
-            run.tell("checkpoint_not_deleted", step=seen.step, reason=text)
+            run.tell(CheckpointNotDeleted(seen.step, text))
             run.phase.changed(run)
 
     def _counts(self, run: Run, seen: Seen, since: float) -> None:
         self.trouble, self._failing_since = "", None
         run.checkpoints = [*(other for other in run.checkpoints if other.directory != seen.directory), seen]
-        run.tell("checkpoint", step=seen.step, path=seen.directory, seconds=round(run.now - since, 3))
+        run.tell(CheckpointWritten(seen.step, seen.directory, round(run.now - since, 3)))
         self._prune(run)
         run.phase.changed(run)
 
@@ -165,7 +166,7 @@ class Saver:
         else:
             self.trouble, self._failed_at = text, run.now
             self._failing_since = run.now if self._failing_since is None else self._failing_since
-        run.tell("checkpoint_failed", step=seen.step, reason=text)
+        run.tell(CheckpointFailed(seen.step, text))
         run.phase.changed(run)
 
     def _over(self) -> None:

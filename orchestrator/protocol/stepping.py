@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import inf
 from typing import TYPE_CHECKING
 
 from orchestrator.protocol.changing import Finishing, greet
-from orchestrator.protocol.commands import Apply, Evaluate, FindPlacement, Rearrange, Step, StepLine
+from orchestrator.protocol.commands import (
+    Apply,
+    Evaluate,
+    FindPlacement,
+    PlacedRef,
+    Rearrange,
+    Step,
+    StepLine,
+    StepLost,
+    ValidatedStep,
+)
 from orchestrator.protocol.events import Base, Beat, Ending, Heard, PlacementFound
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase, Recording
 from orchestrator.protocol.saving import AwaitingSave, Snapshotting
+from orchestrator.told.kinds import DataAway, NodesDraining, NodesJoining, RanksLost, Replayed
 
 if TYPE_CHECKING:
     from orchestrator.protocol.run import Run
@@ -59,7 +70,7 @@ def _toward_the_end(run: Run) -> None:
                 return run.pause(seconds, next_step)
             return run.enter(Applying() if run.pending is not None else Snapshotting())
     if goal.replay and natural:
-        run.tell("replayed", steps=run.committed)
+        run.tell(Replayed(run.committed))
     return run.end(*(run.ending or (Ending.DONE if natural else Ending.STOPPED, "")))
 
 
@@ -76,8 +87,7 @@ def _meet_changes(run: Run) -> bool:
         return False
     if not decision.nodes:
         if decision.leaving:
-            run.tell_once("draining", "nowhere", decision.leaving, members=[str(member) for member in decision.leaving],
-                          nodes=sorted({member.node for member in decision.leaving}), reason="there is no other node yet")
+            run.tell_once(_draining(decision.leaving, "there is no other node yet"), "nowhere", decision.leaving)
         return False
     nodes = run.usable
     if not decision.leaving and nodes == run.planned:
@@ -89,21 +99,24 @@ def _meet_changes(run: Run) -> bool:
         run.planned = nodes
         return False
     if decision.leaving:
-        run.tell("draining", members=[str(member) for member in decision.leaving],
-                 nodes=sorted({member.node for member in decision.leaving}))
+        run.tell(_draining(decision.leaving))
     else:
         known = {member.node for member in run.seated}
-        run.tell("joining", nodes=sorted({node.name for node in nodes} - known))
+        run.tell(NodesJoining(tuple(sorted({node.name for node in nodes} - known))))
     run.change_since = run.now
     having = [member for member in run.base.members if member is not None and run.trusts(member)]
     greet(run, plan, having, lambda run: run.enter(Finishing(having)), _refused, costs_newcomers_only=True)
     return True
 
 
+def _draining(leaving: Collection[Member], reason: str | None = None) -> NodesDraining:
+    return NodesDraining(tuple(map(str, leaving)), tuple(sorted({member.node for member in leaving})), reason)
+
+
 def _refused(run: Run, member: Member, reason: str) -> None:
     """A newcomer is not taken in: nothing changes for those who serve."""
     run.taking_part = set()
-    run.tell("lost", members=[str(member)], generation=run.generation, reasons=[reason])
+    run.tell(RanksLost((str(member),), run.generation, (reason,)))
     run.go_on()
 
 
@@ -157,7 +170,7 @@ class FetchingBatch(Phase):
         if failing > run.bounds.storage:
             run.wind_up(Ending.STORAGE, f"the data could not be read for {failing:.0f} s: {text}")
             return run.go_on()
-        run.tell_once("data_away", "data", text, reason=text)
+        run.tell_once(DataAway(text), "data", text)
         self.deadline = run.now + min(5.0, max(run.bounds.first_pause, failing / 2))
         return None
 
@@ -188,7 +201,7 @@ class Stepping(Working):
         run.forget_told("waiting")
 
     def interrupted(self, run: Run) -> None:
-        run.tell("step_lost")
+        run.tell(StepLost())
 
     def done(self, run: Run) -> None:
         run.step_seconds.append(run.now - self.since)
@@ -261,7 +274,7 @@ class Evaluating(Working):
     def done(self, run: Run) -> None:
         run.validated = run.committed
         run.due.discard(VALIDATE)
-        run.tell("validation", step=run.committed)
+        run.tell(ValidatedStep(run.committed))
         run.go_on()
 
 
@@ -302,6 +315,6 @@ class Rearranging(Working):
     def done(self, run: Run) -> None:
         base = run.base
         run.base = Base(run.generation, base.layout, self._placement, run.seated)
-        run.tell("placement", step=run.committed, generation=run.generation, placement=self._placement, before=base.placement,
-                 bytes=sum(answer.bytes for answer in self.answers.values()), seconds=round(run.now - self.since, 3))
+        run.tell(PlacedRef(run.committed, run.generation, self._placement, base.placement,
+                           sum(answer.bytes for answer in self.answers.values()), round(run.now - self.since, 3)))
         run.go_on()

@@ -27,6 +27,7 @@ from orchestrator.data import order
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.protocol.membership import Member
+from orchestrator.told.lines import to_json
 from orchestrator.topology import virtual_nodes
 
 TIMEOUT_SECONDS = 120.0
@@ -136,7 +137,7 @@ class Batches:
 
 @dataclass
 class Run:
-    """What a run told. `steps`: metrics of each."""
+    """What a run told. `steps`: metrics of each. `events`: as events.jsonl has them."""
 
     outcome: Outcome | None = None
     error: Exception | None = None
@@ -155,15 +156,15 @@ class Run:
 
 def train(ranks: Any, folder: Path | RunFolder, config: RunConfig, layout: Layout, *, stop_after: int | None = None,
           before: Mapping[int, Callable[[], Any]] | None = None, run: Run | None = None,
-          watch: Callable[[str, dict[str, Any]], None] = lambda kind, values: None, start: Start = Start()) -> Run:
+          watch: Callable[[str, Any], None] = lambda kind, values: None, start: Start = Start()) -> Run:
     """Run a Trainer to its end in `folder`; what it raises is in the result. `run`: an empty one, where this is told. `start`: ranks
     that another one has left behind are as that left them."""
     found, failed = Run() if run is None else run, []
 
-    def note(kind: str, values: dict[str, Any]) -> None:
+    def note(kind: str, values: Any) -> None:
         if kind == "event":
-            found.events.append(values)
-            if values["event"] in ("generation", "placement"):
+            found.events.append(to_json(values))
+            if values.name in ("generation", "placement"):
                 ranks.seat(trainer.seated)  # whom tests mean by a rank's number
         elif kind == "step":
             found.steps.append(values)

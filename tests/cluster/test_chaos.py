@@ -46,7 +46,7 @@ def sequence(number: int, chance: random.Random) -> list[tuple[str, ...]]:
 
 def told(company: RayletCompany, before: int = 0) -> set[str]:
     """Kinds of events, after so many."""
-    return {event["event"] for event in company.events[before:]}
+    return {told.name for told in company.events[before:]}
 
 
 def befall(company: RayletCompany, blow: tuple[str, ...], chance: random.Random) -> None:

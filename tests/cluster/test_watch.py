@@ -70,7 +70,7 @@ def test_a_control_store_that_does_not_answer_is_told_once_and_so_is_its_return(
     monkeypatch.setattr(ray_cluster, "ask_for_nodes", lambda config: None)
     monkeypatch.setattr(ray_cluster, "ray", SimpleNamespace(nodes=nodes))
     monkeypatch.setattr(ray_cluster, "state", SimpleNamespace(get_draining_nodes=dict))
-    watch = NodeWatch(parse(SETTINGS), lambda kind, details: told.put((kind, details["seconds"])))
+    watch = NodeWatch(parse(SETTINGS), lambda event: told.put((event.name, event.seconds)))
     try:
         assert asked.wait(60)
         kind, seconds = told.get(timeout=60)

@@ -15,6 +15,7 @@ from jobs.driver import session
 from jobs.driver.running import RunActors
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.membership import Member
+from orchestrator.told.lines import Told
 
 RANK = Member("a", 0)
 DONE = Outcome(3, False, None)
@@ -75,8 +76,8 @@ class Shown:
     def step(self, values: dict) -> None:
         self.steps += 1
 
-    def event(self, values: dict) -> None:
-        self.say(values["event"])
+    def event(self, told: Told) -> None:
+        self.say(told.name)
 
 
 class Signals:

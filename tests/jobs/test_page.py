@@ -13,6 +13,7 @@ from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
 from tests.cluster.browser import Browser
+from tests.told_events import told
 
 CONFIG = parse({}, ["run.name=shown", "training.steps=1000", "layout.pipeline=2", "layout.expert=2", "topology.virtual_nodes=2",
                     "topology.ranks_per_node=2"])
@@ -34,9 +35,9 @@ def board():
     now = time.time()
     for step in range(60):
         found.observe("step", OF_THE_STEP | {"step": step, "time": now - 0.5 * (60 - step), "loss": 5 - step / 20})
-    for event in ({"event": "generation", "time": now - 30, "generation": 1}, {"event": "slow", "time": now, "rank": 3, "factor": 2.5},
-                  {"event": "lost", "time": now, "members": ["gone/0"], "reason": "<script>document.title = 'broken'</script>"},
-                  {"event": "validation", "time": now, "step": 50, "loss": 2.75}, {"event": "checkpoint", "time": now, "step": 40}):
+    for event in (told("generation", time=now - 30, generation=1), told("slow", time=now, rank=3, factor=2.5),
+                  told("lost", time=now, members=["gone/0"], reasons=["<script>document.title = 'broken'</script>"]),
+                  told("validation", time=now, step=50, loss=2.75), told("checkpoint", time=now, step=40)):
         found.observe("event", event)
     found.observe("timeline", {"step": 59, "seconds": 0.5, "spans": [(rank, lane, 0.1 * rank, 0.1 * rank + 0.05)
                                                                      for rank in range(4) for lane in ("compute", "exchange")]})
@@ -85,7 +86,7 @@ def test_it_follows_the_run_and_says_when_nobody_answers(browser, served, board)
     url = served()
     browser.open(url, 1280)
     browser.until("document.getElementById('state').textContent === 'training'")
-    board.observe("event", {"event": "waiting", "time": time.time(), "reason": "1 of at least 2 nodes can be used"})
+    board.observe("event", told("waiting", time=time.time(), reason="1 of at least 2 nodes can be used"))
     browser.until("document.getElementById('state').textContent === 'waiting: 1 of at least 2 nodes can be used'")
     board.observe("step", OF_THE_STEP | {"step": 999, "time": time.time(), "loss": 1.5})
     browser.until("document.getElementById('state').textContent === 'saving: all steps are done'")
@@ -94,7 +95,7 @@ def test_it_follows_the_run_and_says_when_nobody_answers(browser, served, board)
 
 
 def test_a_loss_that_is_no_number_breaks_nothing(browser, served, board):
-    board.observe("event", {"event": "validation", "time": time.time(), "step": 55, "loss": float("nan")})
+    board.observe("event", told("validation", time=time.time(), step=55, loss=float("nan")))
     browser.open(served(), 1280)
     browser.until("document.getElementById('state').textContent === 'training'")
     assert "validation –" in " | ".join(browser.value(NAMES))

@@ -243,7 +243,7 @@ def test_ranks_that_were_left_behind_need_no_token(driven, monkeypatch):
 def test_a_run_that_is_done_has_not_failed_for_want_of_its_summary(tmp_path, monkeypatch, damage):
     folder, shown = RunFolder(str(tmp_path), "run"), Shown()
     folder.metrics({"step": 0, "loss": 1.0, "seconds": 1.0, "tokens": 1, "tokens_per_second": 1.0})
-    Path(folder.path, "events.jsonl").write_bytes(b"\0" * 40 + b'\n{"event": "validation", "step": 1, "loss": 2.5}\n')
+    Path(folder.path, "events.jsonl").write_bytes(b"\0" * 40 + b'\n{"time": 1, "event": "validation", "step": 1, "loss": 2.5, "accuracy": 0.5, "seconds": 1}\n')
     if damage != "the data":
         monkeypatch.setattr(train.Dataset, "open", lambda path: None)
         monkeypatch.setattr(train.corpus, "baselines", lambda *_: {})

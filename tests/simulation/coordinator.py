@@ -10,6 +10,7 @@ from orchestrator.protocol.commands import Call
 from orchestrator.protocol.events import Answered, Beat, CallId, Ended, Event, Failed, FailKind, LetGo
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
+from orchestrator.told.kinds import NodeBarred
 from orchestrator.topology import Node
 from tests.simulation.births import BIRTHS
 from tests.simulation.invariants import Violation
@@ -294,9 +295,9 @@ class Coordinator:
         self.post(happened.PlacementFound(order.step, placement), self.world.delay())
 
     def _tell(self, order: orders.Tell) -> None:
-        self.world.told.append((order.kind, dict(order.details)))
-        if order.kind == "barred":
-            self.world.barred.add(order.details["node"])
+        self.world.told.append(order.event)
+        if isinstance(order.event, NodeBarred):
+            self.world.barred.add(order.event.node)
 
     def _end(self, order: orders.EndRun) -> None:
         world = self.world

@@ -12,8 +12,10 @@ from typing import Any
 
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
+from orchestrator.protocol.commands import InReferences
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
+from orchestrator.told.kinds import Event
 from tests.simulation.coordinator import Coordinator
 from tests.simulation.faults import KINDS
 from tests.simulation.histories import Histories
@@ -60,7 +62,7 @@ class World(RanksAtWork):
         self.outcome: orders.EndRun | None = None
         self.ended: dict[int, happened.Ending] = {}  # by epoch: how each coordinator ended
         self.trace: list[str] | None = None
-        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.told: list[Event | InReferences] = []
         # faults
         self.harmed: set[Member] = set()
         self.suspect_nodes: dict[str, float] = {}

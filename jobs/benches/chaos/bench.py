@@ -25,8 +25,10 @@ from jobs.benches.chaos.company import COPIES, Company, Ended, Strike
 from jobs.benches.chaos.processes import processes
 from jobs.benches.chaos.raylets import raylets
 from jobs.benches.chaos.text import undisturbed
-from jobs.benches.chaos.verdict import Journal, Observed, Verdict, verdict
+from jobs.benches.chaos.verdict import READ, Journal, Observed, Verdict, verdict
 from orchestrator.config.run_config import Real, RunConfig, Section
+from orchestrator.told.kinds import GenerationFormed, GenerationLoaded, RanksLost
+from orchestrator.told.lines import from_json
 
 GOES_ON_SECONDS = 180.0
 """Without a committed step, whatever befalls it: then it counts as ended."""
@@ -102,7 +104,7 @@ class _Strikes:
     def __init__(self, company: Company, observed: Observed, settings: Settings, seed: int):
         self._company, self._observed, self._settings = company, observed, settings
         self._chance, self._pause = random.Random(seed), threading.Event()
-        self._events = Journal(company.folder / "events.jsonl")
+        self._events = Journal(company.folder / "events.jsonl", from_json)
         self._commits = Journal(company.folder / "metrics.jsonl", lambda values: values["time"])
         self._got_over: set[int] = set()
         self._steps, self._moved, self._looked = 0, time.monotonic(), 0.0
@@ -147,8 +149,8 @@ class _Strikes:
     def _covered(self) -> int:
         """Nodes that may yet be lost: what those leave that are lost, or will be, and without whom nothing was committed yet."""
         at_risk = sum(strike.takes for strike in self._company.strikes if not self._settled(strike))
-        generation = next((event for event in reversed(self._events.read()) if event["event"] == "generation"), None)
-        seated = generation["nodes"] if generation else 1
+        generations = READ.of(self._events.read(), GenerationFormed, GenerationLoaded)
+        seated = generations[-1].event.nodes if generations else 1
         return min(COPIES, seated - 1) - at_risk
 
     def _settled(self, strike: Strike) -> bool:
@@ -156,11 +158,11 @@ class _Strikes:
         if not strike.takes or id(strike) in self._got_over:
             return True
         events = self._events.read()
-        lost = [event["time"] for event in events if event["event"] == "lost" and event["time"] >= strike.began
-                and any(member.rpartition("/")[0] in strike.nodes for member in event["members"])]
+        lost = [told.time for told in READ.of(events, RanksLost) if told.time >= strike.began
+                and any(member.rpartition("/")[0] in strike.nodes for member in told.event.members)]
         done = strike.ended is not None and self._company.whole()
         if lost and strike.takes <= COPIES:
-            after = [event["time"] for event in events if event["event"] == "generation" and event["time"] >= lost[0]]
+            after = [told.time for told in READ.of(events, GenerationFormed, GenerationLoaded) if told.time >= lost[0]]
             done = done or bool(after) and any(time > after[0] for time in self._commits.read()[-1:])
         if done:
             self._got_over.add(id(strike))

@@ -41,6 +41,7 @@ from jobs.benches.churn.rank import Home
 from jobs.benches.shared.networks import Network
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.protocol.membership import Member
+from orchestrator.told.lines import Told
 from orchestrator.topology import Node
 
 _MEGABITS = 10_000.0
@@ -106,7 +107,7 @@ class _Record:
     """What the run has told."""
 
     steps: int = 0
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Told] = field(default_factory=list)
 
 
 class Processes(ProcessStrikes):
@@ -241,7 +242,7 @@ class Processes(ProcessStrikes):
         finally:
             self._over.set()
 
-    def _watch(self, kind: str, values: dict[str, Any]) -> None:
+    def _watch(self, kind: str, values: Any) -> None:
         if kind == "step":
             self._record.steps += 1
         elif kind == "event":

@@ -21,7 +21,10 @@ from jobs.benches.chaos.company import Company, Ended, Kind, Strike
 from jobs.benches.chaos.raylet_commands import SECONDS, Journal, command_of, tokens
 from jobs.benches.chaos.raylet_hosts import COORDINATOR, NODES, RANK, Hosts, cluster_of, signal_all
 from jobs.benches.chaos.raylet_strikes import KINDS, LOOK_SECONDS, STOPPED, Doing, RayletStrikes
+from jobs.benches.chaos.verdict import READ
 from orchestrator.data.ledger import committed_by
+from orchestrator.told.kinds import GenerationFormed, GenerationLoaded, RanksLost
+from orchestrator.told.lines import Told, from_json
 
 STANDSTILL_SECONDS = 600.0
 """Without a new line in the ledger: the run does not go on, whatever befalls it."""
@@ -49,7 +52,7 @@ class RayletCompany(RayletStrikes):
         self.hosts, self.cluster, self.command = hosts, hosts.cluster, command_of(folder, data, name)
         self._logs, self._name = folder, name
         self._ledger, self._told = Journal(self.folder / "ledger.jsonl"), Journal(self.folder / "events.jsonl")
-        self._events: list[dict] = []
+        self._events: list[Told] = []
         self._seated, self._generation = frozenset[str](), 0
         self._damaged: set[Path] = set()
         self._only_saved = -1
@@ -78,7 +81,7 @@ class RayletCompany(RayletStrikes):
         return committed_by(path.read_text().split("\n")[:-1]) if path.exists() else 0
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Told]:
         """Lines of events.jsonl."""
         self._look()
         return self._events
@@ -101,8 +104,8 @@ class RayletCompany(RayletStrikes):
         if any(strike.ended is None for strike in self.strikes) or any(thread.is_alive() for thread in self._threads):
             return False
         ended = max((strike.ended for strike in self.strikes), default=0.0)
-        generations = [event for event in self._events if event["event"] == "generation"]
-        return (bool(generations) and generations[-1]["nodes"] == NODES and b"\nstep " in self.log.read_bytes()
+        generations = READ.of(self._events, GenerationFormed, GenerationLoaded)
+        return (bool(generations) and generations[-1].event.nodes == NODES and b"\nstep " in self.log.read_bytes()
                 and self._seated == {self.hosts.name(node) for node in self.cluster.nodes}
                 and (self.folder / "metrics.jsonl").stat().st_mtime > ended)
 
@@ -119,10 +122,11 @@ class RayletCompany(RayletStrikes):
         for text in self._ledger.news():
             if '"layout"' in text and (layout := (values := json.loads(text)).get("layout")):
                 self._seated, self._generation = frozenset(layout["nodes"]), values["generation"]
-        for event in map(json.loads, self._told.news()):
-            self._events.append(event)
-            if event["event"] == "lost" and event["generation"] >= self._generation:
-                self._seated -= {member.partition("/")[0] for member in event["members"]}
+        news = [from_json(json.loads(text)) for text in self._told.news()]
+        self._events += news
+        for told in READ.of(news, RanksLost):
+            if told.event.generation >= self._generation:
+                self._seated -= {member.partition("/")[0] for member in told.event.members}
 
     def _free(self) -> list[int]:
         """Nodes that nothing befalls."""

@@ -16,6 +16,9 @@ from jobs import audit
 from jobs.benches.chaos.company import COPIES, Company, Strike
 from orchestrator.config.run_config import load
 from orchestrator.data.ledger import CUT, STEP, entries, read
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Selection
+from orchestrator.told.lines import Told, from_json
 
 EXPLAINED_SECONDS = 60.0
 """After its cause is gone a strike still explains a loss so long: what was noticed late, or failed as it joined again."""
@@ -29,6 +32,15 @@ ENDING = ("drain called off",)
 """Kinds that end the processes of their nodes though none is lost for it."""
 GAP_SECONDS = 10.0
 """What holds steps up within so long after a strike is counted as its doing."""
+
+
+READ = Selection((kinds.GenerationFormed, kinds.GenerationLoaded, kinds.RanksLost, kinds.CommittedStateLost, kinds.StartedOver), leaves=(
+    kinds.LayoutPlanned, kinds.Resumed, kinds.ExpertsPlaced, kinds.Interrupted, kinds.RanksAborted, kinds.CoordinatorRestarted,
+    kinds.NodesJoining, kinds.NodesDraining, kinds.NodesAwaited, kinds.NodeIdle, kinds.NodeBarred, kinds.Slow, kinds.SlowOver,
+    kinds.CheckpointWritten, kinds.CheckpointFailed, kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway,
+    kinds.DataAway, kinds.ControlStoreAway, kinds.ControlStoreBack, kinds.Validated, kinds.NotFinite, kinds.Replayed,
+    kinds.UnknownEvent))
+"""What this bench looks up."""
 
 
 class Journal:
@@ -126,7 +138,7 @@ class Verdict:
 def verdict(observed: Observed) -> Verdict:
     """Raises OSError, ConfigError, DatasetError, StorageError: it has left nothing to look at."""
     config = load(str(observed.folder / "config.yaml"))
-    events = Journal(observed.folder / "events.jsonl").read()
+    events = Journal(observed.folder / "events.jsonl", from_json).read()
     steps = Journal(observed.folder / "metrics.jsonl").read()
     ledger = (observed.folder / "ledger.jsonl").read_text().splitlines()
     audited = audit.audit(str(observed.folder), config, Dataset.open(config.data.path))
@@ -136,12 +148,12 @@ def verdict(observed: Observed) -> Verdict:
         [problem.text for problem in audited.problems], restarted(observed.processes, observed.strikes),
         needless(events, observed.strikes), gaps(steps, observed.strikes),
         [line["loss"] for line in read(ledger).steps], {step["step"]: step["gradient_norm"] for step in steps},
-        Counter(event["event"] for event in events))
+        Counter(told.name for told in events))
 
 
 # --- what must be empty ----------------------------------------------------------------------------------------------
 
-def lost_steps(ledger: Sequence[str], strikes: Sequence[Strike], events: Sequence[Mapping[str, Any]]) -> list[str]:
+def lost_steps(ledger: Sequence[str], strikes: Sequence[Strike], events: Sequence[Told]) -> list[str]:
     """Cuts, and states lost, but where a strike went beyond the copies; a line that is not one step after the one before."""
     found, committed, cuts = [], 0, 0
     for entry in entries(ledger):
@@ -155,22 +167,20 @@ def lost_steps(ledger: Sequence[str], strikes: Sequence[Strike], events: Sequenc
     beyond = [strike for strike in strikes if strike.takes > COPIES]
     if cuts > len(beyond):
         found.append(f"{cuts} times committed steps were cut off, {len(beyond)} faults went beyond the copies")
-    lost = [event for event in events if event["event"] in ("state_lost", "started_over")]
-    found += [f"{event['event']} at {event['time']:.1f}: {event.get('reason')}" for event in lost
-              if not any(_explains(strike, event["time"]) for strike in beyond)]
+    lost = READ.of(events, kinds.CommittedStateLost, kinds.StartedOver)
+    found += [f"{told.name} at {told.time:.1f}: {told.event.reason}" for told in lost
+              if not any(_explains(strike, told.time) for strike in beyond)]
     return found
 
 
-def needless(events: Sequence[Mapping[str, Any]], strikes: Sequence[Strike]) -> list[str]:
+def needless(events: Sequence[Told], strikes: Sequence[Strike]) -> list[str]:
     """Members that were named lost though nothing befell their node that explains it."""
     found = []
-    for event in events:
-        if event["event"] != "lost":
-            continue
-        for member in event["members"]:
+    for told in READ.of(events, kinds.RanksLost):
+        for member in told.event.members:
             node = member.rpartition("/")[0]
-            if not any(strike.takes and node in strike.nodes and _explains(strike, event["time"]) for strike in strikes):
-                found.append(f"{member} at {event['time']:.1f}: {'; '.join(event['reasons'])}")
+            if not any(strike.takes and node in strike.nodes and _explains(strike, told.time) for strike in strikes):
+                found.append(f"{member} at {told.time:.1f}: {'; '.join(told.event.reasons)}")
     return found
 
 

@@ -27,15 +27,23 @@ from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from jobs import audit, corpus
 from jobs.benches.churn.rank import held_rank
-from jobs.benches.churn.run import Churn, Rows, Told, changes, train
+from jobs.benches.churn.run import Churn, Rows, Said, changes, train
 from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout.layout import choose
+from orchestrator.told import kinds, lines
+from orchestrator.told.consumers import Selection
 from orchestrator.topology import virtual_nodes
 
 BAR, CURVE_BAR, STEP_BAR = 0.95, 1e-9, 0.5
 _SHORTEST_STEP = 0.1
 _WARM_UP = 3
+_READ = Selection((kinds.GenerationFormed, kinds.RanksAborted), leaves=(
+    kinds.LayoutPlanned, kinds.GenerationLoaded, kinds.Resumed, kinds.StartedOver, kinds.ExpertsPlaced, kinds.RanksLost,
+    kinds.Interrupted, kinds.CommittedStateLost, kinds.CoordinatorRestarted, kinds.NodesJoining, kinds.NodesDraining,
+    kinds.NodesAwaited, kinds.NodeIdle, kinds.NodeBarred, kinds.Slow, kinds.SlowOver, kinds.CheckpointWritten,
+    kinds.CheckpointFailed, kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway, kinds.DataAway,
+    kinds.ControlStoreAway, kinds.ControlStoreBack, kinds.Validated, kinds.NotFinite, kinds.Replayed, kinds.UnknownEvent))
 
 
 class Settings(Section):
@@ -75,7 +83,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
     load.append(os.getloadavg())
     result = figures(told, {nodes: found.steps for nodes, found in alone.items()}, settings.curve_steps)
     return {"settings": settings.model_dump(), **result, "changes": [dataclasses.asdict(change) for change, _ in done],
-            "events": dict(Counter(event["event"] for event in told.events)),
+            "events": dict(Counter(event.name for event in told.events)),
             "phases": _phases(told.events), "audit": {"steps": audited.steps, "sequences": audited.sequences,
                                                       "problems": [problem.text for problem in audited.problems]},
             "load_average": load, "run_seconds": time.perf_counter() - started,
@@ -99,17 +107,17 @@ def _configured(config: RunConfig, settings: Settings, data: str) -> RunConfig:
         f"elastic.silence_seconds={settings.silence_seconds}", f"elastic.cool_down_seconds={settings.cool_down_seconds}"])
 
 
-def _disturbed(config: RunConfig, settings: Settings, rows: Rows, folder: str) -> tuple[Told, list]:
+def _disturbed(config: RunConfig, settings: Settings, rows: Rows, folder: str) -> tuple[Said, list]:
     layout = choose(virtual_nodes(settings.nodes, settings.ranks), config.layout, config.model, config.stages)
     planned = changes(layout.nodes, settings.least, int((settings.seconds - 1e-9) // settings.every), settings.every, settings.seed)
     with _processes(config, settings, layout.size) as ranks:
         churn = Churn(ranks, settings.ranks, planned, settings.seconds)
         told = train(ranks, config, layout, rows, folder, beside=churn)
-    say(f"{len(told.steps)} steps, {len(churn.done)} changes, {dict(Counter(event['event'] for event in told.events))}")
+    say(f"{len(told.steps)} steps, {len(churn.done)} changes, {dict(Counter(event.name for event in told.events))}")
     return told, churn.done
 
 
-def _alone(config: RunConfig, settings: Settings, rows: Rows, nodes: int, folder: str) -> Told:
+def _alone(config: RunConfig, settings: Settings, rows: Rows, nodes: int, folder: str) -> Said:
     """The same run on so many nodes from begin to end."""
     layout = choose(virtual_nodes(nodes, settings.ranks), config.layout, config.model, config.stages)
     steps = settings.curve_steps if nodes == settings.nodes else settings.alone_steps
@@ -125,7 +133,7 @@ def _processes(config: RunConfig, settings: Settings, size: int) -> ProcessRanks
 
 # --- figures -----------------------------------------------------------------------------------------------------------
 
-def figures(told: Told, alone: dict[int, list[dict[str, Any]]], curve_steps: int) -> dict[str, Any]:
+def figures(told: Said, alone: dict[int, list[dict[str, Any]]], curve_steps: int) -> dict[str, Any]:
     """alone: metrics of an undisturbed run by number of nodes. Time counts from the commit of the first steps on.
 
     useful: time inside the calls of steps that were committed ÷ wall time. throughput: wall time that the same steps would have
@@ -151,17 +159,12 @@ def _intervals(steps: list[dict[str, Any]]) -> list[float]:
     return [after["time"] - before["time"] for before, after in zip(steps[_WARM_UP - 1:], steps[_WARM_UP:], strict=False)]
 
 
-def _phases(events: list[dict[str, Any]]) -> dict[str, list[float]]:
+def _phases(events: list[lines.Told]) -> dict[str, list[float]]:
     """Seconds of the phases of all changes, as the events have them."""
-    found: dict[str, list[float]] = {"aborted": [], "generation": [], "grouping": [], "moving": []}
-    for event in events:
-        if event["event"] == "aborted":
-            found["aborted"].append(event["seconds"])
-        elif event["event"] == "generation" and "grouping_seconds" in event:
-            found["generation"].append(event["seconds"])
-            found["grouping"].append(event["grouping_seconds"])
-            found["moving"].append(event["moving_seconds"])
-    return found
+    formed = [one.event for one in _READ.of(events, kinds.GenerationFormed)]
+    return {"aborted": [one.event.seconds for one in _READ.of(events, kinds.RanksAborted)],
+            "generation": [event.seconds for event in formed], "grouping": [event.grouping_seconds for event in formed],
+            "moving": [event.moving_seconds for event in formed]}
 
 
 def _verdict(settings: Settings, result: dict[str, Any], audited: audit.Audited, ledger: list[dict[str, Any]], done: int

@@ -22,6 +22,7 @@ from actors.protocol.trainer import Sources, Trainer
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
+from orchestrator.told import lines
 from orchestrator.topology import Node
 
 LOST, DRAINED, JOINED, FROZEN = "lost", "drained", "joined", "frozen"
@@ -60,22 +61,22 @@ class _Feed:
 
 
 @dataclass
-class Told:
+class Said:
     """What a run said: metrics of every step, and its events."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[lines.Told] = field(default_factory=list)
 
 
 def train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: Rows, folder: str, host: str = "127.0.0.1",
-          beside: Callable[[Trainer, Told], None] | None = None, stop_after: int | None = None) -> Told:
+          beside: Callable[[Trainer, Said], None] | None = None, stop_after: int | None = None) -> Said:
     """Train until `stop_after` steps are committed, or `beside`, which runs on a thread of its own, stops the trainer.
 
     Raises what Trainer.run raises, and what `beside` does.
     """
-    told, failed = Told(), []
+    told, failed = Said(), []
 
-    def watch(kind: str, values: dict[str, Any]) -> None:
+    def watch(kind: str, values: Any) -> None:
         if kind == "step":
             told.steps.append(values)
             if values["step"] + 1 in (stop_after, rows.steps):
@@ -141,7 +142,7 @@ class Churn:
         self._frozen: dict[str, list[int]] = {}
         self.done: list[tuple[Change, float]] = []
 
-    def __call__(self, trainer: Trainer, told: Told) -> None:
+    def __call__(self, trainer: Trainer, told: Said) -> None:
         """All of them at their times, counted from the run's first steps; then stop it."""
         pause, began = threading.Event(), None
         waiting: list[tuple[float, Callable[[], None]]] = []

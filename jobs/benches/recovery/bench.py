@@ -32,6 +32,7 @@ from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.plan import cost
 from orchestrator.refusal import ConfigError
+from orchestrator.told.kinds import RanksLost
 
 CHECKS = {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
 """Ray's own, so that it counts a lost node as lost after some ten seconds, and a busy one not at all."""
@@ -137,7 +138,7 @@ def _measure(cluster: RayletCluster, config: RunConfig, name: str, kinds: tuple[
                     f"whole batch {found.full_batch:.3f} s, {found.phases}, {found.bytes / 1e6:.1f} MB")
                 returned.append(bring_back(run_, blow))
                 struck = None
-            lost = len(run_.events_of("lost"))
+            lost = len(run_.events_of(RanksLost))
             code = run_.stop()
             audit = _audit(run_.path)
             if code != _INTERRUPTED:

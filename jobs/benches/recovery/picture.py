@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.benches.recovery.run import KILLED, Blow, bring_back, strike, training
+from jobs.benches.recovery.times import READ
 from jobs.benches.shared.raylets import RayletCluster
 from orchestrator.config.run_config import RunConfig, parse
+from orchestrator.told import kinds
+from orchestrator.told.lines import Told
 
 _BEFORE, _AFTER = 25, 25
 _SECONDS_FOR_STEPS = 300.0
@@ -32,7 +35,7 @@ def draw(cluster: RayletCluster, config: RunConfig, file: str) -> None:
         target.write(picture(steps, events, undisturbed))
 
 
-def picture(steps: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, Any]]) -> bytes:
+def picture(steps: Sequence[dict[str, Any]], events: Sequence[Told], undisturbed: Sequence[dict[str, Any]]) -> bytes:
     """PNG. Above: tokens a second from one commit to the next, over seconds; below: loss over steps, of both runs."""
     from matplotlib.figure import Figure
 
@@ -45,11 +48,11 @@ def picture(steps: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], u
     speed.set_ylim(bottom=0, top=1.25 * max(rates))
     speed.set_xlabel("seconds")
     speed.set_ylabel("tokens/s")
-    for event in events:
-        text = {"lost": "node lost", "joining": "node joins"}.get(event["event"])
-        if text and event["time"] > since:
-            speed.axvline(event["time"] - since, color="#c8553d", linestyle=":", linewidth=1)
-            speed.annotate(text, (event["time"] - since, 1.2 * max(rates)), textcoords="offset points", xytext=(4, -8), fontsize=9)
+    for told in READ.of(events, kinds.RanksLost, kinds.NodesJoining):
+        text = "node lost" if isinstance(told.event, kinds.RanksLost) else "node joins"
+        if told.time > since:
+            speed.axvline(told.time - since, color="#c8553d", linestyle=":", linewidth=1)
+            speed.annotate(text, (told.time - since, 1.2 * max(rates)), textcoords="offset points", xytext=(4, -8), fontsize=9)
     apart = max(abs(one["loss"] - other["loss"]) / other["loss"] for one, other in zip(steps, undisturbed, strict=True))
     loss.plot([step["step"] + 1 for step in undisturbed], [step["loss"] for step in undisturbed], color="#bbbbbb", linewidth=5,
               label="undisturbed")

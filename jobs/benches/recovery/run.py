@@ -20,10 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobs.benches.recovery.times import Incident, incident
+from jobs.benches.recovery.times import READ, Incident, incident
 from jobs.benches.shared.raylets import RayletCluster
 from orchestrator.config.run_config import RunConfig, dump
 from orchestrator.data.ledger import read
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Kind
+from orchestrator.told.lines import Told
+from orchestrator.told.lines import read as read_events
 
 KILLED, CUT, FROZEN, RANK = "killed", "cut", "frozen", "rank"
 KINDS = (KILLED, CUT, FROZEN, RANK)
@@ -60,8 +64,8 @@ class TrainRun:
         return _lines(self.path / "metrics.jsonl")
 
     @property
-    def events(self) -> list[dict[str, Any]]:
-        return _lines(self.path / "events.jsonl")
+    def events(self) -> list[Told]:
+        return read_events(_lines(self.path / "events.jsonl"))
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
@@ -75,8 +79,14 @@ class TrainRun:
 
     def whole(self) -> bool:
         """Whether the newest generation has every rank of the cluster."""
-        newest = [event for event in self.events if event["event"] == "generation"][-1:]
-        return bool(newest) and newest[0]["nodes"] == len(self.cluster.nodes) and f"{self.size} ranks" in newest[0]["layout"]
+        newest = self.generation
+        return newest is not None and (newest.nodes, newest.ranks) == (len(self.cluster.nodes), self.size)
+
+    @property
+    def generation(self) -> kinds.GenerationFormed | kinds.GenerationLoaded | None:
+        """The newest one."""
+        found = self.events_of(kinds.GenerationFormed, kinds.GenerationLoaded)
+        return found[-1].event if found else None
 
     @property
     def size(self) -> int:
@@ -95,12 +105,12 @@ class TrainRun:
 
     def until_steps(self, more: int, seconds: float) -> None:
         """Until so many more steps than now are committed, all by the newest generation."""
-        generation, before = self.events_of("generation")[-1]["generation"], len(self.steps)
+        generation, before = self.generation.generation, len(self.steps)
         self.until(lambda: len(self.steps) >= before + more and self.steps[-1]["generation"] >= generation, seconds,
                    f"{more} more steps")
 
-    def events_of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == kind]
+    def events_of(self, *wanted: Kind) -> list[Told]:
+        return READ.of(self.events, *wanted)
 
     def last_words(self) -> str:
         return " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-3:])
@@ -202,7 +212,7 @@ def training(cluster: RayletCluster, config: RunConfig) -> Iterator[TrainRun]:
         run = TrainRun(cluster, config, folder)
         run.until(lambda: len(run.steps) >= 2 * _SETTLED_STEPS, _FIRST_SECONDS, f"{2 * _SETTLED_STEPS} steps")
         if not run.whole():
-            raise RunFailed(f"began with {run.events_of('generation')[-1]['layout']}")
+            raise RunFailed(f"began with {run.generation.layout}")
         yield run
     finally:
         if run is not None:

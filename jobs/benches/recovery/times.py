@@ -10,7 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.told import kinds
+from orchestrator.told.consumers import Selection
+from orchestrator.told.lines import Told
+
 Line = Mapping[str, Any]
+READ = Selection((
+    kinds.RanksAborted, kinds.LayoutPlanned, kinds.GenerationFormed, kinds.GenerationLoaded, kinds.RanksLost, kinds.Interrupted,
+    kinds.NodesJoining), leaves=(
+    kinds.Resumed, kinds.StartedOver, kinds.ExpertsPlaced, kinds.CommittedStateLost, kinds.CoordinatorRestarted,
+    kinds.NodesDraining, kinds.NodesAwaited, kinds.NodeIdle, kinds.NodeBarred, kinds.Slow, kinds.SlowOver,
+    kinds.CheckpointWritten, kinds.CheckpointFailed, kinds.CheckpointUnreadable, kinds.CheckpointNotDeleted, kinds.StorageAway,
+    kinds.DataAway, kinds.ControlStoreAway, kinds.ControlStoreBack, kinds.Validated, kinds.NotFinite, kinds.Replayed,
+    kinds.UnknownEvent))
+"""What this bench looks up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +73,33 @@ class Incident:
     survivors_restarted: int
 
 
-def incident(kind: str, at: float, share: float, steps: Sequence[Line], events: Sequence[Line], ledger_before: Sequence[Line],
+def incident(kind: str, at: float, share: float, steps: Sequence[Line], events: Sequence[Told], ledger_before: Sequence[Line],
              ledger_after: Sequence[Line], *, whole: int, length: int, restarted: int) -> Incident:
     """at: of the fault. ledger_before: as it was at the fault. whole: sequences of a step; length: tokens of each.
 
-    Raises ValueError: the files do not tell of a fault at that time, or of no step after it.
+    Raises ValueError: the files do not tell of a fault at that time, or of no step after it, or of state that was loaded.
     """
-    told = [event for event in events if event["time"] >= at - 0.001]
-    aborts = [event for event in told if event["event"] == "aborted"]
-    generations = [event for event in told if event["event"] == "generation"]
+    after = [told for told in events if told.time >= at - 0.001]
+    aborts, generations = READ.of(after, kinds.RanksAborted), READ.of(after, kinds.GenerationFormed)
     if not aborts or not generations:
-        raise ValueError(f"no fault is told of after {at}: {[event['event'] for event in told]}")
-    first = next((step for step in steps if step["generation"] >= generations[0]["generation"]), None)
+        raise ValueError(f"no fault is told of after {at}: {[told.name for told in after]}")
+    if READ.of(after, kinds.GenerationLoaded):
+        raise ValueError(f"state was loaded after {at}: {[told.name for told in after]}")
+    first = next((step for step in steps if step["generation"] >= generations[0].event.generation), None)
     if first is None:
-        raise ValueError(f"no step of generation {generations[0]['generation']}")
-    formed = [event for event in generations if event["generation"] <= first["generation"]]
-    last = formed[-1]
-    noticed, aborted = aborts[0]["time"] - aborts[0]["seconds"], aborts[0]["time"]
-    decided = max(event["time"] for event in told if event["event"] == "layout" and event["time"] <= last["time"])
-    grouped = min(decided + last["grouping_seconds"], last["time"])
-    phases = Phases(noticed - at, aborted - noticed, decided - aborted, grouped - decided, last["time"] - grouped,
-                    first["began"] - last["time"])
-    attempts = [event for event in told if event["event"] in ("lost", "interrupted") and event["time"] <= first["time"]]
+        raise ValueError(f"no step of generation {generations[0].event.generation}")
+    formed = [told for told in generations if told.event.generation <= first["generation"]]
+    last, end = formed[-1].event, formed[-1].time
+    noticed, aborted = aborts[0].time - aborts[0].event.seconds, aborts[0].time
+    decided = max(told.time for told in READ.of(after, kinds.LayoutPlanned) if told.time <= end)
+    grouped = min(decided + last.grouping_seconds, end)
+    phases = Phases(noticed - at, aborted - noticed, decided - aborted, grouped - decided, end - grouped, first["began"] - end)
+    attempts = [told for told in READ.of(after, kinds.RanksLost, kinds.Interrupted) if told.time <= first["time"]]
     kept = {(line["step"], line["digest"]) for line in ledger_after}
     lost = sum((line["step"], line["digest"]) not in kept for line in ledger_before)
     return Incident(
-        kind, share, noticed - at, aborted - at, max(event["slowest_rank_seconds"] for event in aborts), first["began"] - at,
-        first["time"] - at, first["seconds"], phases, len(attempts), sum(event["bytes"] for event in formed), last["nodes"], lost,
+        kind, share, noticed - at, aborted - at, max(told.event.slowest_rank_seconds for told in aborts), first["began"] - at,
+        first["time"] - at, first["seconds"], phases, len(attempts), sum(told.event.bytes for told in formed), last.nodes, lost,
         1 if attempts else 0, (lost * whole + max(0, whole - first["sequences"])) * length, restarted)
 
 

@@ -29,7 +29,7 @@ from actors.protocol.trainer import Trainer
 from actors.telemetry.exporter import Exporter, RunMetrics
 from jobs import corpus
 from jobs.benches.churn.bench import small
-from jobs.benches.churn.run import Rows, Told, train
+from jobs.benches.churn.run import Rows, Said, train
 from jobs.benches.telemetry.rank import metered_rank
 from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section
@@ -89,7 +89,7 @@ class Alternating:
         self.times: dict[bool, list[list[float]]] = {True: [], False: []}
         self.scrapes, self.scrape_seconds, self.bytes, self.protocol = 0, [], 0, float("inf")
 
-    def __call__(self, trainer: Trainer, told: Told) -> None:
+    def __call__(self, trainer: Trainer, told: Said) -> None:
         context = multiprocessing.get_context("spawn")
         asking, answers, pause = context.Event(), context.Queue(), threading.Event()
         scraper = context.Process(target=_scrape, args=(self._ports, self._settings.interval, asking, answers), daemon=True)

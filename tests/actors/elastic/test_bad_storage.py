@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runtime
@@ -29,7 +30,7 @@ def stopped(stage):
     """The folder of a run that was stopped after seven steps, with checkpoints of three, six and seven."""
     run = Run()
 
-    def stop(kind: str, values: dict) -> None:
+    def stop(kind: str, values: Any) -> None:
         if kind == "step" and values["step"] == 6:
             run.trainer.stop()
 
@@ -119,8 +120,8 @@ def test_metrics_that_cannot_be_written_do_not_end_a_run(stage, small_disk):
 
 def test_a_ledger_that_cannot_be_written_is_waited_for(stage, small_disk):
     """No step counts meanwhile, and none is lost or made twice."""
-    def room(kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == "storage_away":
+    def room(kind: str, values: Any) -> None:
+        if kind == "event" and values.name == "storage_away":
             small_disk.free()
 
     folder = on_a_small_disk(stage, small_disk, "ledger.jsonl")

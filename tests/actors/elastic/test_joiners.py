@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import pytest
 import sabotage
@@ -20,11 +21,11 @@ class AsItJoins:
     def __init__(self, company, event: str):
         self._company, self._event, self._joining, self.struck = company, event, False, []
 
-    def __call__(self, kind: str, values: dict) -> None:
+    def __call__(self, kind: str, values: Any) -> None:
         if kind != "event" or self.struck:
             return
-        self._joining = self._joining or values["event"] == "joining"
-        if self._joining and values["event"] == self._event:
+        self._joining = self._joining or values.name == "joining"
+        if self._joining and values.name == self._event:
             joiner = newcomers(self._company)[0]
             os.kill(self._company.pid_of(joiner), KILL)
             self.struck.append(str(joiner))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from runtime import Run
 
 from actors.calls.rank_calls import News
 from actors.protocol.trainer import TrainingFailed
+from actors.telemetry.exporter import RunMetrics
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
@@ -110,13 +112,16 @@ def test_two_are_killed_at_once(stage, name, ranks, more):
 @pytest.mark.parametrize("copies, ranks", [(0, (1,)), (1, (0, 1)), (1, (2, 3))])
 def test_more_is_lost_than_owners_cover(stage, copies, ranks):
     """The newest checkpoint: of step 4, when step 5 has been committed."""
-    more = ("training.steps=9", "checkpoint.every=4", f"elastic.copies={copies}")
-    run = stage.with_faults("EP4", both(6, *ranks), *more, regrown=[8])
+    more, metrics = ("training.steps=9", "checkpoint.every=4", f"elastic.copies={copies}"), RunMetrics()
+    run = stage.with_faults("EP4", both(6, *ranks), *more, regrown=[8], watch=metrics.observe)
     stage.check(run, "EP4", *more, redone=3 + len(ranks))
     lost, = run.told("state_lost")
     resumed, = run.told("resumed")
     assert lost["step"] == 6 and "no owner is left of" in lost["reason"]
     assert resumed["step"] == 4 and resumed["steps_to_redo"] == 2
+    first, *others = run.told("generation")
+    assert "recovery_seconds" not in first and any("recovery_seconds" in event for event in others)
+    assert metrics.registry.get_sample_value("dualray_recoveries_total") == len(others)
 
 
 def test_without_a_checkpoint_it_starts_over_and_says_so(stage):
@@ -132,8 +137,8 @@ class Second:
     def __init__(self, company: Company, event: str, rank: int):
         self._company, self._event, self._rank, self._left = company, event, rank, 2 if event == "generation" else 1
 
-    def __call__(self, kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == self._event:
+    def __call__(self, kind: str, values: Any) -> None:
+        if kind == "event" and values.name == self._event:
             self._left -= 1
             if self._left == 0:
                 self._company.strike(self._rank, KILL)
@@ -228,8 +233,8 @@ def test_below_the_minimum_it_waits_and_goes_on(stage):
     more = (STEPS, "elastic.min_nodes=4", "elastic.cool_down_seconds=0.5")
     gone = node(2)
 
-    def back(kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == "waiting":
+    def back(kind: str, values: Any) -> None:
+        if kind == "event" and values.name == "waiting":
             says(stage, "joined", gone)()
 
     run = stage.with_faults("EP4", [], *more, before={3: says(stage, "left", gone)}, watch=back)
@@ -249,8 +254,8 @@ def test_the_wait_is_bounded(stage):
 def test_it_can_be_stopped_while_it_waits(stage):
     run = Run()
 
-    def stop(kind: str, values: dict) -> None:
-        if kind == "event" and values["event"] == "waiting":
+    def stop(kind: str, values: Any) -> None:
+        if kind == "event" and values.name == "waiting":
             run.trainer.stop()
 
     began = time.monotonic()

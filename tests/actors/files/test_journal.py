@@ -16,6 +16,8 @@ from actors.files import storage
 from actors.files.journal import Journal, Overtaken
 from actors.files.run_folder import RunFolder
 from actors.files.storage import StorageError
+from orchestrator.told.kinds import CheckpointWritten, UnknownEvent
+from orchestrator.told.lines import Told
 
 
 def test_lines_are_appended_at_once(tmp_path):
@@ -206,17 +208,19 @@ def test_nor_does_it_twice_in_an_object_store(memory):
 
 def test_lines_that_are_damaged_are_passed_over(tmp_path):
     folder = RunFolder(str(tmp_path), "run")
-    for name, good in (("metrics.jsonl", '{"step": 1}'), ("events.jsonl", '{"event": "b"}')):
+    for name, good in (("metrics.jsonl", '{"step": 1}'), ("events.jsonl", '{"time": 1, "event": "b"}')):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / name).write_text("\0\0\n0\n[1]\n" + good + '\n{"st\n')
-    assert folder.metric_lines() == [{"step": 1}] and folder.event_lines() == [{"event": "b"}]
+    assert folder.metric_lines() == [{"step": 1}] and folder.events() == [Told(1, UnknownEvent("b", {}))]
 
 
 def test_events_and_files(tmp_path):
     folder = RunFolder(str(tmp_path), "run")
-    event = {"time": 1.5, "event": "checkpoint", "step": 4}
+    event = Told(1.5, CheckpointWritten(4, "there", 0.25))
     folder.told(event)
-    assert folder.event_lines() == [event] and folder.checkpoints == f"{tmp_path}/run/checkpoints"
+    assert (tmp_path / "run" / "events.jsonl").read_text() == (
+        '{"time": 1.5, "event": "checkpoint", "step": 4, "path": "there", "seconds": 0.25}\n')
+    assert folder.events() == [event] and folder.checkpoints == f"{tmp_path}/run/checkpoints"
     assert (tmp_path / "run" / "config.yaml").samefile(folder.write("config.yaml", "a: 1\n"))
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
 

@@ -18,6 +18,7 @@ from actors.protocol.trainer import TrainingFailed
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.events import Ending
 from orchestrator.protocol.membership import Member
+from tests.told_events import told
 
 MEMBERS = (Member("a", 0), Member("b", 0))
 
@@ -67,6 +68,13 @@ def test_who_is_superseded_leaves_ranks_alone_for_good(killed, monkeypatch):
     assert killed == []
 
 
+def test_a_run_that_is_ended_at_once_says_so_in_a_word(killed):
+    """jobs.stop tells that from a failure, whatever the text."""
+    found = coordinator(None, ranks())
+    found.give_up("enough")
+    assert found.outcome(0.0) == Failure("enough", Ending.STOPPED)
+
+
 def test_files_of_tensorboard_are_a_chore():
     """Neither what they raise nor how long they take is for the thread that conducts."""
     chores, calls = [], []
@@ -76,7 +84,7 @@ def test_files_of_tensorboard_are_a_chore():
     found._event_files = SimpleNamespace(observe=lambda kind, values: full())
     found._trainer = SimpleNamespace(chore=lambda what, job: chores.append(job))
     found._updates, found._count = deque(), 0
-    found._watch("event", {"event": "lost"})
+    found._watch("event", told("lost"))
     assert calls == ["event", "event"] and found._count == 1 and len(chores) == 1
     with pytest.raises(OSError):
         chores[0]()

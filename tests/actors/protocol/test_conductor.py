@@ -10,6 +10,7 @@ import pytest
 from actors.protocol.conductor import Conductor, NotReached
 from orchestrator.protocol.commands import EndRun, NeedBatch, Tell
 from orchestrator.protocol.events import BatchReady, Beat, Ending, Goal, Head, Heard, LineRefused, Started, StopAsked, Tick
+from orchestrator.told.kinds import Replayed
 
 SECONDS = 20.0
 FIRST = Started(1, (), Head(), (), Goal(1))
@@ -65,14 +66,14 @@ def test_what_is_posted_is_told_in_order_and_commands_are_carried_out():
     def script(machine, event, now):
         if event == FIRST:
             return [NeedBatch(0), NeedBatch(1)]
-        return [Tell("ready", {}), END] if event == BatchReady(1) else []
+        return [Tell(Replayed(1)), END] if event == BatchReady(1) else []
 
     machine = Machine(script)
     conductor = Conductor(machine, 1000.0)
     shell = Shell(lambda command: isinstance(command, NeedBatch) and conductor.post((BatchReady(command.step),)))
     assert conductor.conduct(FIRST, shell) == END
     assert machine.told == [FIRST, BatchReady(0), BatchReady(1)] == shell.befores == [event for event, _ in conductor.recorded]
-    assert shell.commands == [NeedBatch(0), NeedBatch(1), Tell("ready", {}), END]
+    assert shell.commands == [NeedBatch(0), NeedBatch(1), Tell(Replayed(1)), END]
 
 
 def test_time_passes_when_the_machine_wants_it_to_and_beats_are_told_meanwhile():

@@ -13,7 +13,9 @@ from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.telemetry.live_state import Board
-from orchestrator.protocol.commands import Tell
+from orchestrator.protocol.commands import FormedRef, LoadedRef, PlannedRef, StepLost
+from orchestrator.told.kinds import RanksLost, Resumed, UnknownEvent
+from orchestrator.told.lines import Told, to_json
 from tests.actors.runtime import configured, placement_of
 
 SECONDS = 20.0
@@ -45,33 +47,33 @@ def desk(tmp_path):
     found.clerk.close()
 
 
-def test_events_are_in_the_words_of_users(desk):
-    desk.telling.tell(Tell("layout", {"layout": desk.ref, "seconds": 0.5}))
-    desk.telling.tell(Tell("generation", {"generation": 3, "layout": desk.ref, "placement": desk.placed, "step": 4, "bytes": 7,
-                                          "seconds": 0.7}))
-    desk.telling.tell(Tell("lost", {"members": ["a/0"], "generation": 3, "reasons": ["gone"]}))
+def test_events_are_in_the_words_of_users(desk, tmp_path):
+    desk.telling.tell(PlannedRef(desk.ref, 0.5))
+    desk.telling.tell(FormedRef(3, desk.ref, 4, 7, 0.25, 0.125, 0.7))
+    desk.telling.tell(RanksLost(("a/0",), 3, ("gone",)))
     desk.done()
-    events = desk.folder.event_lines()
-    assert [values for kind, values in desk.told if kind == "event"] == events
-    described, stripped = desk.layout.describe(), [{key: value for key, value in event.items() if key != "time"} for event in events]
+    assert [told for kind, told in desk.told if kind == "event"] == desk.folder.events()
+    lines = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+    described, stripped = desk.layout.describe(), [{key: value for key, value in line.items() if key != "time"} for line in lines]
     assert stripped == [
         {"event": "layout", "layout": described, "nodes": 2, "notes": ["a note"], "seconds": 0.5},
-        {"event": "generation", "generation": 3, "layout": described, "nodes": 2, "step": 4, "bytes": 7, "seconds": 0.7},
+        {"event": "generation", "generation": 3, "layout": described, "nodes": 2, "step": 4, "bytes": 7,
+         "grouping_seconds": 0.25, "moving_seconds": 0.125, "seconds": 0.7, "ranks": desk.layout.size},
         {"event": "lost", "members": ["a/0"], "generation": 3, "reasons": ["gone"]}]
     assert list(stripped[1])[:5] == ["event", "generation", "layout", "nodes", "step"]
 
 
 def test_a_lost_step_is_no_event(desk):
-    desk.telling.tell(Tell("step_lost", {"step": 3}))
+    desk.telling.tell(StepLost())
     desk.done()
-    assert desk.told == [] and desk.folder.event_lines() == []
+    assert desk.told == [] and desk.folder.events() == []
 
 
 def test_the_configuration_is_written_once_a_generation_stands(desk, tmp_path):
-    desk.telling.tell(Tell("lost", {"members": [], "generation": 0, "reasons": []}))
+    desk.telling.tell(RanksLost((), 0, ()))
     desk.done()
     assert not (tmp_path / "run" / "config.yaml").exists()
-    desk.telling.tell(Tell("generation", {"generation": 1, "layout": desk.ref, "placement": desk.placed, "step": 0}))
+    desk.telling.tell(LoadedRef(1, desk.ref, 0, None))
     desk.done()
     assert "vocab_size: 61" in (tmp_path / "run" / "config.yaml").read_text()
 
@@ -80,7 +82,7 @@ def test_a_configuration_that_could_not_be_written_is_written_later(desk, tmp_pa
     def full(name, content):
         raise StorageError(name, "no space left on device")
 
-    stands = Tell("generation", {"generation": 1, "layout": desk.ref, "placement": desk.placed, "step": 0})
+    stands = LoadedRef(1, desk.ref, 0, None)
     with monkeypatch.context() as patch:
         patch.setattr(desk.folder, "write", full)
         desk.telling.tell(stands)
@@ -98,11 +100,11 @@ def test_void_steps_go_from_the_metrics_and_who_watches_is_told_what_is_left(des
     for step in range(4):
         desk.folder.metrics(metrics(step))
     desk.telling.undone(2)
-    desk.telling.event("resumed", {"step": 2})
+    desk.telling.tell(Resumed(2, "there", 0))
     desk.done()
     assert [line["step"] for line in desk.folder.metric_lines()] == [0, 1]
     (first, resumed), (kind, history) = desk.told
-    assert (first, resumed["event"], kind) == ("event", "resumed", "history")
+    assert (first, resumed.name, kind) == ("event", "resumed", "history")
     assert [line["step"] for line in history["steps"]] == [0, 1] and history["events"] == [resumed]
 
 
@@ -129,7 +131,7 @@ def test_lines_that_are_damaged_cost_nothing_else(desk, tmp_path):
     """A crash of the host, and a line that is no event: both journals are read when steps are void."""
     for step in range(4):
         desk.folder.metrics(metrics(step))
-    good = [{"time": 1, "event": "a"}, {"time": 2, "event": "b"}]
+    good = [to_json(Told(time, UnknownEvent(name, {}))) for time, name in ((1, "a"), (2, "b"))]
     lines = [json.dumps(good[0]), "\0\0\0", '"generation"}', "0", json.dumps({"event": "lost"}), json.dumps(good[1])]
     (tmp_path / "run" / "events.jsonl").write_text("\n".join(lines) + "\n")
     board = Board(desk.config, lambda: None)

@@ -16,6 +16,7 @@ from actors.files.storage import Damaged, StorageError
 from actors.protocol.trainer import Sources, Trainer
 from actors.state import checkpoint
 from orchestrator.protocol.membership import Member
+from orchestrator.told.kinds import StorageAway
 
 
 class Opened(Exception):
@@ -66,8 +67,8 @@ def test_storage_that_is_away_is_waited_for_where_ranks_hold_the_state(tmp_path,
     trainer, told = opening(tmp_path, left_behind=True, **what)
     with pytest.raises(Opened):
         trainer.run()
-    assert [(kind, values["event"], values["reason"]) for kind, values in told] == [("event", "storage_away", reason)]
-    assert [event["event"] for event in RunFolder(str(tmp_path), "run").event_lines()] == ["storage_away"]
+    assert [(kind, one.event) for kind, one in told] == [("event", StorageAway(reason))]
+    assert [one.event for one in RunFolder(str(tmp_path), "run").events()] == [StorageAway(reason)]
 
 
 @pytest.mark.parametrize("left_behind, error", [
@@ -96,7 +97,7 @@ def test_no_older_checkpoint_is_taken_for_one_that_is_away(tmp_path, monkeypatch
     monkeypatch.setattr(checkpoint.storage, "read_bytes", away)
     with pytest.raises(Opened if left_behind else StorageError, match="" if left_behind else "step-00000006.*Stale"):
         trainer.run()
-    assert [values["event"] for _, values in told] == ["storage_away"] * left_behind
+    assert [one.name for _, one in told] == ["storage_away"] * left_behind
 
 
 def test_a_manifest_that_cannot_be_read_is_told_as_a_run_begins(tmp_path):
@@ -108,10 +109,10 @@ def test_a_manifest_that_cannot_be_read_is_told_as_a_run_begins(tmp_path):
     manifest.write_bytes(manifest.read_bytes()[:20])
     with pytest.raises(Opened):
         trainer.run()
-    (kind, event), = told
-    assert (kind, event["event"], event["step"], event["path"]) == ("event", "checkpoint_unreadable", 6, cut)
-    assert str(manifest) in event["reason"] and "\n" not in event["reason"]
-    assert RunFolder(str(tmp_path), "run").event_lines() == [event]
+    (kind, one), = told
+    assert (kind, one.name, one.event.step, one.event.path) == ("event", "checkpoint_unreadable", 6, cut)
+    assert str(manifest) in one.event.reason and "\n" not in one.event.reason
+    assert RunFolder(str(tmp_path), "run").events() == [one]
 
 
 def test_what_writers_that_were_killed_left_is_cleared_away(tmp_path):

@@ -26,6 +26,7 @@ from actors.telemetry.exporter import (
     reachable,
 )
 from orchestrator.schedule.ir.spans import Span, figures
+from tests.told_events import told
 
 HOST = "127.0.0.1"
 
@@ -84,9 +85,9 @@ def test_the_run_tells_what_the_trainer_told_it(serve):
     exporter = serve(metrics)
     metrics.observe("step", STEP)
     metrics.observe("step", STEP | {"step": 8})
-    metrics.observe("event", {"event": "validation", "step": 8, "loss": 4.25, "time": 1.0})
-    metrics.observe("event", {"event": "checkpoint", "step": 8, "time": 1700.5})
-    metrics.observe("event", {"event": "generation", "time": 1.0, "nodes": 2})
+    metrics.observe("event", told("validation", step=8, loss=4.25, time=1.0))
+    metrics.observe("event", told("checkpoint", step=8, time=1700.5))
+    metrics.observe("event", told("generation", time=1.0, nodes=2))
     metrics.observe("load", {1: [3, 4]})
     found = series(read(exporter, "/metrics")[1])
     assert found["dualray_committed_step"] == 8 and found["dualray_loss"] == 4.5 and found["dualray_tokens_total"] == 1024
@@ -100,21 +101,21 @@ def test_the_run_tells_what_the_trainer_told_it(serve):
 def test_who_is_slow_is_a_series_while_it_is(serve):
     metrics, name = RunMetrics(), 'dualray_slow_factor{lane="exchange",node="a",peer="2",rank="1"}'
     exporter = serve(metrics)
-    slow = {"event": "slow", "rank": 1, "node": "a", "peer": 2, "peer_node": "b", "lane": "exchange", "factor": 9.5}
-    compute = slow | {"peer": None, "peer_node": None, "lane": "compute", "factor": 2.0}
+    slow = told("slow", rank=1, node="a", peer=2, peer_node="b", lane="exchange", factor=9.5)
+    compute = {"rank": 1, "node": "a", "peer": None, "lane": "compute"}
 
     def shown():
         return {key: value for key, value in series(read(exporter, "/metrics")[1]).items() if "slow" in key}
 
     metrics.observe("event", slow)
-    metrics.observe("event", compute)
+    metrics.observe("event", told("slow", **compute, factor=2.0))
     assert shown() == {name: 9.5, 'dualray_slow_factor{lane="compute",node="a",peer="",rank="1"}': 2.0}
-    metrics.observe("event", compute | {"event": "slow_over", "factor": 1.0})
+    metrics.observe("event", told("slow_over", **compute, factor=1.0))
     assert shown() == {name: 9.5}
-    metrics.observe("event", {"event": "placement", "time": 1.0})
+    metrics.observe("event", told("placement", time=1.0))
     assert shown() == {}
     metrics.observe("event", slow)
-    metrics.observe("event", {"event": "generation", "time": 1.0, "nodes": 2})
+    metrics.observe("event", told("generation", time=1.0, nodes=2))
     assert shown() == {}
 
 
@@ -217,15 +218,19 @@ def test_losses_and_recoveries_are_counted(serve):
         return [found[f"dualray_{name}"] for name in names]
 
     names = ("lost_ranks_total", "recoveries_total", "recovery_seconds", "moved_state_bytes_total", "waiting_for_nodes")
-    metrics.observe("event", {"event": "generation", "time": 1.0, "step": 0, "nodes": 2})
+    metrics.observe("event", told("generation", time=1.0, step=0, nodes=2))
     assert shown(*names) == [0, 0, 0, 0, 0]
-    metrics.observe("event", {"event": "lost", "members": ["a/0", "a/1"]})
-    metrics.observe("event", {"event": "waiting", "reason": "1 of at least 2 nodes can be used"})
+    metrics.observe("event", told("lost", members=["a/0", "a/1"]))
+    metrics.observe("event", told("waiting", reason="1 of at least 2 nodes can be used"))
     assert shown(*names) == [2, 0, 0, 0, 1]
-    metrics.observe("event", {"event": "generation", "step": 3, "seconds": 0.75, "bytes": 4096, "nodes": 1})
-    metrics.observe("event", {"event": "lost", "members": ["b/0"]})
-    metrics.observe("event", {"event": "generation", "step": 5, "seconds": 0.5, "bytes": 1024, "nodes": 1})
+    metrics.observe("event", told("generation", step=3, seconds=0.75, bytes=4096, nodes=1))
+    metrics.observe("event", told("lost", members=["b/0"]))
+    metrics.observe("event", told("generation", step=5, seconds=0.5, bytes=1024, nodes=1))
     assert shown(*names) == [3, 2, 0.5, 5120, 0]
+    metrics.observe("event", told("lost", members=["a/0", "b/0"]))
+    metrics.observe("event", told("resumed", step=4, steps_to_redo=1))
+    metrics.observe("event", told("generation", step=4, recovery_seconds=9.5, nodes=2))
+    assert shown(*names) == [5, 3, 9.5, 5120, 0], "state that came from a checkpoint is the costliest recovery"
 
 
 def test_what_a_run_says_last_is_waited_for_only_where_somebody_listens(serve):
@@ -282,8 +287,8 @@ def test_a_run_says_that_it_has_ended_when_only_scores_and_the_save_are_left(ser
 def test_a_run_that_goes_on_remembers_what_it_saved_and_does_not_count_undone_steps_twice(serve):
     metrics = RunMetrics()
     exporter = serve(metrics)
-    metrics.recall([{"event": "checkpoint", "time": 3.0, "step": 4}, {"event": "validation", "time": 4.0, "loss": 2.5, "step": 4},
-                    {"event": "checkpoint", "time": 5.0, "step": 6}, {"event": "lost", "members": ["a/0"]}])
+    metrics.recall([told("checkpoint", time=3.0, step=4), told("validation", time=4.0, loss=2.5, step=4),
+                    told("checkpoint", time=5.0, step=6), told("lost", members=["a/0"])])
     metrics.observe("step", STEP | {"spent": {"useful": 2.0, "recovery": 31.0}, "redone": 30.0})
     found = series(read(exporter, "/metrics")[1])
     assert [found[f"dualray_{name}"] for name in ("checkpoint_step", "checkpoint_timestamp_seconds", "validation_loss", "lost_ranks_total")] == [

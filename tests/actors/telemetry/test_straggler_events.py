@@ -98,8 +98,8 @@ def test_a_rank_whose_experts_are_chosen_more_is_not_slow(busy, expected):
     load = {1: [40 if busy and expert in hot else 10 for expert in range(config.model.n_routed_experts)]}
     watch, told = SlowWatch(layout, placement), []
     for _ in range(5):
-        told += watch.after([request(4), request(4)], [report(0, load=load), report(1, seconds=4.0)])
-    assert [kind for kind, _ in told] == expected
+        told += watch.after(0, [request(4), request(4)], [report(0, load=load), report(1, seconds=4.0)])
+    assert [event.name for event in told] == expected
 
 
 def test_a_wire_counts_bytes_and_the_time_of_the_transfer_alone():

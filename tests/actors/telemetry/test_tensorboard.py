@@ -6,6 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from actors.telemetry.tensorboard import EventFiles
+from tests.told_events import told
 
 
 def step(number: int, loss: float) -> dict:
@@ -20,10 +21,10 @@ def written(folder: str) -> EventAccumulator:
 
 def test_what_is_told_is_found(tmp_path):
     files = EventFiles(str(tmp_path))
-    files.observe("event", {"event": "generation", "step": 0})
+    files.observe("event", told("generation", step=0))
     for number in range(3):
         files.observe("step", step(number, 3.0 - number))
-    files.observe("event", {"event": "validation", "step": 3, "time": 104.0, "loss": 1.5, "accuracy": 0.25})
+    files.observe("event", told("validation", step=3, time=104.0, loss=1.5, accuracy=0.25))
     files.close()
     found = written(str(tmp_path))
     assert [(entry.step, entry.value, entry.wall_time) for entry in found.Scalars("loss/training")] == [
@@ -34,10 +35,10 @@ def test_what_is_told_is_found(tmp_path):
 def test_a_run_that_goes_back_shows_each_step_once(tmp_path):
     for begin, losses in ((0, (5.0, 4.0, 3.0)), (1, (4.5, 3.5))):
         files = EventFiles(str(tmp_path))
-        files.observe("event", {"event": "generation", "step": begin})
+        files.observe("event", told("generation", step=begin))
         for number, loss in enumerate(losses, begin):
             files.observe("step", step(number, loss))
-        files.observe("event", {"event": "generation", "step": begin + len(losses), "seconds": 0.5})  # of a loss: nothing is hidden
+        files.observe("event", told("generation", step=begin + len(losses), seconds=0.5))  # of a loss: nothing is hidden
         files.close()
     assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("loss/training")] == [(0, 5.0), (1, 4.5), (2, 3.5)]
 
@@ -45,7 +46,7 @@ def test_a_run_that_goes_back_shows_each_step_once(tmp_path):
 def test_what_fails_is_said_and_begun_anew_later(tmp_path, monkeypatch):
     """torch's writer says for ever what its thread met once, as on a disk that was full."""
     files = EventFiles(str(tmp_path))
-    files.observe("event", {"event": "generation", "step": 0})
+    files.observe("event", told("generation", step=0))
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from jobs.benches.churn import bench as churn
-from jobs.benches.churn.run import DRAINED, FROZEN, JOINED, LOST, Told, changes
+from jobs.benches.churn.run import DRAINED, FROZEN, JOINED, LOST, Said, changes
 from jobs.benches.commit import bench as commit
 from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
@@ -39,7 +39,7 @@ def steps(times, nodes=4, loss=2.0):
 
 def test_shares_of_time_and_the_curve():
     alone = {4: steps([1, 2, 3, 4, 5, 6]), 3: steps([2, 4, 6, 8, 10, 12], 3)}
-    told = Told(steps([1, 2, 3, 4, 5]) + [step | {"time": 5 + 3 + step["time"]} for step in steps([2, 4], 3)])
+    told = Said(steps([1, 2, 3, 4, 5]) + [step | {"time": 5 + 3 + step["time"]} for step in steps([2, 4], 3)])
     told.steps[1]["loss"] = 2.0 * (1 + 1e-6)
     found = churn.figures(told, alone, 5)
     assert found["seconds"]["wall"] == 9 and found["seconds"]["step_alone"] == {4: 1, 3: 2}

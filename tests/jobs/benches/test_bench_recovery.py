@@ -12,15 +12,12 @@ from jobs.benches.recovery.run import KINDS, blows
 from jobs.benches.recovery.times import Phases, incident, line_through
 from orchestrator.config.run_config import load
 from tests.cluster import REPOSITORY
+from tests.told_events import told
 
 
 def step(number: int, began: float, time: float, generation: int, sequences: int = 16) -> dict:
     return {"step": number, "began": began, "time": time, "seconds": time - began, "generation": generation, "sequences": sequences,
             "tokens": sequences * 8, "loss": 2.0 + number}
-
-
-def event(kind: str, time: float, **details) -> dict:
-    return {"event": kind, "time": time, **details}
 
 
 def ledger(count: int) -> list[dict]:
@@ -29,17 +26,17 @@ def ledger(count: int) -> list[dict]:
 
 BEFORE = [step(0, 10.0, 11.0, 1), step(1, 11.0, 12.0, 1)]
 STORY = [
-    event("lost", 12.9, members=["b/0"]), event("aborted", 13.0, seconds=0.25, slowest_rank_seconds=0.125),
-    event("layout", 13.25, seconds=0.5),
-    event("generation", 15.0, generation=2, nodes=3, bytes=600, grouping_seconds=0.75, moving_seconds=1.25, seconds=2.25)]
+    told("lost", 12.9, members=["b/0"]), told("aborted", 13.0, seconds=0.25, slowest_rank_seconds=0.125),
+    told("layout", 13.25, seconds=0.5),
+    told("generation", 15.0, generation=2, nodes=3, bytes=600, grouping_seconds=0.75, moving_seconds=1.25, seconds=2.25)]
 
 
-def told(steps=(), events=(), after=3, at=12.5):
+def incident_of(steps=(), events=(), after=3, at=12.5):
     return incident("killed", at, 0.5, [*BEFORE, *steps], events, ledger(2), ledger(after), whole=16, length=8, restarted=0)
 
 
 def test_phases_add_up_to_the_first_action():
-    found = told([step(2, 15.25, 16.25, 2)], STORY)
+    found = incident_of([step(2, 15.25, 16.25, 2)], STORY)
     assert found.phases == Phases(notice=0.25, abort=0.25, decide=0.25, regroup=0.75, move=1.0, resume=0.25)
     assert found.first_action == 2.75 == sum(getattr(found.phases, name) for name in Phases.__slots__)
     assert (found.noticed, found.aborted, found.slowest_abort, found.full_batch, found.step) == (0.25, 0.5, 0.125, 3.75, 1.0)
@@ -48,29 +45,30 @@ def test_phases_add_up_to_the_first_action():
 
 
 def test_a_second_loss_on_the_way_counts_from_the_first_notice_to_the_last_generation():
-    second = [event("lost", 15.1, members=["c/0"]), event("aborted", 15.25, seconds=0.125, slowest_rank_seconds=0.0625),
-              event("layout", 15.5, seconds=0.5),
-              event("generation", 17.0, generation=3, nodes=2, bytes=400, grouping_seconds=0.5, moving_seconds=1.0, seconds=1.5)]
-    found = told([step(2, 17.5, 18.0, 3)], [*STORY, *second])
+    second = [told("lost", 15.1, members=["c/0"]), told("aborted", 15.25, seconds=0.125, slowest_rank_seconds=0.0625),
+              told("layout", 15.5, seconds=0.5),
+              told("generation", 17.0, generation=3, nodes=2, bytes=400, grouping_seconds=0.5, moving_seconds=1.0, seconds=1.5)]
+    found = incident_of([step(2, 17.5, 18.0, 3)], [*STORY, *second])
     assert found.phases == Phases(notice=0.25, abort=0.25, decide=2.5, regroup=0.5, move=1.0, resume=0.5)
     assert (found.first_action, found.bytes, found.nodes, found.attempts) == (5.0, 1000, 2, 2)
 
 
 def test_a_committed_step_that_is_gone_and_a_short_batch_are_seen():
-    assert told([step(1, 15.25, 16.25, 2)], STORY, after=1).steps_lost == 1
-    assert told([step(1, 15.25, 16.25, 2)], STORY, after=1).tokens_lost == 16 * 8
-    assert told([step(2, 15.25, 16.25, 2, sequences=12)], STORY).tokens_lost == 4 * 8
+    assert incident_of([step(1, 15.25, 16.25, 2)], STORY, after=1).steps_lost == 1
+    assert incident_of([step(1, 15.25, 16.25, 2)], STORY, after=1).tokens_lost == 16 * 8
+    assert incident_of([step(2, 15.25, 16.25, 2, sequences=12)], STORY).tokens_lost == 4 * 8
 
 
-@pytest.mark.parametrize("steps, events, words", [((), STORY, "no step of generation 2"), ((), (), "no fault is told of")])
+@pytest.mark.parametrize("steps, events, words", [((), STORY, "no step of generation 2"), ((), (), "no fault is told of"),
+                                                  ((), [*STORY, told("generation", 16.0, generation=3)], "state was loaded")])
 def test_files_that_do_not_tell(steps, events, words):
     with pytest.raises(ValueError, match=words):
-        told(steps, events)
+        incident_of(steps, events)
 
 
 def test_what_was_told_before_the_fault_is_not_of_it():
-    earlier = [event("aborted", 9.0, seconds=0.1, slowest_rank_seconds=9.0)]
-    assert told([step(2, 15.25, 16.25, 2)], [*earlier, *STORY]).slowest_abort == 0.125
+    earlier = [told("aborted", 9.0, seconds=0.1, slowest_rank_seconds=9.0)]
+    assert incident_of([step(2, 15.25, 16.25, 2)], [*earlier, *STORY]).slowest_abort == 0.125
 
 
 def test_faults_are_spread_over_kinds_nodes_and_places_and_seeded():

@@ -13,6 +13,8 @@ import pytest
 from jobs.benches.chaos import bench as chaos
 from jobs.benches.chaos.bench import Settings, episode
 from jobs.benches.chaos.company import COPIES, Ended, Kind, Strike
+from orchestrator.told.lines import to_json
+from tests.told_events import told
 
 FAST = Settings(least_seconds=0.0, most_seconds=0.02, at_once=3)
 
@@ -25,7 +27,7 @@ class Toy:
     def __init__(self, folder: Path, goes_on: bool = True):
         self.folder, self.goes_on, self.strikes, self.most, self.closed = folder, goes_on, [], 0, False
         self._open: list[tuple[Strike, float]] = []
-        self._write("events.jsonl", {"event": "generation", "nodes": 5, "time": time.time()})
+        self._write("events.jsonl", to_json(told("generation", time.time(), nodes=5)))
         self._step()
 
     def nodes(self) -> Sequence[str]:

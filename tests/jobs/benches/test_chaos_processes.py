@@ -47,14 +47,14 @@ def test_strikes_at_once(folder, expected):
         company.stop()
         assert len(company.nodes()) == len(nodes)
         found = RunFolder(str(company.folder.parent), "short")
-        lines, events = found.ledger_lines(), found.event_lines()
+        lines, events = found.ledger_lines(), found.events()
         assert not audit.audit(str(company.folder), company.config, company.dataset).problems
     assert [line["step"] for line in lines] == list(range(len(lines)))
     ours = [line["loss"] for line in lines[:COMPARED]]
     assert ours == pytest.approx(expected[: len(ours)], rel=1e-9) and len(ours) > 3
-    lost = [member for event in events if event["event"] == "lost" for member in event["members"]]
+    lost = [member for told in events if told.name == "lost" for member in told.event.members]
     assert lost and {member.split("/")[0] for member in lost} <= struck
-    assert [event for event in events if event["event"] == "coordinator_restarted"]
+    assert [told for told in events if told.name == "coordinator_restarted"]
     assert len(pids) == len(nodes) and not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert (company.folder / "ledger.jsonl").exists() and not company.folder.is_mount()
 

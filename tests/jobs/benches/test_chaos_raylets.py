@@ -37,7 +37,7 @@ def test_blows_that_overlap_cost_nothing_that_was_committed(tmp_path):
         finally:
             company.close()
         assert not company.left()
-        assert not {"state_lost", "started_over"} & {event["event"] for event in company.events}
+        assert not {"state_lost", "started_over"} & {told.name for told in company.events}
         audit = finished(cluster, tmp_path, "audit", "jobs.status", "audit", str(company.folder))
         assert "each sequence was used exactly once" in audit
     steps = committed(company.folder / "ledger.jsonl")

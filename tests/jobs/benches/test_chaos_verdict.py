@@ -9,6 +9,8 @@ import pytest
 from jobs.benches.chaos.company import Strike
 from jobs.benches.chaos.verdict import EXPLAINED_SECONDS, Journal, Verdict, gaps, lost_steps, needless, restarted
 from orchestrator.data.ledger import chained, line_hash
+from orchestrator.told.lines import Told
+from tests.told_events import told
 
 KILLED = Strike("node killed", 1, 100.0, ("a",), 103.0)
 STALLED = Strike("node stalled", 0, 100.0, ("a",), 101.0)
@@ -38,12 +40,12 @@ def test_a_step_twice_or_left_out_is_accused():
 
 def test_state_lost_long_after_it_went_beyond_is_accused():
     late = 103.0 + EXPLAINED_SECONDS + 1
-    events = [{"event": "state_lost", "time": at, "reason": "?"} for at in (101.0, late)]
+    events = [told("state_lost", at, reason="?") for at in (101.0, late)]
     assert not lost_steps([], [BEYOND], events[:1]) and lost_steps([], [BEYOND], events) and lost_steps([], [KILLED], events[:1])
 
 
-def lost(member: str, at: float) -> dict:
-    return {"event": "lost", "time": at, "members": [member], "reasons": ["?"]}
+def lost(member: str, at: float) -> Told:
+    return told("lost", at, members=[member], reasons=["?"])
 
 
 def test_who_is_named_lost_must_have_been_struck():

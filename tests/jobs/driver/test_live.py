@@ -15,6 +15,7 @@ from jobs.driver.live import ask, lines
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
+from tests.told_events import told
 
 CONFIG = parse({}, ["run.name=there", "training.steps=10", "layout.pipeline=2", "layout.expert=2", "topology.virtual_nodes=2",
                     "topology.ranks_per_node=2"])
@@ -26,8 +27,8 @@ STEP = {"step": 3, "time": 100.0, "loss": 2.5, "tokens_per_second": 1234.5, "sec
 def board():
     found = Board(CONFIG, lambda: LAYOUT)
     found.observe("step", STEP)
-    for event in ({"event": "lost", "time": 90.0, "members": ["virtual-9/0", "virtual-9/1"]},
-                  {"event": "slow", "time": 91.0, "rank": 2, "factor": 3.5}, {"event": "checkpoint", "time": 92.0, "step": 2}):
+    for event in (told("lost", time=90.0, members=["virtual-9/0", "virtual-9/1"]),
+                  told("slow", time=91.0, rank=2, factor=3.5), told("checkpoint", time=92.0, step=2)):
         found.observe("event", event)
     return found
 
@@ -56,17 +57,17 @@ def test_a_run_that_answers(tmp_path, monkeypatch):
 def test_of_many_nodes_those_with_a_slow_rank():
     layout = choose(virtual_nodes(64, 2), *(CONFIG.layout.model_copy(update={"expert": 8, "data": 8}), CONFIG.model, CONFIG.stages))
     many = Board(CONFIG, lambda: layout)
-    many.observe("event", {"event": "slow", "time": 91.0, "rank": 5, "factor": 3.5})
+    many.observe("event", told("slow", time=91.0, rank=5, factor=3.5))
     text = "\n".join(lines(many.state()))
     assert "64 nodes with 128 ranks; with a slow rank: 1" in text and "3.5x slow]" in text and text.count("[") == 2, text
 
 
 def test_a_rank_is_slow_until_nothing_of_it_is():
     found = board()
-    for event in ({"event": "slow", "rank": 2, "peer": 1, "lane": "exchange", "factor": 9.0},
-                  {"event": "slow", "rank": 2, "peer": None, "lane": "compute", "factor": 2.0},
-                  {"event": "slow_over", "rank": 2, "peer": 1, "lane": "exchange", "factor": 1.0}, {"event": "slow_over", "rank": 2, "factor": 1.0}):
-        found.observe("event", event | {"time": 93.0})
+    for event in (told("slow", 93.0, rank=2, peer=1, lane="exchange", factor=9.0),
+                  told("slow", 93.0, rank=2, peer=None, lane="compute", factor=2.0),
+                  told("slow_over", 93.0, rank=2, peer=1, lane="exchange", factor=1.0), told("slow_over", 93.0, rank=2, factor=1.0)):
+        found.observe("event", event)
     slow = {rank["rank"]: rank["slow"] for node in found.state()["grid"] for rank in node["ranks"]}
     assert slow == {0: None, 1: None, 2: 2.0, 3: None}
 
@@ -76,7 +77,7 @@ def test_a_run_that_has_not_committed_a_step(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "there"
     folder.mkdir()
     empty = Board(CONFIG, lambda: LAYOUT)
-    empty.observe("event", {"event": "waiting", "time": 90.0, "reason": "1 of at least 2 nodes can be used"})
+    empty.observe("event", told("waiting", time=90.0, reason="1 of at least 2 nodes can be used"))
     exporter = Exporter(CollectorRegistry(), ("127.0.0.1",), 0, {"/status.json": json_route(empty.state)})
     (folder / "live.json").write_text(json.dumps({"address": f"127.0.0.1:{exporter.port}"}))
     monkeypatch.setattr(sys, "argv", ["jobs.status", str(folder)])
@@ -117,9 +118,9 @@ def test_where_ray_asks_for_a_token_so_does_a_run(tmp_path, monkeypatch):
 
 def test_a_lost_node_that_is_back_is_not_shown_as_lost():
     found = board()
-    found.observe("event", {"event": "lost", "time": 93.0, "members": [f"{LAYOUT.nodes[0]}/0"]})
+    found.observe("event", told("lost", time=93.0, members=[f"{LAYOUT.nodes[0]}/0"]))
     assert [row["node"] for row in found.state()["lost"]] == ["virtual-9", LAYOUT.nodes[0]]
-    found.observe("event", {"event": "generation", "time": 94.0, "generation": 2})
+    found.observe("event", told("generation", time=94.0, generation=2))
     assert [row["node"] for row in found.state()["lost"]] == ["virtual-9"]
 
 
@@ -134,7 +135,7 @@ def test_the_whole_run_stays_in_sight(count):
 
 def test_what_was_before_is_recalled_once():
     found = board()
-    found.recall([STEP | {"step": 0}, STEP | {"step": 1}], [{"event": "generation", "time": 1.0, "generation": 1}])
+    found.recall([STEP | {"step": 0}, STEP | {"step": 1}], [told("generation", time=1.0, generation=1)])
     found.observe("step", STEP | {"step": 2})
     state = found.state()
     assert [point[0] for point in state["points"]] == [0, 1, 2] and len(state["events"]) == 1 and state["spent"]["useful"] == 9.0

@@ -10,8 +10,11 @@ import pytest
 
 from jobs.driver import progress, running
 from jobs.driver.progress import Progress
+from orchestrator.told.kinds import UnknownEvent
+from orchestrator.told.lines import Told
 from tests.cluster import eventually
 from tests.jobs.driving import DONE, STEP, Driver, Signals, coordinator
+from tests.told_events import told
 
 
 class Terminal(io.StringIO):
@@ -24,11 +27,11 @@ def test_without_a_terminal_a_step_is_told_now_and_then_and_before_what_is_said(
     with Progress(9, stream) as shown:
         for step in range(4):
             shown.step(STEP | {"step": step})
-        shown.event({"time": 1.0, "event": "checkpoint", "step": 4, "seconds": 0.5, "reason": None})
+        shown.event(told("interrupted", 1.0, reason="it hangs", generation=4))
         shown.step(STEP | {"step": 8})
-    told = stream.getvalue().splitlines()
-    assert [line.partition("  ")[0] for line in told] == ["step 1/9", "step 4/9", "checkpoint: step 4", "step 9/9"]
-    assert told[2] == "checkpoint: step 4  seconds 0.5000"
+    said = stream.getvalue().splitlines()
+    assert [line.partition("  ")[0] for line in said] == ["step 1/9", "step 4/9", "interrupted: reason it hangs", "step 9/9"]
+    assert said[2] == "interrupted: reason it hangs  generation 4", "what is null is left out"
 
 
 def test_on_a_terminal_a_step_takes_the_place_of_the_one_before():
@@ -37,8 +40,8 @@ def test_on_a_terminal_a_step_takes_the_place_of_the_one_before():
         shown.step(STEP)
         shown.step(STEP | {"step": 1})
         shown.say("that is all")
-    told = stream.getvalue().split("\r")
-    assert [text[:8] for text in told] == ["", "step 1/9", "step 2/9", "\x1b[Kthat "]
+    said = stream.getvalue().split("\r")
+    assert [text[:8] for text in said] == ["", "step 1/9", "step 2/9", "\x1b[Kthat "]
 
 
 def broken(kind: str):
@@ -64,7 +67,7 @@ def test_a_driver_is_heard_though_its_terminal_is_stopped(tmp_path, monkeypatch)
     """After elastic.orphan_seconds without a word of it the run would be saved and end."""
     monkeypatch.setattr(running, "POLL_SECONDS", 0.01)
     reader, writer = os.pipe()
-    long = [("event", {"event": "x" * 70_000})]  # more than a pipe holds
+    long = [("event", Told(1.0, UnknownEvent("x" * 70_000, {})))]  # more than a pipe holds
     driver = Driver(tmp_path, coordinator(*[(number, long, False) for number in range(50)]), monkeypatch)
     with os.fdopen(reader) as terminal, os.fdopen(writer, "w") as stream:
         shown, outcomes = Progress(9, stream), []

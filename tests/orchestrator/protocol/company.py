@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from orchestrator.protocol import commands, events
@@ -74,10 +74,11 @@ class Company:
         self._queue.append(event)
 
     def kinds(self) -> list[str]:
-        return [tell.kind for tell in self.told]
+        return [tell.event.name for tell in self.told]
 
     def details(self, kind: str) -> list[dict[str, Any]]:
-        return [dict(tell.details) for tell in self.told if tell.kind == kind]
+        return [{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(tell.event).items()}
+                for tell in self.told if tell.event.name == kind]
 
     def go(self, until: Callable[[], bool] = lambda: False, seconds: float = 600.0) -> None:
         """Until the run has ended, or something holds, or nothing more happens in so many seconds."""

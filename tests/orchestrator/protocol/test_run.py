@@ -62,6 +62,35 @@ def test_more_is_lost_than_owners_cover():
     assert cut.step == 3 and steps(company) == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
 
 
+def loaded(company) -> list[float | None]:
+    return [tell.event.recovery_seconds for tell in company.told if isinstance(tell.event, commands.LoadedRef)]
+
+
+def test_state_that_is_loaded_is_a_recovery_but_for_the_first_time():
+    """Whatever it is loaded from; its seconds count from the moment at which the coordinator knew of the loss."""
+    for goal, saved in ((Goal(8, save_every=3), [3]), (Goal(8), [])):
+        company = Company(goal=goal)
+        company.go(lambda: len(steps(company)) == 5)
+        assert loaded(company) == [None]
+
+        def slow(command):
+            if is_call(command, commands.Restore) or is_call(command, commands.Initialise):
+                company.now += 0.3
+            return None
+        company.twist, knew = slow, company.now
+        company.die(B)
+        company.die(C)
+        company.go(lambda: len(loaded(company)) == 2)
+        assert 0.3 <= loaded(company)[1] <= company.now - knew + 1e-4
+        assert [details["step"] for details in company.details("resumed")] == saved
+
+
+def test_a_run_that_goes_on_where_one_ended_has_recovered_from_nothing():
+    company = Company(goal=Goal(4), head=events.Head(3, 2, 1, 3), checkpoints=(events.Seen(3, "there"),))
+    company.go()
+    assert company.ended.ending is Ending.DONE and len(company.details("resumed")) == 1 and loaded(company) == [None]
+
+
 def test_seconds_of_events_count_from_the_moment_at_which_the_coordinator_knew():
     """What letting go takes, asking who holds what, and making groups: nothing of it is left out, nor told of the next loss."""
     company = Company(4)
@@ -69,8 +98,8 @@ def test_seconds_of_events_count_from_the_moment_at_which_the_coordinator_knew()
     told = []
 
     def slow(command):
-        if isinstance(command, commands.Tell) and command.kind in ("aborted", "layout", "generation"):
-            told.append((command.kind, dict(command.details)["seconds"], company.run.now - knew))
+        if isinstance(command, commands.Tell) and command.event.name in ("aborted", "layout", "generation"):
+            told.append((command.event.name, command.event.seconds, company.run.now - knew))
         elif isinstance(command, commands.Abort) or is_call(command, commands.Recall) or is_call(command, commands.Form):
             company.now += 0.3
         return None
