@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from jobs.benches.chaos.company import Company, Ended, Kind, Strike
 from jobs.benches.chaos.raylet_commands import SECONDS, Journal, command_of, tokens
