@@ -18,19 +18,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: setup
 	$(VENV)/bin/python -m jobs.train --config jobs/configs/tiny.yaml $(ARGS)
 
-# What needs neither a cluster nor rank processes is tested on every core; then the rest, one test after another: it needs the
-# whole machine.
-ALONE := tests/orchestrator tests/dashboards tests/actors/model tests/jobs/test_plan.py
-
+# Two files at a time: most tests wait, for processes that start and for time that is part of a fault. Files as they are found, so
+# that the many short ones of orchestrator/ come last.
 test: setup
-ifdef ARGS
-	$(VENV)/bin/python -m pytest $(ARGS)
-else
-	failed=0; \
-	$(VENV)/bin/python -m pytest -n auto $(ALONE) || failed=1; \
-	$(VENV)/bin/python -m pytest $(addprefix --ignore ,$(ALONE)) || failed=1; \
-	exit $$failed
-endif
+	$(VENV)/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 clean:
 	rm -rf $(VENV) runs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,8 @@ from tests.simulation.sides import Differ, Move
 
 CONFIG, _ = configured("EP4", "model.num_hidden_layers=2", "elastic.form_seconds=600", "training.step_timeout_seconds=600")
 """Nothing ends because time is up: what has to be ended by an abort is."""
-EXAMPLES, LONG = 50, 3000
+EXAMPLES, LONG = 50, int(os.environ.get("DUALRAY_SEQUENCES", 0))
+"""Drawn sequences; with DUALRAY_SEQUENCES so many others, different ones each time."""
 TROUBLES = ("", "", "", "", "absent", "absent, who dies", "absent, then another coordinator", "before", "doom", "doom")
 OTHERS = ("begin", "form", "initialise", "step", "apply", "rearrange", "snapshot", "finish", "wrong", "claim", "bare", "abort",
           "kill", "take_over")
@@ -89,7 +92,7 @@ def test_drawn_sequences(processes, folder, moves):
 
 
 @pytest.mark.long
-@conform(LONG)
+@conform(LONG or 300, derandomize=not LONG, phases=[Phase.generate])
 @given(moves=sequences)
 def test_many_drawn_sequences(processes, folder, moves):
     played(processes, folder, moves)

@@ -18,6 +18,8 @@ from tests.simulation.shrink import line, shrunk
 from tests.simulation.world import World
 
 SECONDS_OF_A_DEFECT = 30.0
+LONG_SECONDS = 60.0
+"""Of CPU. `python -m tests.simulation.explore --seconds` and `--exhaustive` search for as long as one likes."""
 
 
 def _all(explored) -> list[str]:
@@ -38,12 +40,12 @@ def test_two_faults_at_two_places_break_no_invariant():
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_two_faults_at_every_two_places_break_no_invariant(ranks):
-    assert not _all(explore(pairs(ranks), 1200.0))
+    assert not _all(explore(pairs(ranks), LONG_SECONDS))
 
 
 @pytest.mark.long
 def test_many_random_seeds_break_no_invariant():
-    assert not _all(explore(seeds(1_000_000), 600.0))
+    assert not _all(explore(seeds(1_000_000), LONG_SECONDS))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
