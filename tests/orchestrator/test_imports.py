@@ -125,3 +125,19 @@ def test_a_room_can_be_seen_at_once(folder):
 def test_a_file_can_be_read_at_a_sitting(folder):
     lines = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files(folder)}
     assert {name: count for name, count in lines.items() if count > MOST_LINES and name not in STILL_LONGER} == {}
+
+
+def test_the_document_has_every_room_as_it_describes_itself():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([a-z_/]+)/` \| (.*) \|$", text, re.MULTILINE))
+    for path in [*files("orchestrator"), *files("actors"), ROOT / "jobs" / "__init__.py", ROOT / "jobs" / "driver" / "__init__.py"]:
+        if path.name == "__init__.py":
+            first = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n\n")[0].replace("\n", " ")
+            assert told.pop(path.parent.relative_to(ROOT).as_posix(), None) == first
+    assert sorted(told) == ["dashboards", "jobs/benches", "tests"]
+
+
+@pytest.mark.parametrize("document", sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")}), ids=lambda path: path.name)
+def test_what_documents_link_to_is_there(document):
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
