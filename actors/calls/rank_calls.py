@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Failed, Fault, NodeDraining, NodeJoined, NodeLeft, NodeStays
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
@@ -88,7 +88,7 @@ class RankCalls(Protocol):
         """End a process, if there is one."""
         ...
 
-    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: CallLane) -> None:
         """Call a method of a rank. generation: that the call is meant for; 0: it belongs to none. The arguments may be changed
         afterwards. Calls of one lane of one member are carried out in order."""
         ...

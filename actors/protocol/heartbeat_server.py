@@ -21,9 +21,9 @@ from actors.protocol.heartbeat_wire import (
     INTRODUCTION_SECONDS,
     VERSION,
     Address,
+    ConnectionEnded,
     End,
-    Ended,
-    Wire,
+    LineSocket,
     bell_and_rope,
     go_first,
     ring,
@@ -193,7 +193,7 @@ class Lifelines:
                 self._listen(False)
                 return
             try:
-                peer = _Peer(Wire(connection), time.monotonic())
+                peer = _Peer(LineSocket(connection), time.monotonic())
             except OSError:  # it is gone already
                 connection.close()
                 continue
@@ -215,11 +215,11 @@ class Lifelines:
                         self._hear(peer, line)
                 if peer.member is not None:
                     peer.heard = time.monotonic()
-        except Ended as ended:
+        except ConnectionEnded as ended:
             self._drop(peer, ended.how)
 
     def _hear(self, peer: _Peer, line: bytes) -> None:
-        """One line that is no beat. Raises Ended."""
+        """One line that is no beat. Raises ConnectionEnded."""
         try:
             message = json.loads(line)
             if peer.member is None:
@@ -227,7 +227,7 @@ class Lifelines:
                 return
             answer = int(message["aborted"]), float(message["seconds"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise Ended(End.MALFORMED) from None
+            raise ConnectionEnded(End.MALFORMED) from None
         with self._changed:
             self._answers[peer.member] = answer
             self._let_go.append(LetGo(peer.member, *answer))
@@ -235,13 +235,13 @@ class Lifelines:
         self._told()
 
     def _introduce(self, peer: _Peer, message: Any) -> None:
-        """Raises Ended: refused. ValueError, TypeError, KeyError: that was no hello."""
+        """Raises ConnectionEnded: refused. ValueError, TypeError, KeyError: that was no hello."""
         member, about = _read_hello(message)
         refusal = self._refusal(member, about, message["run"])
         if refusal is not None:
             logger.warning("refused a lifeline of %s: %s", member, refusal)
             peer.wire.send({"refused": refusal})
-            raise Ended(End.REPLACED)
+            raise ConnectionEnded(End.REPLACED)
         place = member.node, member.local
         before = self._peers.get(Member(*place, self._newest.get(place, 0)))
         self._newest[place] = member.incarnation
@@ -273,7 +273,7 @@ class Lifelines:
         try:
             peer.wire.send(message)
             self._watch_writes(peer)
-        except Ended as ended:
+        except ConnectionEnded as ended:
             self._drop(peer, ended.how)
 
     def _flush(self, peer: _Peer) -> None:
@@ -304,7 +304,7 @@ class _Peer:
 
     __slots__ = ("about", "dropped", "finished", "heard", "member", "wire")
 
-    def __init__(self, wire: Wire, now: float):
+    def __init__(self, wire: LineSocket, now: float):
         self.wire, self.heard = wire, now
         self.member: Member | None = None
         self.about: dict[str, Any] = {}

@@ -37,7 +37,7 @@ class Listened:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacementSearched:
     """Posted when a placement was looked for. placement: None: experts stay."""
 
     step: int
@@ -45,7 +45,7 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ShellParts:
     """What the shell is put together from."""
 
     config: RunConfig
@@ -67,7 +67,7 @@ class Parts:
 class RealShell:
     """A conductor.Shell. `scores`: of the newest validation."""
 
-    def __init__(self, parts: Parts, run: Run):
+    def __init__(self, parts: ShellParts, run: Run):
         self._parts, self._run = parts, run
         self._reading = Reading(parts.tables)
         self._open: dict[CallId, Call] = {}
@@ -96,7 +96,7 @@ class RealShell:
                 return (item,)
             case Listened():
                 return self._listened()
-            case Placed(step, placement):
+            case PlacementSearched(step, placement):
                 return (PlacementFound(step, None if placement is None else self._parts.tables.placement_ref(placement)),)
         return (item,)
 
@@ -229,7 +229,7 @@ class RealShell:
         def find() -> None:
             found = balanced_placement(config.model, layout, before, load, least_gain=config.placement.least_gain,
                                        parts=config.layout.group_parts)
-            parts.post(Placed(command.step, found if moves(before, found) else None))
+            parts.post(PlacementSearched(command.step, found if moves(before, found) else None))
         threading.Thread(target=find, name="placement", daemon=True).start()
 
     def _tell(self, command: commands.Tell) -> None:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from actors.comm.links import Links
-from actors.comm.waiting import Progress
+from actors.comm.waiting import OperationCounter
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
 from actors.runtime.exchange_lane import Exchanges, InTurn
-from actors.runtime.weaver import Closures, Strand, Weaver
-from orchestrator.schedule.ir.actions import Compute, Form, Kind, Payload, Program, Split, Transfer, Work
+from actors.runtime.weaver import Closures, SegmentStream, Weaver
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Form, Payload, Program, SplitAction, Transfer, Work
 from orchestrator.schedule.ir.pieces import Order
 from orchestrator.schedule.ir.spans import Lane, Span
 
@@ -64,20 +64,23 @@ class Executor:
     """
 
     def __init__(self, rank: int, generation: int, chunks: Mapping[int, Chunk], queue: WeightGradients,
-                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None, progress: Progress | None = None):
+                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None,
+                 progress: OperationCounter | None = None):
         self._rank, self._generation, self._chunks = rank, generation, chunks
-        self._progress = progress or Progress()
+        self._progress = progress or OperationCounter()
         self._fed_by = dict(fed_by or {})
         self._feeds = {source: slot for slot, source in self._fed_by.items()}
         self._weaver = Weaver(rank, queue, InTurn() if exchanges is None else exchanges)
         self._handlers = {
-            Kind.FORWARD: self._compute, Kind.BACKWARD: self._compute, Kind.BACKWARD_INPUT: self._compute,
-            Kind.BACKWARD_WEIGHT: self._compute, Kind.PAIR: self._compute, Kind.SPLIT: self._split, Kind.SEND: self._send,
-            Kind.RECEIVE: self._receive, Kind.REDUCE: self._reduce,
+            ActionKind.FORWARD: self._compute, ActionKind.BACKWARD: self._compute, ActionKind.BACKWARD_INPUT: self._compute,
+            ActionKind.BACKWARD_WEIGHT: self._compute, ActionKind.PAIR: self._compute, ActionKind.SPLIT: self._split,
+            ActionKind.SEND: self._send,
+            ActionKind.RECEIVE: self._receive, ActionKind.REDUCE: self._reduce,
         }
-        self._strands_of = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.BACKWARD_INPUT: self._backward,
-                            Kind.BACKWARD_WEIGHT: self._weights}
-        if missing := set(Kind) - self._handlers.keys():
+        self._strands_of = {ActionKind.FORWARD: self._forward, ActionKind.BACKWARD: self._backward,
+                            ActionKind.BACKWARD_INPUT: self._backward,
+                            ActionKind.BACKWARD_WEIGHT: self._weights}
+        if missing := set(ActionKind) - self._handlers.keys():
             raise ValueError(f"no handler for {sorted(missing)}")
 
     def run(self, program: Program, work: StepWork) -> None:
@@ -104,12 +107,12 @@ class Executor:
         self._weaver.run(strands, work.orders.get(tuple(form)), work.spans)
         for compute in action.computes if work.parts else ():
             key = compute.slot, compute.microbatch
-            if compute.kind is Kind.FORWARD and key in work.parts:
+            if compute.kind is ActionKind.FORWARD and key in work.parts:
                 work.tapes[key].join_forward(work.parts[key])
-            elif compute.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and key in work.parts:
+            elif compute.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT) and key in work.parts:
                 work.tapes[key].join_backward(work.parts.pop(key))
 
-    def _split(self, split: Split, work: StepWork) -> None:
+    def _split(self, split: SplitAction, work: StepWork) -> None:
         self._compute(split.whole, work)
 
     def _send(self, transfer: Transfer, work: StepWork) -> None:
@@ -131,7 +134,7 @@ class Executor:
 
     # --- compute actions as strands ------------------------------------------------------------------------------
 
-    def _forward(self, action: Compute, work: StepWork) -> list[Strand]:
+    def _forward(self, action: Compute, work: StepWork) -> list[SegmentStream]:
         key = action.slot, action.microbatch
         chunk, tape = self._chunks[action.slot], work.tapes[key]
         if not chunk.first:
@@ -141,9 +144,9 @@ class Executor:
             parts = work.parts[key] = tape.halves()
             tape.share_input(parts)
         label = str(action)
-        return [Strand(label, chunk.forward(part)) for part in parts]
+        return [SegmentStream(label, chunk.forward(part)) for part in parts]
 
-    def _backward(self, action: Compute, work: StepWork) -> list[Strand]:
+    def _backward(self, action: Compute, work: StepWork) -> list[SegmentStream]:
         key = action.slot, action.microbatch
         chunk, tape = self._chunks[action.slot], work.tapes[key]
         if not chunk.last:
@@ -152,12 +155,12 @@ class Executor:
         if len(parts) > 1:
             tape.share_output_gradient(parts)
         label, later = str(action), None
-        if action.kind is Kind.BACKWARD_INPUT:
+        if action.kind is ActionKind.BACKWARD_INPUT:
             later = work.deferred[key] = []
-        return [Strand(label, chunk.backward(part), True, later) for part in parts]
+        return [SegmentStream(label, chunk.backward(part), True, later) for part in parts]
 
-    def _weights(self, action: Compute, work: StepWork) -> list[Strand]:
-        return [Strand(str(action), released=work.deferred.pop((action.slot, action.microbatch)))]
+    def _weights(self, action: Compute, work: StepWork) -> list[SegmentStream]:
+        return [SegmentStream(str(action), released=work.deferred.pop((action.slot, action.microbatch)))]
 
     # --- what a compute action works on --------------------------------------------------------------------------
 

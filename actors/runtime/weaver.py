@@ -29,7 +29,7 @@ Closures = list[Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Strand:
+class SegmentStream:
     """`label` begins the names of its spans.
 
     backward: each of its compute segments leaves weight gradients, be they none.
@@ -48,7 +48,7 @@ class Strand:
 class _Progress:
     """of: the strand. begun: segments that have run or been started. underway: exchanges not waited for, by place."""
 
-    of: Strand
+    of: SegmentStream
     waiting: deque[Closures]
     begun: int = 0
     underway: deque[tuple[int, Exchange]] = field(default_factory=deque)
@@ -60,7 +60,7 @@ class Weaver:
     def __init__(self, rank: int, queue: WeightGradients, exchanges: Exchanges):
         self._rank, self._queue, self._exchanges = rank, queue, exchanges
 
-    def run(self, strands: Sequence[Strand], order: Order | None, spans: list[Span]) -> None:
+    def run(self, strands: Sequence[SegmentStream], order: Order | None, spans: list[Span]) -> None:
         """All of all strands, in this order, or `alternating`; what happened is added to `spans`.
 
         Raises what a segment raises; ValueError: the order is not one of these strands.
@@ -109,7 +109,7 @@ class Weaver:
         spans.append(Span(self._rank, Lane.COMPUTE.value, strand.of.label, started, time.perf_counter()))
 
 
-def alternating(strands: Sequence[Strand]) -> Order:
+def alternating(strands: Sequence[SegmentStream]) -> Order:
     """A segment of each strand in turn, weight gradients right behind their segment. What is left of the longest comes last."""
     order: list[int] = []
     lengths = [len(strand.segments) or len(list(strand.released)) for strand in strands]
@@ -126,10 +126,10 @@ def alternating(strands: Sequence[Strand]) -> Order:
     return tuple(order)
 
 
-def _name(strand: Strand, segment: Segment) -> str:
+def _name(strand: SegmentStream, segment: Segment) -> str:
     return f"{strand.label} {segment.name}" if segment.layer < 0 else f"{strand.label} {segment.name} {segment.layer}"
 
 
-def _unfit(order: Order | None, strands: Sequence[Strand]) -> ValueError:
+def _unfit(order: Order | None, strands: Sequence[SegmentStream]) -> ValueError:
     sizes = ", ".join(f"{strand.label} with {len(strand.segments)} segments" for strand in strands)
     return ValueError(f"the program's order {order} is not one of {sizes}")

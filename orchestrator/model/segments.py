@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import layer_parameters, mtp_layer
 from orchestrator.schedule.ir.orders import StageStrands
-from orchestrator.schedule.ir.pieces import Piece
+from orchestrator.schedule.ir.pieces import Operation
 from orchestrator.schedule.ir.spans import Lane
 
 
@@ -32,7 +32,7 @@ class LayerCosts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _Products:
     """Multiplications a token: `weights` with weights, `other` without (attention's products); a backward for the weights has
     none of the latter."""
 
@@ -71,41 +71,41 @@ class _Pieces:
         h = model.hidden_size
         self._costs, self._shared = costs, bool(model.n_shared_experts)
         self._work = {
-            "embedding": _Work(0), "input": _Work(0), "output": _Work(0), "head": _Work(model.vocab_size * h),
-            "mtp_head": _Work(model.vocab_size * h), "mtp_input": _Work(2 * h * h), **_layer_work(model, length)}
+            "embedding": _Products(0), "input": _Products(0), "output": _Products(0), "head": _Products(model.vocab_size * h),
+            "mtp_head": _Products(model.vocab_size * h), "mtp_input": _Products(2 * h * h), **_layer_work(model, length)}
         moe = model.first_k_dense_replace < model.num_hidden_layers or model.num_nextn_predict_layers > 0
         parts = [self._work[name] for name in (("attention", "shared", "experts") if moe else ("attention", "mlp"))]
         self._weights = sum(part.weights for part in parts)
         self._all = self._weights + sum(part.other for part in parts)
 
-    def forward(self, name: str, layer: int = -1, after: int = 1) -> Piece:
+    def forward(self, name: str, layer: int = -1, after: int = 1) -> Operation:
         work = self._work[name]
-        return Piece(Lane.COMPUTE, self._costs.forward * (work.weights + work.other) / self._all, None, after, name, layer)
+        return Operation(Lane.COMPUTE, self._costs.forward * (work.weights + work.other) / self._all, None, after, name, layer)
 
-    def backward(self, name: str, layer: int = -1, after: int = 1) -> Piece:
+    def backward(self, name: str, layer: int = -1, after: int = 1) -> Operation:
         work = self._work[name]
-        return Piece(Lane.COMPUTE, self._costs.backward_input * (work.weights + work.other) / self._all,
-                     self._costs.backward_weight * work.weights / self._weights, after, name, layer)
+        return Operation(Lane.COMPUTE, self._costs.backward_input * (work.weights + work.other) / self._all,
+                         self._costs.backward_weight * work.weights / self._weights, after, name, layer)
 
-    def layer_forward(self, n: int, *, moe: bool) -> list[Piece]:
+    def layer_forward(self, n: int, *, moe: bool) -> list[Operation]:
         if not moe:
             return [self.forward("attention", n), self.forward("mlp", n)]
         shared = [self.forward("shared", n, after=2)] if self._shared else []
-        return [self.forward("attention", n), Piece(Lane.EXCHANGE, self._costs.dispatch, name="dispatch", layer=n), *shared,
+        return [self.forward("attention", n), Operation(Lane.EXCHANGE, self._costs.dispatch, name="dispatch", layer=n), *shared,
                 self.forward("experts", n, after=1 + len(shared)),
-                Piece(Lane.EXCHANGE, self._costs.combine, name="combine", layer=n)]
+                Operation(Lane.EXCHANGE, self._costs.combine, name="combine", layer=n)]
 
-    def layer_backward(self, n: int, *, moe: bool) -> list[Piece]:
+    def layer_backward(self, n: int, *, moe: bool) -> list[Operation]:
         """The gradient of combine is sent like a dispatch, that of dispatch like a combine (report, section 3.2.1)."""
         if not moe:
             return [self.backward("mlp", n), self.backward("attention", n)]
         shared = [self.backward("shared", n, after=2)] if self._shared else []
-        return [Piece(Lane.EXCHANGE, self._costs.dispatch, name="combine", layer=n), *shared,
+        return [Operation(Lane.EXCHANGE, self._costs.dispatch, name="combine", layer=n), *shared,
                 self.backward("experts", n, after=1 + len(shared)),
-                Piece(Lane.EXCHANGE, self._costs.combine, name="dispatch", layer=n), self.backward("attention", n)]
+                Operation(Lane.EXCHANGE, self._costs.combine, name="dispatch", layer=n), self.backward("attention", n)]
 
 
-def _layer_work(model: ModelConfig, length: int) -> dict[str, _Work]:
+def _layer_work(model: ModelConfig, length: int) -> dict[str, _Products]:
     """Of both kinds of layer. Attention is causal, so a token meets half the sequence; experts' load is even."""
     products = length / 2 * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
     specs = layer_parameters(model, 0, moe=True)
@@ -113,8 +113,8 @@ def _layer_work(model: ModelConfig, length: int) -> dict[str, _Work]:
     attention = sum(spec.size for spec in specs if "self_attn" in spec.name) + gate
     one_wide = 3 * model.hidden_size  # an MLP's three matrices, for each unit of its width
     return {
-        "attention": _Work(attention, products),
-        "mlp": _Work(one_wide * model.intermediate_size),
-        "experts": _Work(one_wide * model.moe_intermediate_size * model.num_experts_per_tok),
-        "shared": _Work(one_wide * model.moe_intermediate_size * model.n_shared_experts),
+        "attention": _Products(attention, products),
+        "mlp": _Products(one_wide * model.intermediate_size),
+        "experts": _Products(one_wide * model.moe_intermediate_size * model.num_experts_per_tok),
+        "shared": _Products(one_wide * model.moe_intermediate_size * model.n_shared_experts),
     }

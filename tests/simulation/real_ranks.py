@@ -14,7 +14,7 @@ from actors.protocol.dressing import OF_NONE, Dresser, Reading
 from actors.protocol.heartbeat_server import Lifelines
 from actors.protocol.tables import Tables
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.commands import Call, Lane, Rearrange, lane_of
+from orchestrator.protocol.commands import Call, CallLane, Rearrange, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed
 from orchestrator.protocol.membership import Member
 from tests.simulation.hosted import SECONDS, Processes
@@ -123,7 +123,7 @@ class RealRanks:
         assert found.keys() == set(members), (found, members)
 
     def doom(self, member: Member, place: str, signal: int) -> None:
-        self._processes.ask([member], "doom", place, signal, lane=Lane.COMPUTE)
+        self._processes.ask([member], "doom", place, signal, lane=CallLane.COMPUTE)
 
     def contents(self, members: Sequence[Member]) -> list:
         return self._processes.ask(members, "contents")

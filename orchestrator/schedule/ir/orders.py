@@ -10,26 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.schedule.ir.actions import Action, Form, Kind, Program, Work, halved_of
+from orchestrator.schedule.ir.actions import Action, ActionKind, Form, Program, Work, halved_of
 from orchestrator.schedule.ir.grid import failure
-from orchestrator.schedule.ir.pieces import Piece, Strand, planned, timed
+from orchestrator.schedule.ir.pieces import Operation, OperationStream, planned, timed
 
 
 @dataclass(frozen=True, slots=True)
 class StageStrands:
     """What a stage does with one microbatch. Each piece of compute of `backward` releases weight gradients, maybe none."""
 
-    forward: tuple[Piece, ...]
-    backward: tuple[Piece, ...]
+    forward: tuple[Operation, ...]
+    backward: tuple[Operation, ...]
 
-    def strands(self, kind: Kind, parts: int) -> tuple[Strand, ...]:
+    def strands(self, kind: ActionKind, parts: int) -> tuple[OperationStream, ...]:
         """Of one compute action: a strand for each part; weight gradients alone are one strand without pieces."""
-        if kind is Kind.BACKWARD_WEIGHT:
-            return Strand(released=parts * tuple(piece.weights for piece in self.backward if piece.weights is not None)),
-        pieces = self.forward if kind is Kind.FORWARD else self.backward
-        if kind is Kind.BACKWARD_INPUT:
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            return OperationStream(released=parts * tuple(piece.weights for piece in self.backward if piece.weights is not None)),
+        pieces = self.forward if kind is ActionKind.FORWARD else self.backward
+        if kind is ActionKind.BACKWARD_INPUT:
             pieces = tuple(replace(piece, weights=None) for piece in pieces)
-        return (Strand(pieces).scaled(1 / parts, 1 / parts),) * parts
+        return (OperationStream(pieces).scaled(1 / parts, 1 / parts),) * parts
 
 
 def with_orders(programs: Sequence[Program], stages: Sequence[StageStrands], hosted: Sequence[Sequence[int]]
@@ -74,6 +74,6 @@ def forms(actions: Iterable[Action]) -> Iterator[tuple[Work, Form]]:
                             for compute in action.computes)
 
 
-def strands_of(form: Form, stages: Sequence[StageStrands], hosted: Sequence[int]) -> tuple[Strand, ...]:
+def strands_of(form: Form, stages: Sequence[StageStrands], hosted: Sequence[int]) -> tuple[OperationStream, ...]:
     """Those of an action at a position that hosts the stages `hosted`, by slot."""
     return tuple(strand for kind, slot, parts in form for strand in stages[hosted[slot]].strands(kind, parts))

@@ -24,7 +24,7 @@ Order = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Operation:
     """One piece of a strand. `name`, `layer`: those of the stage's segment that it stands for, if any.
 
     weights: duration of the weight gradients that it releases; None: it releases none.
@@ -39,7 +39,7 @@ class Piece:
     name: str = ""
     layer: int = -1
 
-    def scaled(self, compute: float, exchange: float) -> Piece:
+    def scaled(self, compute: float, exchange: float) -> Operation:
         """With factors on durations, by lane."""
         if self.lane is Lane.EXCHANGE:
             return replace(self, duration=exchange * self.duration)
@@ -47,18 +47,18 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Strand:
+class OperationStream:
     """One (half) microbatch's way through an action. released: weight gradients that wait from the start, as durations."""
 
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Operation, ...] = ()
     released: tuple[float, ...] = ()
 
-    def scaled(self, compute: float, exchange: float) -> Strand:
+    def scaled(self, compute: float, exchange: float) -> OperationStream:
         """With factors on durations, by lane."""
         if compute == exchange == 1:
             return self
-        return Strand(tuple(piece.scaled(compute, exchange) for piece in self.pieces),
-                      tuple(compute * length for length in self.released))
+        return OperationStream(tuple(piece.scaled(compute, exchange) for piece in self.pieces),
+                               tuple(compute * length for length in self.released))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PlannedOrder:
     """An order, and what it takes."""
 
     order: Order
@@ -122,15 +122,15 @@ def overlapped(costs: Sequence[Cost]) -> Template:
 
 
 @cache
-def planned(strands: tuple[Strand, ...]) -> Plan:
+def planned(strands: tuple[OperationStream, ...]) -> PlannedOrder:
     """The shortest found among list schedules that differ in who goes first and whether weight gradients may delay others."""
     free = any(piece.after > 1 for strand in strands for piece in strand.pieces)
     choices = product(permutations(range(len(strands))), (False, True), (False, True) if free else (False,))
     orders = dict.fromkeys(_Listing(strands).order(*choice) for choice in choices)
-    return min((Plan(order, timed(strands, order)) for order in orders), key=lambda plan: plan.template.duration)
+    return min((PlannedOrder(order, timed(strands, order)) for order in orders), key=lambda plan: plan.template.duration)
 
 
-def timed(strands: Sequence[Strand], order: Order) -> Template:
+def timed(strands: Sequence[OperationStream], order: Order) -> Template:
     """What one thread that issues in this order takes.
 
     Raises ValueError: a strand has no such piece, or no weight gradient waiting, or something is left out.
@@ -170,7 +170,7 @@ def timed(strands: Sequence[Strand], order: Order) -> Template:
 class _Listing:
     """List scheduling of strands: what can start first goes first."""
 
-    def __init__(self, strands: Sequence[Strand]):
+    def __init__(self, strands: Sequence[OperationStream]):
         self._strands = strands
 
     def order(self, first: Sequence[int], patient: bool, early: bool) -> Order:
@@ -196,7 +196,7 @@ class _Listing:
                 return self._merged()
             self._place(chosen, starts[chosen])
 
-    def _next(self, s: int) -> Piece:
+    def _next(self, s: int) -> Operation:
         return self._strands[s].pieces[self._at[s]]
 
     def _ready(self, s: int) -> float:
@@ -256,13 +256,13 @@ class _Listing:
         return tuple(order)
 
 
-def strand(cost: Cost) -> Strand:
+def strand(cost: Cost) -> OperationStream:
     """Of uniform layers. A backward is a forward read backwards, whose gradient of combine costs a dispatch: the two read alike
     but for which communication comes first."""
     weights = cost.weights / (2 * cost.layers) if cost.weights else None
     if not cost.compute:
-        return Strand(released=() if weights is None else (weights,) * (2 * cost.layers))
-    half = Piece(Lane.COMPUTE, cost.compute / (2 * cost.layers), weights)
-    dispatch, combine = (Piece(Lane.EXCHANGE, sent / cost.layers) for sent in (cost.dispatch, cost.combine))
+        return OperationStream(released=() if weights is None else (weights,) * (2 * cost.layers))
+    half = Operation(Lane.COMPUTE, cost.compute / (2 * cost.layers), weights)
+    dispatch, combine = (Operation(Lane.EXCHANGE, sent / cost.layers) for sent in (cost.dispatch, cost.combine))
     layer = (dispatch, half, combine, half) if cost.backward else (half, dispatch, half, combine)
-    return Strand(layer * cost.layers)
+    return OperationStream(layer * cost.layers)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Split, Work
+from orchestrator.schedule.ir.actions import ActionKind, Compute, SplitAction, Work
 from orchestrator.schedule.ir.orders import StageStrands
 from orchestrator.schedule.ir.pieces import Cost, Template, overlapped, planned, strand, timed
 from orchestrator.schedule.ir.spans import Lane
@@ -72,7 +72,7 @@ class Durations:
         """What happens on each lane during `action`, from its start."""
         kinds = tuple(compute.kind for compute in action.computes)
         slow = self.factors(position)
-        key = (type(action) is Split, kinds, *(compute.stage for compute in action.computes), slow)
+        key = (type(action) is SplitAction, kinds, *(compute.stage for compute in action.computes), slow)
         if (found := self._templates.get(key)) is None:
             found = self._templates[key] = self._template(action, kinds, slow)
         return found
@@ -92,7 +92,7 @@ class Durations:
         """What the stage does with one microbatch at a position that is not slow."""
         if self.stages:
             return self.stages[stage]
-        forward, backward = (self._cost(Compute(kind, stage, 0, 0), _ALIKE) for kind in (Kind.FORWARD, Kind.BACKWARD))
+        forward, backward = (self._cost(Compute(kind, stage, 0, 0), _ALIKE) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD))
         return StageStrands(strand(forward).pieces, tuple(
             replace(piece, weights=piece.weights or 0.0) if piece.lane is Lane.COMPUTE else piece
             for piece in strand(backward).pieces))
@@ -101,23 +101,23 @@ class Durations:
     def _templates(self) -> dict[tuple, Template]:
         return {}
 
-    def _template(self, action: Work, kinds: tuple[Kind, ...], slow: Factors) -> Template:
+    def _template(self, action: Work, kinds: tuple[ActionKind, ...], slow: Factors) -> Template:
         if self.stages:
             return self._planned(action, slow)
         template = self._pieces(action, slow)
-        known = {(Kind.FORWARD, Kind.BACKWARD): self.pair, (Kind.BACKWARD,): self.backward}.get(kinds)
-        if known is None or isinstance(action, Split):
+        known = {(ActionKind.FORWARD, ActionKind.BACKWARD): self.pair, (ActionKind.BACKWARD,): self.backward}.get(kinds)
+        if known is None or isinstance(action, SplitAction):
             return template
         whole, usual = at(known, action.computes[0].stage), self._pieces(action, _ALIKE).duration
         return template.stretched(whole * (template.duration / usual) if usual else slow[0] * whole)
 
     def _pieces(self, action: Work, slow: Factors) -> Template:
         costs = [self._cost(compute, slow) for compute in action.computes]
-        return overlapped([costs[0].halved(self.halves)] * 2 if isinstance(action, Split) else costs)
+        return overlapped([costs[0].halved(self.halves)] * 2 if isinstance(action, SplitAction) else costs)
 
     def _planned(self, action: Work, slow: Factors) -> Template:
         """In the order that a program has at a position that is not slow."""
-        parts = 2 if isinstance(action, Split) else 1
+        parts = 2 if isinstance(action, SplitAction) else 1
         strands = tuple(strand for compute in action.computes
                         for strand in self.stages[compute.stage].strands(compute.kind, parts))
         order = planned(strands).order
@@ -129,10 +129,10 @@ class Durations:
             slow[0] * at(d, stage) for d in (self.forward, self.backward_input, self.backward_weight))
         sent = (slow[1] * at(self.dispatch, stage), slow[1] * at(self.combine, stage))
         return {
-            Kind.FORWARD: Cost(self.layers, forward, *sent),
-            Kind.BACKWARD: Cost(self.layers, backward_input, *sent, weights=backward_weight, backward=True),
-            Kind.BACKWARD_INPUT: Cost(self.layers, backward_input, *sent, backward=True),
-            Kind.BACKWARD_WEIGHT: Cost(self.layers, 0.0, weights=backward_weight),
+            ActionKind.FORWARD: Cost(self.layers, forward, *sent),
+            ActionKind.BACKWARD: Cost(self.layers, backward_input, *sent, weights=backward_weight, backward=True),
+            ActionKind.BACKWARD_INPUT: Cost(self.layers, backward_input, *sent, backward=True),
+            ActionKind.BACKWARD_WEIGHT: Cost(self.layers, 0.0, weights=backward_weight),
         }[compute.kind]
 
 

@@ -21,7 +21,7 @@ from lifeline_tools import BEAT, REPOSITORY, RUN, Process, beats_on, expect, hea
 from actors.protocol import heartbeat_wire
 from actors.protocol.heartbeat_client import Lifeline
 from actors.protocol.heartbeat_server import End, Lifelines
-from actors.protocol.heartbeat_wire import Wire
+from actors.protocol.heartbeat_wire import LineSocket
 from jobs.benches.shared.networks import Network
 from orchestrator.protocol.membership import Member
 
@@ -261,7 +261,7 @@ def test_a_beat_that_does_not_fit_is_left_out():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with socket.create_connection(listener.getsockname()) as mine:
-            wire = Wire(mine)
+            wire = LineSocket(mine)
             with contextlib.suppress(BlockingIOError):
                 while True:
                     mine.send(bytes(4096))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from actors.model.segment import Lane, Segment
 from actors.model.weights import WeightGradients
 from actors.runtime.exchange_lane import ExchangeLane, InTurn
-from actors.runtime.weaver import Strand, Weaver, alternating
-from orchestrator.schedule.ir.actions import Kind
+from actors.runtime.weaver import SegmentStream, Weaver, alternating
+from orchestrator.schedule.ir.actions import ActionKind
 from orchestrator.schedule.ir.orders import strands_of
 from orchestrator.schedule.ir.pieces import planned
 from orchestrator.schedule.ir.spans import Span, figures
@@ -64,8 +64,8 @@ def together(one, other):
 
 def test_one_strands_exchange_runs_under_the_others_compute(lane):
     gate, log = Gate(), []
-    one = Strand("F", [segment(C, "a"), segment(X, "x", gate), segment(C, "b", lambda: log.append("b"))])
-    other = Strand("B", [segment(C, "c", lambda: (log.append("c"), gate.open()))])
+    one = SegmentStream("F", [segment(C, "a"), segment(X, "x", gate), segment(C, "b", lambda: log.append("b"))])
+    other = SegmentStream("B", [segment(C, "c", lambda: (log.append("c"), gate.open()))])
     spans = run([one, other], (0, 0, 1, 0), lane)
     assert log == ["c", "b"]
     named = {span.label: span for span in spans}
@@ -76,7 +76,7 @@ def test_one_strands_exchange_runs_under_the_others_compute(lane):
 def test_in_turn_it_does_not(monkeypatch):
     monkeypatch.setattr("test_weaver.BOUND_SECONDS", 0.01)
     gate = Gate()
-    one, other = Strand("F", [segment(C, "a"), segment(X, "x", gate)]), Strand("B", [segment(C, "c", gate.open)])
+    one, other = SegmentStream("F", [segment(C, "a"), segment(X, "x", gate)]), SegmentStream("B", [segment(C, "c", gate.open)])
     with pytest.raises(TimeoutError, match="nothing ran beside"):
         run([one, other], (0, 0, 1), InTurn())
 
@@ -84,7 +84,8 @@ def test_in_turn_it_does_not(monkeypatch):
 def test_what_does_not_need_an_exchange_does_not_wait_for_it(lane):
     gate = Gate()
     shared = segment(C, "shared", gate.open, after=2)
-    spans = run([Strand("F", [segment(C, "a"), segment(X, "dispatch", gate), shared, segment(C, "experts", after=2)])], (0,) * 4,
+    spans = run([SegmentStream("F", [segment(C, "a"), segment(X, "dispatch", gate), shared,
+                                     segment(C, "experts", after=2)])], (0,) * 4,
                 lane)
     named = {span.label: span for span in spans}
     assert together(named["F shared"], named["F dispatch"]) and named["F dispatch"].end <= named["F experts"].start
@@ -92,8 +93,8 @@ def test_what_does_not_need_an_exchange_does_not_wait_for_it(lane):
 
 def test_weight_gradients_run_under_their_own_strands_exchange(lane):
     gate, queue, log = Gate(), WeightGradients(), []
-    strand = Strand("B", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(X, "dispatch", gate),
-                          segment(C, "attention", lambda: log.append("attention"))], backward=True)
+    strand = SegmentStream("B", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(X, "dispatch", gate),
+                                 segment(C, "attention", lambda: log.append("attention"))], backward=True)
     spans = run([strand], (0, 0, ~0, 0, ~0), lane, queue)
     assert log == ["attention"]
     assert [span.label for span in spans if span.lane == "compute"] == ["B experts", "B", "B attention"]
@@ -101,27 +102,28 @@ def test_weight_gradients_run_under_their_own_strands_exchange(lane):
 
 def test_deferred_weight_gradients_fill_as_a_strand_of_their_own(lane):
     gate, queue, later = Gate(), WeightGradients(), []
-    first = Strand("I", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(C, "nothing")], True, later)
+    first = SegmentStream("I", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(C, "nothing")], True, later)
     run([first], (0, 0), lane, queue)
     assert [len(closures) for closures in later] == [1, 0]
-    run([Strand("F", [segment(X, "x", gate)]), Strand("W", released=later)], (0, ~1, ~1), lane, queue)
+    run([SegmentStream("F", [segment(X, "x", gate)]), SegmentStream("W", released=later)], (0, ~1, ~1), lane, queue)
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 0, 0), (~0, 0, 0), (0, 0)])
 def test_an_order_of_other_strands_is_refused(order, lane):
-    strand = Strand("B", [segment(C, "a"), segment(C, "b")], backward=True)
+    strand = SegmentStream("B", [segment(C, "a"), segment(C, "b")], backward=True)
     with pytest.raises(ValueError, match=r"is not one of B with 2 segments"):
         run([strand], order, lane)
 
 
 def test_an_error_inside_a_segment_is_its_own(lane):
     with pytest.raises(KeyError):
-        run([Strand("F", [segment(C, "a", lambda: {}.popitem())])], (0,), lane)
+        run([SegmentStream("F", [segment(C, "a", lambda: {}.popitem())])], (0,), lane)
 
 
 def test_without_an_order_strands_alternate():
-    backward = Strand("B", [segment(X, "combine"), segment(C, "experts")], backward=True)
-    forward, weights = Strand("F", [segment(C, "a"), segment(X, "x"), segment(C, "b")]), Strand("W", released=[[], []])
+    backward = SegmentStream("B", [segment(X, "combine"), segment(C, "experts")], backward=True)
+    forward = SegmentStream("F", [segment(C, "a"), segment(X, "x"), segment(C, "b")])
+    weights = SegmentStream("W", released=[[], []])
     assert alternating([forward, backward, weights]) == (0, 1, ~2, 0, 1, ~1, ~2, 0)
 
 
@@ -156,8 +158,8 @@ def test_everything_begins_after_what_it_needs_and_lanes_keep_the_order(shapes, 
                         queue.defer(lambda: log.append(("weights", s, i)))
                     log.append(("end", s, i))
                 return work
-            strands.append(Strand(str(s), [Segment(lane, str(i), -1, made(s, i, lane), after)
-                                           for i, (lane, after) in enumerate(shape)], backward))
+            strands.append(SegmentStream(str(s), [Segment(lane, str(i), -1, made(s, i, lane), after)
+                                                  for i, (lane, after) in enumerate(shape)], backward))
         run(strands, order, exchanges, queue)
         if isinstance(exchanges, ExchangeLane):
             exchanges.close()
@@ -206,7 +208,7 @@ def held(pieces, unit, queue):
 
 
 @pytest.mark.parametrize("form", [
-    ((Kind.FORWARD, 0, 1), (Kind.BACKWARD, 0, 1)), ((Kind.BACKWARD, 0, 1),), ((Kind.FORWARD, 0, 2),)],
+    ((ActionKind.FORWARD, 0, 1), (ActionKind.BACKWARD, 0, 1)), ((ActionKind.BACKWARD, 0, 1),), ((ActionKind.FORWARD, 0, 2),)],
     ids=["pair", "B", "halves"])
 def test_lanes_that_are_held_overlap_as_planned(form, lane):
     """Never faster than the plan, and closer to it than to the sum of all. Best of some runs: the machine is not ours alone."""
@@ -218,7 +220,7 @@ def test_lanes_that_are_held_overlap_as_planned(form, lane):
     best = 0.0
     for _ in range(3):
         queue = WeightGradients()
-        strands = [Strand(str(n), held(part.pieces, unit, queue), any(piece.weights is not None for piece in part.pieces))
+        strands = [SegmentStream(str(n), held(part.pieces, unit, queue), any(piece.weights is not None for piece in part.pieces))
                    for n, part in enumerate(parts)]
         started = time.perf_counter()
         spans = run(strands, plan.order, lane, queue)

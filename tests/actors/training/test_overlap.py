@@ -12,7 +12,7 @@ from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, s
 
 from actors.data.batching import Dealer
 from orchestrator.plan.scheduling import programs_for
-from orchestrator.schedule.ir.actions import Split
+from orchestrator.schedule.ir.actions import SplitAction
 
 STEPS = "training.steps=3", "training.batch_sequences=25", "training.microbatch_sequences=3"
 
@@ -45,7 +45,7 @@ def test_overlap_changes_no_bit_of_halves_and_pairs_of_all_kinds(ranks, tmp_path
     further = "schedule.kind=searched", "schedule.placement=both", "training.batch_sequences=61"
     (one, weights), (other, others) = both_ways(ranks, tmp_path, "PP2xEP2", *further)
     assert one.losses == other.losses and same(weights, others)
-    assert any(isinstance(action, Split) for row in used[0].rows for action in row)
+    assert any(isinstance(action, SplitAction) for row in used[0].rows for action in row)
 
 
 def lanes_of(host):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.ir.actions import Kind, parse_csv
+from orchestrator.schedule.ir.actions import ActionKind, parse_csv
 from orchestrator.schedule.ir.grid import ScheduleError
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.orders import check_orders, forms, strands_of, with_orders
@@ -17,7 +17,7 @@ from orchestrator.schedule.ir.stages import LOOP, Stages
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 COSTS = Durations(1.0, 1.0, 1.0, dispatch=0.5, combine=0.5, layers=2)
 
 

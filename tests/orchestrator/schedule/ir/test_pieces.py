@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.pieces import Cost, Piece, Strand, Template, overlapped, planned, strand, timed
+from orchestrator.schedule.ir.pieces import Cost, Operation, OperationStream, Template, overlapped, planned, strand, timed
 from orchestrator.schedule.ir.spans import Lane
 
 C, X = Lane.COMPUTE, Lane.EXCHANGE
@@ -111,15 +111,15 @@ def ends_by_rules(strands, order):
 def layered(layers, shared, backward):
     """A strand as a stage with experts has it; all lengths of eighths, so sums are exact."""
     weight = 0.25 if backward else None
-    compute, sent = Piece(C, 0.5, weight), Piece(X, 0.375)
-    beside = (Piece(C, 0.125, weight, after=2),) if shared else ()
-    experts = Piece(C, 0.5, weight, after=1 + len(beside))
+    compute, sent = Operation(C, 0.5, weight), Operation(X, 0.375)
+    beside = (Operation(C, 0.125, weight, after=2),) if shared else ()
+    experts = Operation(C, 0.5, weight, after=1 + len(beside))
     layer = (sent, *beside, experts, sent, compute) if backward else (compute, sent, *beside, experts, sent)
-    return Strand((Piece(C, 0.0, weight), *layer * layers, Piece(C, 0.125, weight)))
+    return OperationStream((Operation(C, 0.0, weight), *layer * layers, Operation(C, 0.125, weight)))
 
 
 strands_drawn = st.builds(layered, st.integers(0, 3), st.booleans(), st.booleans()) | st.builds(
-    lambda n: Strand(released=(0.25,) * n), st.integers(0, 3))
+    lambda n: OperationStream(released=(0.25,) * n), st.integers(0, 3))
 
 
 @settings(max_examples=150, deadline=None)
@@ -164,17 +164,19 @@ def best_by_search(strands):
 
 @pytest.mark.parametrize("strands, off", [
     ((layered(1, True, False),), 1.0), ((layered(1, True, True),), 1.0), ((layered(1, False, True),), 1.0),
-    ((Strand(layered(1, True, False).pieces[1:-1]), Strand(layered(1, False, False).pieces[1:-1])), 1.0),
-    ((Strand(layered(1, True, False).pieces[1:-1]), Strand(released=(0.25,) * 3)), 1.06),
-    ((Strand(layered(1, False, False).pieces[1:-1]), Strand(layered(1, False, True).pieces[1:-1])), 1.0)])
+    ((OperationStream(layered(1, True, False).pieces[1:-1]), OperationStream(layered(1, False, False).pieces[1:-1])), 1.0),
+    ((OperationStream(layered(1, True, False).pieces[1:-1]), OperationStream(released=(0.25,) * 3)), 1.06),
+    ((OperationStream(layered(1, False, False).pieces[1:-1]), OperationStream(layered(1, False, True).pieces[1:-1])), 1.0)])
 def test_small_plans_are_as_short_as_any_order_or_nearly(strands, off):
     assert planned(strands).template.duration <= off * best_by_search(strands) + 1e-9
 
 
 QUEUED_EARLY = (
-    Strand((Piece(C, 2.0), Piece(X, 2.0), Piece(C, 1.0, after=2), Piece(C, 3.0, after=2), Piece(X, 1.0))),
-    Strand((Piece(C, 2.0), Piece(X, 3.0), Piece(C, 4.0), Piece(X, 3.0))))
-PATIENT = (Strand((Piece(X, 2.0), Piece(C, 1.0, 3.0, after=2), Piece(C, 2.0, 1.0, after=2), Piece(X, 3.0), Piece(C, 4.0, 4.0))),)
+    OperationStream((Operation(C, 2.0), Operation(X, 2.0), Operation(C, 1.0, after=2),
+                     Operation(C, 3.0, after=2), Operation(X, 1.0))),
+    OperationStream((Operation(C, 2.0), Operation(X, 3.0), Operation(C, 4.0), Operation(X, 3.0))))
+PATIENT = (OperationStream((Operation(X, 2.0), Operation(C, 1.0, 3.0, after=2), Operation(C, 2.0, 1.0, after=2),
+                            Operation(X, 3.0), Operation(C, 4.0, 4.0))),)
 
 
 @pytest.mark.parametrize("strands, shortest", [(QUEUED_EARLY, 13.0), (PATIENT, 16.0)])
@@ -212,7 +214,7 @@ def test_the_order_of_a_pair_is_that_of_the_published_trace():
     ((~0, 0, 0, 0, 0), "place 0 of order .*: strand 0 has nothing more to release"), ((0,) * 5, "place 4 .*nothing more$"),
     ((0, 0, 0, 0, ~0, ~0), "place 5 .*nothing more to release"), ((0, 1), "place 1 .*strand 1"), ((0, ~1), "place 1 .*strand 1")])
 def test_an_order_of_other_strands_is_refused(order, words):
-    strands = (Strand((Piece(C, 1.0), Piece(X, 1.0), Piece(C, 1.0, 0.5), Piece(C, 1.0))),)
+    strands = (OperationStream((Operation(C, 1.0), Operation(X, 1.0), Operation(C, 1.0, 0.5), Operation(C, 1.0))),)
     assert timed(strands, (0, 0, 0, ~0, 0)).duration == 4.5
     with pytest.raises(ValueError, match=words):
         timed(strands, order)

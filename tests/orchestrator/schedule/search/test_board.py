@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.search.anneal import OF_PAIRS, OF_SINGLES, is_mirrored, mirrored, shift
-from orchestrator.schedule.search.board import Board, differing
+from orchestrator.schedule.search.board import IncrementalEvaluator, differing
 from orchestrator.schedule.search.problem import NEVER, Problem
 from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
@@ -36,7 +36,7 @@ def changes(problem, board, chance, count):
 def test_attempts_are_what_working_everything_out_gives(kind, kept, durations):
     schedule = generate(kind, 4, 10)
     problem = Problem(schedule.stages, 10, durations, kept, splits=True)
-    board, chance = Board(problem, problem.rows(schedule)), random.Random(5)
+    board, chance = IncrementalEvaluator(problem, problem.rows(schedule)), random.Random(5)
     allowed = accepted = stuck = 0
     for position, changed in changes(problem, board, chance, 600):
         assert board.allows(position, changed) == problem.allows(changed)
@@ -60,7 +60,7 @@ def test_actions_without_slack_are_those_whose_delay_delays_the_end(durations):
     schedule = generate("dualpipe", 4, 8)
     problem = Problem(schedule.stages, 8, durations, 5, splits=False)
     rows = problem.rows(schedule)
-    board = Board(problem, rows)
+    board = IncrementalEvaluator(problem, rows)
     for position, row in enumerate(rows):
         for index, move in enumerate(row):
             late = [*row[:index], replace(move, duration=move.duration + 1e-3), *row[index + 1:]]
@@ -71,7 +71,7 @@ def test_actions_without_slack_are_those_whose_delay_delays_the_end(durations):
 def test_two_changes_at_once():
     schedule = generate("dualpipe", 4, 12)
     problem = Problem(schedule.stages, 12, COSTS[1], 6, splits=True)
-    board, chance = Board(problem, problem.rows(schedule)), random.Random(2)
+    board, chance = IncrementalEvaluator(problem, problem.rows(schedule)), random.Random(2)
     for _ in range(200):
         made = {p: row for p, row in changes(problem, board, chance, 3) if problem.allows(row)}
         rows = [made.get(p, row) for p, row in enumerate(board.rows)]
@@ -87,7 +87,7 @@ def test_rows_that_never_end_are_no_board():
     rows = [[problem.move(0, ((kind, 0, m),)) for kind, m in ((0, 0), (1, 0), (0, 1), (1, 1))],
             [problem.move(1, ((0, 0, m),)) for m in (0, 1)] + [problem.move(1, ((1, 0, m),)) for m in (1, 0)]]
     with pytest.raises(ValueError, match="for ever"):
-        Board(problem, rows)
+        IncrementalEvaluator(problem, rows)
 
 
 def test_dualpipe_is_its_own_mirror_image():

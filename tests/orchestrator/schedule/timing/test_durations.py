@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Split
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, SplitAction
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 
 
 def compute(kind, stage=0, microbatch=0):
@@ -19,7 +19,7 @@ def compute(kind, stage=0, microbatch=0):
 def test_unit_costs():
     assert [UNIT.of(compute(kind)) for kind in (F, B, I, W)] == [1, 2, 1, 1]
     assert UNIT.of(Pair(compute(F), compute(B, microbatch=1))) == 3
-    assert UNIT.of(Split(compute(F))) == 1
+    assert UNIT.of(SplitAction(compute(F))) == 1
 
 
 def test_durations_of_each_stage_and_position():
@@ -76,7 +76,7 @@ def test_communication_is_a_share_of_all_compute_half_in_each_direction():
 
 
 def test_halves_can_cost_more_compute_than_the_whole():
-    assert replace(UNIT, halves=1.25).of(Split(compute(F))) == 1.25
+    assert replace(UNIT, halves=1.25).of(SplitAction(compute(F))) == 1.25
 
 
 def test_chunks_are_equal_parts_of_a_rank():
