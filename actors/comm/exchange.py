@@ -74,7 +74,7 @@ class Dispatched:
 
 
 class ExpertExchange:
-    """The exchange of one EP group. What a call needs of another is in its handle, so calls of several strands may alternate.
+    """The exchange of one EP group. What a call needs of another is in its handle, so calls of several streams may alternate.
 
     Args:
         group: None when this rank holds all experts.

@@ -1,9 +1,9 @@
 """Runs one rank's program in its order. What comes when is the program's; how it is done, the handlers'.
 
 Every handler leaves spans: compute, exchange (dispatch and combine), pipeline (waiting for a neighbour's tensor), reduce.
-A compute action is strands whose segments are issued in the program's order (strands.py): compute on the thread that runs the
-program, exchanges on a lane of their own. A microbatch of which any action is split is in two parts from its forward on, for no
-backward can be cut in two after a whole forward: all its actions have a strand for each part.
+A compute action is operation streams whose segments are issued in the program's order (issuer.py): compute on the thread that
+runs the program, exchanges on a lane of their own. A microbatch of which any action is split is in two parts from its forward on,
+for no backward can be cut in two after a whole forward: all its actions have a stream for each part.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from actors.comm.waiting import OperationCounter
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
 from actors.runtime.exchange_lane import Exchanges, InTurn
-from actors.runtime.weaver import Closures, SegmentStream, Weaver
+from actors.runtime.issuer import Closures, Issuer, SegmentStream
 from orchestrator.schedule.ir.actions import ActionKind, Compute, Form, Payload, Program, SplitAction, Transfer, Work
-from orchestrator.schedule.ir.pieces import Order
+from orchestrator.schedule.ir.operations import IssueOrder
 from orchestrator.schedule.ir.spans import Lane, Span
 
 Key = tuple[int, int]
@@ -51,7 +51,7 @@ class StepWork:
     deferred: dict[Key, list[Closures]] = field(default_factory=dict)
     halved: frozenset[Key] = frozenset()
     parts: dict[Key, tuple[Microbatch, ...]] = field(default_factory=dict)
-    orders: dict[Form, Order] = field(default_factory=dict)
+    orders: dict[Form, IssueOrder] = field(default_factory=dict)
 
 
 class Executor:
@@ -70,14 +70,14 @@ class Executor:
         self._progress = progress or OperationCounter()
         self._fed_by = dict(fed_by or {})
         self._feeds = {source: slot for slot, source in self._fed_by.items()}
-        self._weaver = Weaver(rank, queue, InTurn() if exchanges is None else exchanges)
+        self._issuer = Issuer(rank, queue, InTurn() if exchanges is None else exchanges)
         self._handlers = {
             ActionKind.FORWARD: self._compute, ActionKind.BACKWARD: self._compute, ActionKind.BACKWARD_INPUT: self._compute,
             ActionKind.BACKWARD_WEIGHT: self._compute, ActionKind.PAIR: self._compute, ActionKind.SPLIT: self._split,
             ActionKind.SEND: self._send,
             ActionKind.RECEIVE: self._receive, ActionKind.REDUCE: self._reduce,
         }
-        self._strands_of = {ActionKind.FORWARD: self._forward, ActionKind.BACKWARD: self._backward,
+        self._streams_of = {ActionKind.FORWARD: self._forward, ActionKind.BACKWARD: self._backward,
                             ActionKind.BACKWARD_INPUT: self._backward,
                             ActionKind.BACKWARD_WEIGHT: self._weights}
         if missing := set(ActionKind) - self._handlers.keys():
@@ -99,12 +99,12 @@ class Executor:
     # --- actions -------------------------------------------------------------------------------------------------
 
     def _compute(self, action: Work, work: StepWork) -> None:
-        """Run the strands of its computes, then put together what the parts of each one's microbatch have made."""
-        strands, form = [], []
+        """Run the streams of its computes, then put together what the parts of each one's microbatch have made."""
+        streams, form = [], []
         for compute in action.computes:
-            strands += self._strands_of[compute.kind](compute, work)
+            streams += self._streams_of[compute.kind](compute, work)
             form.append((compute.kind, compute.slot, 1 + ((compute.slot, compute.microbatch) in work.halved)))
-        self._weaver.run(strands, work.orders.get(tuple(form)), work.spans)
+        self._issuer.run(streams, work.orders.get(tuple(form)), work.spans)
         for compute in action.computes if work.parts else ():
             key = compute.slot, compute.microbatch
             if compute.kind is ActionKind.FORWARD and key in work.parts:
@@ -132,7 +132,7 @@ class Executor:
         work.reduce()
         work.spans.append(Span(self._rank, Lane.REDUCE.value, str(action), started, time.perf_counter()))
 
-    # --- compute actions as strands ------------------------------------------------------------------------------
+    # --- compute actions as operation streams ------------------------------------------------------------------------------
 
     def _forward(self, action: Compute, work: StepWork) -> list[SegmentStream]:
         key = action.slot, action.microbatch

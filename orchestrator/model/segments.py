@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import layer_parameters, mtp_layer
-from orchestrator.schedule.ir.orders import StageStrands
-from orchestrator.schedule.ir.pieces import Operation
+from orchestrator.schedule.ir.operations import Operation
+from orchestrator.schedule.ir.orders import StageOperations
 from orchestrator.schedule.ir.spans import Lane
 
 
@@ -40,33 +40,36 @@ class _Products:
     other: float = 0.0
 
 
-def stage_strands(model: ModelConfig, layers: range, *, first: bool, last: bool, length: int, costs: LayerCosts) -> StageStrands:
+def stage_operations(model: ModelConfig, layers: range, *, first: bool, last: bool, length: int,
+                     costs: LayerCosts) -> StageOperations:
     """Args:
         layers, first, last: decoder layers of the stage; whether the embedding, or the head, belongs to it.
         length: of a sequence, in tokens.
     """
-    pieces = _Pieces(model, length, costs)
+    operations = _OperationsOf(model, length, costs)
     mtp = mtp_layer(model) if last and model.num_nextn_predict_layers else None
-    forward = [pieces.forward("embedding" if first else "input")]
-    backward = [pieces.backward("output")]
+    forward = [operations.forward("embedding" if first else "input")]
+    backward = [operations.backward("output")]
     for n in layers:
-        forward += pieces.layer_forward(n, moe=model.is_moe(n))
+        forward += operations.layer_forward(n, moe=model.is_moe(n))
     if last:
-        forward.append(pieces.forward("head"))
+        forward.append(operations.forward("head"))
     else:
-        forward.append(pieces.forward("output"))
+        forward.append(operations.forward("output"))
     if mtp is not None:
-        forward += [pieces.forward("mtp_input", mtp), *pieces.layer_forward(mtp, moe=True), pieces.forward("mtp_head", mtp)]
-        backward += [pieces.backward("mtp_head", mtp), *pieces.layer_backward(mtp, moe=True), pieces.backward("mtp_input", mtp)]
+        forward += [operations.forward("mtp_input", mtp), *operations.layer_forward(mtp, moe=True),
+                    operations.forward("mtp_head", mtp)]
+        backward += [operations.backward("mtp_head", mtp), *operations.layer_backward(mtp, moe=True),
+                     operations.backward("mtp_input", mtp)]
     if last:
-        backward.append(pieces.backward("head"))
+        backward.append(operations.backward("head"))
     for n in reversed(layers):
-        backward += pieces.layer_backward(n, moe=model.is_moe(n))
-    backward.append(pieces.backward("embedding" if first else "input"))
-    return StageStrands(tuple(forward), tuple(backward))
+        backward += operations.layer_backward(n, moe=model.is_moe(n))
+    backward.append(operations.backward("embedding" if first else "input"))
+    return StageOperations(tuple(forward), tuple(backward))
 
 
-class _Pieces:
+class _OperationsOf:
     def __init__(self, model: ModelConfig, length: int, costs: LayerCosts):
         h = model.hidden_size
         self._costs, self._shared = costs, bool(model.n_shared_experts)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.schedule.ir.pieces import Order
+from orchestrator.schedule.ir.operations import IssueOrder
 from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages
 
 
@@ -160,7 +160,8 @@ Row = tuple[Work, ...]
 
 
 Form = tuple[tuple[ActionKind, int, int], ...]
-"""What the order of pieces in an action depends on: of each compute in it kind, slot, and how many parts its microbatch is in."""
+"""What the order of operations in an action depends on: of each compute in it kind, slot, and how many parts its
+microbatch is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,13 +223,14 @@ class Schedule:
 class Program:
     """What the ranks of one position run in a step, in order. A function of the schedule and the position alone.
 
-    orders: in which order each form of action issues the pieces of its strands (pieces.py); forms that are left out alternate.
+    orders: in which order each form of action issues the operations of its streams (operations.py); forms that are left out
+        alternate.
     """
 
     position: int
     microbatches: int
     actions: tuple[Action, ...]
-    orders: tuple[tuple[Form, Order], ...] = ()
+    orders: tuple[tuple[Form, IssueOrder], ...] = ()
 
     @property
     def halved(self) -> frozenset[tuple[int, int]]:

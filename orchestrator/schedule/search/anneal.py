@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.schedule.ir.stages import BOTH
-from orchestrator.schedule.search.board import IncrementalEvaluator, differing
+from orchestrator.schedule.search.evaluator import IncrementalEvaluator, differing
 from orchestrator.schedule.search.problem import NEVER, B, I, Part, Problem, Rows, SearchAction, W
 
 _STEPS = (-1, -1, -1, -2, -2, -3, -4, 1, 1, 2, 3, 5, 8)
@@ -35,23 +35,23 @@ class Cooling:
 def anneal(problem: Problem, rows: Rows, cooling: Cooling, seed: int) -> tuple[float, Rows]:
     """(makespan, rows) of the best schedule met."""
     chance = random.Random(seed)
-    board = IncrementalEvaluator(problem, rows)
+    evaluator = IncrementalEvaluator(problem, rows)
     both_at_once = is_mirrored(problem, rows)
-    best, best_rows = board.makespan, list(board.rows)
+    best, best_rows = evaluator.makespan, list(evaluator.rows)
     for step in range(cooling.evaluations):
         temperature = problem.unit * cooling.start * (cooling.end / cooling.start) ** (step / cooling.evaluations)
-        position, changed = _propose(problem, board, chance, cooling.critical)
+        position, changed = _propose(problem, evaluator, chance, cooling.critical)
         if changed is None:
             break
         changes = {position: changed}
         if both_at_once:
             other = problem.positions - 1 - position
-            changes[other] = _mirror_change(problem, other, board.rows[position], changed, board.rows[other])
-        trial = board.attempt(changes, board.makespan - temperature * math.log(1.0 - chance.random()))
+            changes[other] = _mirror_change(problem, other, evaluator.rows[position], changed, evaluator.rows[other])
+        trial = evaluator.attempt(changes, evaluator.makespan - temperature * math.log(1.0 - chance.random()))
         if trial is not None:
-            board.accept(trial)
-            if board.makespan < best - 1e-9:
-                best, best_rows = board.makespan, list(board.rows)
+            evaluator.accept(trial)
+            if evaluator.makespan < best - 1e-9:
+                best, best_rows = evaluator.makespan, list(evaluator.rows)
     return best, best_rows
 
 
@@ -83,24 +83,24 @@ def _mirror_change(problem: Problem, position: int, old: list[SearchAction], new
     return [*image[:first], *_mirror(problem, position, new[first:len(new) - common]), *image[len(image) - common:]]
 
 
-def _propose(problem: Problem, board: IncrementalEvaluator,
+def _propose(problem: Problem, evaluator: IncrementalEvaluator,
              chance: random.Random, critical: float) -> tuple[int, list[SearchAction] | None]:
     """A row that may take the place of a position's row; None: none was found in many tries."""
     for _ in range(_TRIES):
-        position, changed = _try(problem, board, chance, critical)
-        if changed is not None and board.allows(position, changed):
+        position, changed = _try(problem, evaluator, chance, critical)
+        if changed is not None and evaluator.allows(position, changed):
             return position, changed
     return 0, None
 
 
-def _try(problem: Problem, board: IncrementalEvaluator,
+def _try(problem: Problem, evaluator: IncrementalEvaluator,
          chance: random.Random, critical: float) -> tuple[int, list[SearchAction] | None]:
     if chance.random() < critical:
-        position, index = chance.choice(board.critical)
+        position, index = chance.choice(evaluator.critical)
     else:
         position = chance.randrange(problem.positions)
-        index = chance.randrange(len(board.rows[position]))
-    row = board.rows[position]
+        index = chance.randrange(len(evaluator.rows[position]))
+    row = evaluator.rows[position]
     change = shift if chance.random() < 0.35 else chance.choice(OF_PAIRS if len(row[index].parts) == 2 else OF_SINGLES)
     return position, change(problem, position, row, index, chance)
 

@@ -40,7 +40,7 @@ def test_overlap_changes_no_bit(ranks, tmp_path, name, further):
 
 
 def test_overlap_changes_no_bit_of_halves_and_pairs_of_all_kinds(ranks, tmp_path, monkeypatch):
-    """The order of pieces is the program's, so the sums of gradients are the same also with split microbatches."""
+    """The order of operations is the program's, so the sums of gradients are the same also with split microbatches."""
     used = draw_schedules(monkeypatch)
     further = "schedule.kind=searched", "schedule.placement=both", "training.batch_sequences=61"
     (one, weights), (other, others) = both_ways(ranks, tmp_path, "PP2xEP2", *further)

@@ -28,8 +28,8 @@ from jobs.benches.overlap.plan import durations_of, task_of
 from jobs.benches.shared.held_lane import HeldLane
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
 from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair
-from orchestrator.schedule.ir.orders import StageStrands, forms, strands_of
-from orchestrator.schedule.ir.pieces import timed
+from orchestrator.schedule.ir.operations import timed
+from orchestrator.schedule.ir.orders import StageOperations, forms, streams_of
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import Durations
@@ -229,11 +229,11 @@ def test_programs_are_in_the_order_that_is_predicted(kind):
     orders = []
     for position in range(2):
         program, (_, slow) = task_of(contestant, position, 4).program, staged.factors(position)
-        strands = [StageStrands(*(tuple(piece.scaled(1.0, slow) for piece in pieces) for pieces in (
-            staged.strands(stage).forward, staged.strands(stage).backward))) for stage in range(stages.count)]
+        operations = [StageOperations(*(tuple(operation.scaled(1.0, slow) for operation in way) for way in (
+            staged.operations(stage).forward, staged.operations(stage).backward))) for stage in range(stages.count)]
         orders.append(dict(program.orders))
         for action, form in forms(program.actions):
-            template = timed(strands_of(form, strands, stages.hosted(position)), orders[-1][form])
+            template = timed(streams_of(form, operations, stages.hosted(position)), orders[-1][form])
             assert template.duration == pytest.approx(staged.of(action, position))
     assert any(orders[0][form] != orders[1][form] for form in orders[0].keys() & orders[1])
 

@@ -45,7 +45,7 @@ class IncrementalEvaluator:
         self.accept(first)
 
     def attempt(self, changes: Mapping[int, list[SearchAction]], bound: float) -> Trial | None:
-        """The board with other rows at some positions; None: it would end after `bound`, or never."""
+        """The rows, with others at some positions; None: it would end after `bound`, or never."""
         bound *= 1 + _TINY  # a tail is a sum in another order
         begin, end = _NEVER, 0.0
         suffix = {}
