@@ -76,7 +76,7 @@ class RankCalls(Protocol):
         ...
 
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
-        """Have a process keep a lifeline to `address`, as this member of `run`; as soon as there is one."""
+        """Have a process keep a heartbeat connection to `address`, as this member of `run`; as soon as there is one."""
         ...
 
     def spawn(self, member: Member) -> bool:

@@ -1,4 +1,4 @@
-"""A rank's end of its lifeline to the coordinator: it says who it is, beats, and lets go when told to.
+"""A rank's end of its heartbeat connection to the coordinator: it says who it is, beats, and lets go when told to.
 
 All of it on one thread of its own, whatever the rank's other threads are doing.
 """
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = (0.05, 1.0)  # between attempts to connect: the first, doubling to the last
 
 
-class Lifeline:
+class HeartbeatClient:
     """A rank's end: a thread of its own, which connects, beats, and lets go when told to. Where the connection ends it tries again;
     where it is refused, since somebody newer is in this member's place or the coordinator is another run's, it rests until closed.
 
@@ -58,7 +58,7 @@ class Lifeline:
         self._their_epoch = self._most_finished = 0
         self.connected = self._closing = False
         self._bell, self._rope = bell_and_rope()
-        self._thread = threading.Thread(target=self._live, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class Lifeline:
         try:
             self._beat_on(selector, wire, lines)
         except ConnectionEnded as ended:
-            logger.info("the coordinator's lifeline ended: %s", ended.how)
+            logger.info("the coordinator's heartbeat connection ended: %s", ended.how)
         finally:
             self.connected = False
         return True

@@ -1,5 +1,5 @@
-"""The coordinator's end of all lifelines: which rank processes are connected, when each was last heard from, and telling them
-to let go.
+"""The coordinator's end of all heartbeat connections: which rank processes are connected, when each was last heard from, and
+telling them to let go.
 
 It sees at once when a process ends, since the kernel then closes its connection. Of a node that is cut off or frozen there is
 only silence: how much of it is too much is not decided here.
@@ -42,7 +42,7 @@ _GATHER_FROM = 64  # connections
 _BEAT_DIGITS = 19
 
 
-class Lifelines:
+class HeartbeatServer:
     """The coordinator's end: one thread serves all members.
 
     host: the address of this node that members can reach; port: by default any. run: members of other runs are refused.
@@ -75,7 +75,7 @@ class Lifelines:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ, self._rung)
         self._listen(True)
-        self._thread = threading.Thread(target=self._serve, name="lifelines", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="heartbeats", daemon=True)
         self._thread.start()
 
     def beats(self) -> dict[Member, Beat]:
@@ -189,7 +189,7 @@ class Lifelines:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:
-                logger.exception("cannot take a lifeline; trying again in %g s", _TICK_SECONDS)
+                logger.exception("cannot take a heartbeat connection; trying again in %g s", _TICK_SECONDS)
                 self._listen(False)
                 return
             try:
@@ -239,7 +239,7 @@ class Lifelines:
         member, about = _read_hello(message)
         refusal = self._refusal(member, about, message["run"])
         if refusal is not None:
-            logger.warning("refused a lifeline of %s: %s", member, refusal)
+            logger.warning("refused a heartbeat connection of %s: %s", member, refusal)
             peer.wire.send({"refused": refusal})
             raise ConnectionEnded(End.REPLACED)
         place = member.node, member.local

@@ -2,7 +2,7 @@
 
 A rank says who it is (`hello`), then beats. When its process ends, the kernel closes the connection, which the coordinator sees
 at once; when its node is cut off or frozen, there is only silence. The other way goes `abort`: to end the rank's blocked
-communication, from a thread of the lifeline's own, whatever the rank's other threads are doing.
+communication, from a thread of the heartbeat's own, whatever the rank's other threads are doing.
 
 On the wire: lines of UTF-8 JSON; a line of digits is a beat: how much the member has finished so far, of whatever it does.
     member       {"lifeline": 2, "run": "...", "epoch": 1, "member": ["node", 0, 0], "about": {"pid": 1, ...}}
@@ -38,7 +38,7 @@ _UNACKNOWLEDGED_SECONDS = 5.0
 
 
 class End(StrEnum):
-    """How a connection ended. After `EOF` and `RESET` its process is gone (or has closed its lifeline); after the others it may
+    """How a connection ended. After `EOF` and `RESET` its process is gone (or has closed its client); after the others it may
     live."""
 
     EOF = "EOF"

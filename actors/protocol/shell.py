@@ -16,7 +16,7 @@ from actors.protocol.batches import Reader
 from actors.protocol.book import Book, StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.state.checkpoint import Manifest
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Listened:
-    """Posted when lifelines have something to say."""
+    """Posted when heartbeat connections have something to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ShellParts:
     config: RunConfig
     tables: Tables
     ranks: RankCalls
-    lines: Lifelines
+    lines: HeartbeatServer
     clerk: Clerk
     reader: Reader
     dresser: Dresser
@@ -119,7 +119,7 @@ class RealShell:
     # --- members -------------------------------------------------------------------------------------------------
 
     def attach(self, member: Member) -> None:
-        """Have a process keep a lifeline to this coordinator."""
+        """Have a process keep a heartbeat connection to this coordinator."""
         parts = self._parts
         parts.ranks.attach(member, parts.lines.address, parts.config.elastic.beat_seconds, parts.config.run.name, parts.epoch)
 

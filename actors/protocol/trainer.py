@@ -21,7 +21,7 @@ from actors.protocol.book import Book
 from actors.protocol.clerk import Clerk
 from actors.protocol.conductor import Conductor
 from actors.protocol.dressing import Dresser
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from actors.protocol.planning import RealPlanner
 from actors.protocol.shell import Listened, RealShell, ShellParts
 from actors.protocol.tables import Tables
@@ -141,8 +141,8 @@ class Trainer:
         try:
             found = self._patiently(self._storage)
             held_out = self._patiently(self._sources.validation)
-            with Lifelines(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
-                           told=lambda: self._conductor.post(Listened())) as lines:
+            with HeartbeatServer(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
+                                 told=lambda: self._conductor.post(Listened())) as lines:
                 reader = Reader(self._sources.training, self._conductor.post, self._sources.answers)
                 try:
                     shell = self._shell(found, held_out, lines, reader, clerk)
@@ -221,7 +221,7 @@ class Trainer:
 
     # --- the run -------------------------------------------------------------------------------------------------
 
-    def _shell(self, found: _Storage, held_out: Any, lines: Lifelines, reader: Reader, clerk: Clerk) -> RealShell:
+    def _shell(self, found: _Storage, held_out: Any, lines: HeartbeatServer, reader: Reader, clerk: Clerk) -> RealShell:
         config, tables = self._config, self._tables
         telling = Telling(config, tables, self._folder, clerk, self._watch, post=self._conductor.post,
                           notes=lambda: self._planner.notes, scores=lambda: shell.validation, utilisation=self._utilisation)

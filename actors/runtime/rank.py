@@ -34,7 +34,7 @@ from actors.comm.traffic import Traffic
 from actors.comm.waiting import OperationCounter, OutOfStep
 from actors.comm.wires import Wires
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
-from actors.protocol.heartbeat_client import Lifeline
+from actors.protocol.heartbeat_client import HeartbeatClient
 from actors.runtime.authority import Authority
 from actors.runtime.exchange_lane import ExchangeLane, lane_for
 from actors.runtime.executor import Executor, StepWork
@@ -65,7 +65,7 @@ class Rank:
         self.configure(config)
         self.authority, self._meeting_place, self._held, self._progress = Authority(), MeetingPlace(), Held(), OperationCounter()
         self._lane: ExchangeLane | None = None
-        self._attaching, self._reached = threading.Lock(), None  # the lifeline, and who answers probes
+        self._attaching, self._reached = threading.Lock(), None  # the heartbeat client, and who answers probes
         self.optimizer: Optimizer | None = None
         self._writer: PieceWriter | None = None
         if self._device.type == "cpu":
@@ -79,7 +79,7 @@ class Rank:
 
     @property
     def connected(self) -> bool:
-        """Whether a coordinator is at the other end of the lifeline; from any thread."""
+        """Whether a coordinator is at the other end of the heartbeat connection; from any thread."""
         reached = self._reached
         return reached is not None and reached[0].connected
 
@@ -96,8 +96,8 @@ class Rank:
 
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, target: str | None = None,
                epoch: int = 0) -> None:
-        """Keep a lifeline to the coordinator at `address`, as this member of `run`; safe from any thread. target: host:port of this
-        rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
+        """Keep a heartbeat connection to the coordinator at `address`, as this member of `run`; safe from any thread. target:
+        host:port of this rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
         with self._attaching:
             self.authority.attached(run, epoch)
             warm_up()
@@ -105,8 +105,8 @@ class Rank:
             if before is not None:
                 before.close()
             about = {"target": target, "device": device_name(), "probe": list(listener.address)}
-            self._reached = Lifeline(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
-                                     finished=lambda: self._progress.count, about=lambda: about), listener
+            self._reached = HeartbeatClient(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
+                                            finished=lambda: self._progress.count, about=lambda: about), listener
 
     def form(self, assignment: Assignment) -> FormationReport:
         """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is

@@ -37,9 +37,9 @@ class Hosted:
     def anew(self) -> None:
         """As if the process had just been made."""
         self._rank.close()
-        lifeline, listener = self._rank._reached or (None, None)
-        if lifeline is not None:
-            lifeline.close()
+        client, listener = self._rank._reached or (None, None)
+        if client is not None:
+            client.close()
             listener.close()
         self._begin()
 

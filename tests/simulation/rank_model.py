@@ -77,7 +77,7 @@ class RankModel:
         self.broken, self.met, self.waits = False, 0, None
         self.writing: dict[str, tuple[float, tuple[tuple[int, int], ...]]] = {}
 
-    # --- what its two hosts, the call server and the lifeline, do -----------------------------------------------------------
+    # --- what its two hosts, the call server and the heartbeat, do -----------------------------------------------------------
 
     def attach(self, epoch: int) -> bool:
         """Whether it obeys the coordinator of that epoch from now on."""

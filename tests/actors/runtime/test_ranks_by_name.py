@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import runtime
-from lifeline_tools import expect
+from heartbeat_tools import expect
 from runtime import batch_of, configured, meeting_place, placement_of
 
 from actors.calls.messages import Assignment, PendingUpdate, RankState, StepReport
 from actors.calls.rank_calls import Arrived
 from actors.data.batching import Dealer
 from actors.hosts.processes import ProcessRanks
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Failed, FailKind
@@ -34,7 +34,7 @@ class Coordinator:
         self._ranks, self._epoch, self._number = ranks, epoch, 0
         self._posted: queue.SimpleQueue = queue.SimpleQueue()
         ranks.listen(self._posted.put)
-        self.lines = Lifelines("127.0.0.1", run=RUN, epoch=epoch)
+        self.lines = HeartbeatServer("127.0.0.1", run=RUN, epoch=epoch)
         for member in MEMBERS:
             ranks.attach(member, self.lines.address, 0.05, RUN, epoch)
         self.about = {}
