@@ -18,7 +18,7 @@ from actors.data.dataset import Dataset
 from actors.files import storage
 from orchestrator.config.run_config import RunConfig, TrainingSection
 from orchestrator.data import order
-from orchestrator.data.ledger import STEP, Cuts, Entry, combine, digest_text, entries, sequence_digest
+from orchestrator.data.ledger import STEP, Cuts, LedgerEntry, combine, digest_text, entries, sequence_digest
 
 LEDGER, METRICS = "ledger.jsonl", "metrics.jsonl"
 _DIGEST_BYTES = 16
@@ -28,7 +28,7 @@ _MODULUS = 1 << 128
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Finding:
     """`kind`: line (not a ledger line, or not as it was written), order (a step missing, twice, late), range (other positions), sequences (other tokens),
     uncommitted (a step that left metrics, and no line)."""
 
@@ -44,11 +44,11 @@ class Audited:
     steps: int
     sequences: int
     shards: int
-    problems: tuple[Problem, ...]
+    problems: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _AuditedLine:
     step: int
     first: int
     count: int
@@ -69,25 +69,25 @@ def audit(folder: str, config: RunConfig, dataset: Dataset) -> Audited:
             continue
         line = _parsed(entry)
         if line is None:
-            problems.append(Problem(None, "line", f"line {entry.number} of the ledger is not that of a step"))
+            problems.append(Finding(None, "line", f"line {entry.number} of the ledger is not that of a step"))
             continue
         if entry.damaged is not None:
-            problems.append(Problem(line.step, "line", f"line {entry.number} of the ledger is damaged: {entry.damaged}"))
+            problems.append(Finding(line.step, "line", f"line {entry.number} of the ledger is damaged: {entry.damaged}"))
         steps, sequences = steps + 1, sequences + line.count
         problems += _order_problems(line.step, due)
         due = max(due, line.step + 1)
         problems += expected.problems(line)
     if steps and (left := _last_step(folder)) is not None and left >= due:
-        problems.append(Problem(due, "uncommitted", f"step {due}: no line, though step {left} has left metrics"))
+        problems.append(Finding(due, "uncommitted", f"step {due}: no line, though step {left} has left metrics"))
     return Audited(steps, sequences, expected.shards, tuple(problems))
 
 
-def _order_problems(step: int, due: int) -> list[Problem]:
+def _order_problems(step: int, due: int) -> list[Finding]:
     if step > due:
         missing = f"step {due}" if step == due + 1 else f"steps {due} to {step - 1}"
-        return [Problem(due, "order", f"{missing}: no line")]
+        return [Finding(due, "order", f"{missing}: no line")]
     if step < due:
-        return [Problem(step, "order", f"step {step}: one more line, after that of step {due - 1}")]
+        return [Finding(step, "order", f"step {step}: one more line, after that of step {due - 1}")]
     return []
 
 
@@ -104,18 +104,18 @@ class _Expected:
     def shards(self) -> int:
         return len(self._digests.shards)
 
-    def problems(self, line: _Line) -> list[Problem]:
+    def problems(self, line: _AuditedLine) -> list[Finding]:
         first, count = order.first_position(self._training, line.step), order.batch_size(self._training, line.step)
         found = []
         if (line.first, line.count) != (first, count):
-            found.append(Problem(line.step, "range", f"step {line.step}: positions {_span(line.first, line.count)} of the order, "
+            found.append(Finding(line.step, "range", f"step {line.step}: positions {_span(line.first, line.count)} of the order, "
                                                      f"by the configuration {_span(first, count)}"))
             if line.first < 0 or not 0 < line.count <= 2 * self._training.batch_sequences:
                 return found
         rows = self._rows(line.first, line.count)
         digests = self._digests.of(rows)
         if (total := combine(digests)) != line.digest:
-            found.append(Problem(line.step, "sequences", f"step {line.step}: {self._difference(line, rows, digests, total)}"))
+            found.append(Finding(line.step, "sequences", f"step {line.step}: {self._difference(line, rows, digests, total)}"))
         return found
 
     def _rows(self, first: int, count: int) -> list[int]:
@@ -124,7 +124,7 @@ class _Expected:
         self._digests.keep({group for windows in self._overlapped for window in windows for group in window.groups})
         return [row for window, begin, end in pieces for row in window.sequences(begin, end)]
 
-    def _difference(self, line: _Line, rows: Sequence[int], digests: Sequence[int], total: int) -> str:
+    def _difference(self, line: _AuditedLine, rows: Sequence[int], digests: Sequence[int], total: int) -> str:
         """In words: what was run, where that can be told from the sum."""
         for other in (line.step - 1, line.step + 1):
             if other >= 0 and self._total(other) == line.digest:
@@ -234,11 +234,11 @@ def _span(first: int, count: int) -> str:
     return f"{first} to {first + count - 1}"
 
 
-def _parsed(entry: Entry) -> _Line | None:
+def _parsed(entry: LedgerEntry) -> _AuditedLine | None:
     """None: it is not that of a step."""
     try:
         found = entry.values
-        line = _Line(*(found[key] for key in ("step", "first", "count")), int(found["digest"], 16))
+        line = _AuditedLine(*(found[key] for key in ("step", "first", "count")), int(found["digest"], 16))
     except (ValueError, KeyError, TypeError):
         return None
     numbers = (line.step, line.first, line.count)

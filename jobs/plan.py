@@ -36,7 +36,7 @@ from orchestrator.schedule.pictures.render import as_json, svg
 from orchestrator.schedule.pictures.trace import schedule_trace
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
-from orchestrator.schedule.timing.measured import Measured, measured_durations, read_trace, refuse_another_schedule
+from orchestrator.schedule.timing.measured import MeasuredStep, measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.timing.simulate import Timeline, simulate
 
 
@@ -46,7 +46,7 @@ class Shown:
 
     schedule: Schedule
     durations: Durations
-    measured: Measured | None = None
+    measured: MeasuredStep | None = None
 
     def timeline(self) -> Timeline:
         return simulate(self.schedule, self.durations)
@@ -252,7 +252,7 @@ def _durations(usual: Durations, given: dict[str, float]) -> Durations:
     return durations if ratio is None else with_communication(durations, ratio)
 
 
-def _measured(options: argparse.Namespace, stages: Stages) -> Measured:
+def _measured(options: argparse.Namespace, stages: Stages) -> MeasuredStep:
     """The step that `--measured` names."""
     name, number = options.measured, None
     if options.format == "csv":

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 from orchestrator.config.run_config import ConfigError, RunConfig, load
-from orchestrator.plan.compare import Contestant, as_objects, compare, table
+from orchestrator.plan.compare import Candidate, as_objects, compare, table
 from orchestrator.plan.scheduling import schedule_of
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.stages import SEARCHED
 from orchestrator.schedule.kinds.registry import KINDS, TABLE
 from orchestrator.schedule.search import searched
 from orchestrator.schedule.timing.durations import Durations
-from orchestrator.schedule.timing.measured import Measured, durations_to_plan_with, read_trace, refuse_another_schedule
+from orchestrator.schedule.timing.measured import MeasuredStep, durations_to_plan_with, read_trace, refuse_another_schedule
 
 _TRACE = "trace.json"
 
@@ -27,7 +27,7 @@ def comparison(options: argparse.Namespace) -> str:
         raise ConfigError("--hop", options.hop, "a finite number (at least 0)")
     config, measured, ran = _step(options.run)
     durations = durations_to_plan_with(measured, ran, options.hop)
-    found = [Contestant(f"{ran.kind}, as it ran", ran, durations), *_fixed(ran, durations)]
+    found = [Candidate(f"{ran.kind}, as it ran", ran, durations), *_fixed(ran, durations)]
     print("searching, some seconds ...", file=sys.stderr, flush=True)
     found.append(_best(ran, durations, options.most_activations, splits=config.training.microbatch_sequences > 1))
     results = compare(found)
@@ -44,7 +44,7 @@ def comparison(options: argparse.Namespace) -> str:
             f"makespans are simulated\n\n{table(results)}")
 
 
-def _step(run: str) -> tuple[RunConfig, Measured, Schedule]:
+def _step(run: str) -> tuple[RunConfig, MeasuredStep, Schedule]:
     """The configuration of a run, one of its steps, and the schedule that it ran."""
     path, mark, end = run.rpartition("#")
     folder, number = (Path(path), int(end)) if mark and end.isdecimal() else (Path(run), None)
@@ -63,7 +63,7 @@ def _step(run: str) -> tuple[RunConfig, Measured, Schedule]:
     return config, measured, ran
 
 
-def _fixed(ran: Schedule, durations: Durations) -> list[Contestant]:
+def _fixed(ran: Schedule, durations: Durations) -> list[Candidate]:
     """Other kinds that have their stages where the run has them, and take its microbatches."""
     found = []
     for kind in KINDS:
@@ -72,13 +72,13 @@ def _fixed(ran: Schedule, durations: Durations) -> list[Contestant]:
                 schedule = TABLE[kind].schedule(ran.stages, ran.microbatches)
             except ConfigError:
                 continue
-            found.append(Contestant(kind, schedule, durations))
+            found.append(Candidate(kind, schedule, durations))
     return found
 
 
-def _best(ran: Schedule, durations: Durations, most_activations: float | None, *, splits: bool) -> Contestant:
+def _best(ran: Schedule, durations: Durations, most_activations: float | None, *, splits: bool) -> Candidate:
     try:
         found = searched(ran.stages, ran.microbatches, durations, most_activations, splits=splits)
     except ConfigError as error:
         raise ConfigError(f"--{error.key.replace('_', '-')}", error.value, error.allowed) from None
-    return Contestant(SEARCHED, found.schedule, durations, found.lower_bound)
+    return Candidate(SEARCHED, found.schedule, durations, found.lower_bound)

@@ -88,7 +88,7 @@ def tokenize(inputs: list[str], tokenizer: Tokenizer, output: str, config: RunCo
         storage.delete_partial(output)
         for split in SPLITS:
             storage.delete_partial(storage.join(output, split))
-        work = _Work(output, settings, sources, tokenizer, progress)
+        work = _Tokenization(output, settings, sources, tokenizer, progress)
         with _ray():
             work.run(documents.UnitTokenizer(tokenizer, text_key, config.data.validation_fraction), show or (lambda *_: None))
         work.finish()
@@ -97,7 +97,7 @@ def tokenize(inputs: list[str], tokenizer: Tokenizer, output: str, config: RunCo
         raise cli.JobFailed(str(error)) from error
 
 
-class _Work:
+class _Tokenization:
     """One run over the documents that the output still lacks."""
 
     def __init__(self, output: str, settings: dict[str, Any], sources: list[Source], tokenizer: Tokenizer,

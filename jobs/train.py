@@ -16,7 +16,7 @@ from actors.files import storage
 from actors.files.run_folder import IN_USE, RunFolder
 from jobs import cli, corpus
 from jobs.driver import session, summary, takeover
-from jobs.driver.live import Announced, ask
+from jobs.driver.live import PublishedAddress, ask
 from jobs.driver.lost import ClusterWatch
 from jobs.driver.progress import Progress
 from jobs.driver.running import POLL_SECONDS, Interrupt, RunActors
@@ -210,7 +210,7 @@ def _run(config: RunConfig, layout: Layout, data: str, folder: RunFolder, progre
 
 def _followed(run: RunActors, folder: RunFolder, progress: Progress, interrupt: Interrupt) -> Outcome:
     """To its end. Where it can be asked stands in the folder meanwhile."""
-    announced = Announced(folder, session.ray_address(), session.is_local())
+    announced = PublishedAddress(folder, session.ray_address(), session.is_local())
     progress.say(f"watch        http://{run.address}/ or {cli.program('status')} {folder.path} --watch")
     progress.say(f"metrics      http://{run.address}/metrics, targets http://{run.address}/targets")
     announced(run.address)

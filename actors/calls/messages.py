@@ -59,7 +59,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Formed:
+class FormationReport:
     """A rank's answer: seconds that making groups took, and moving state; bytes of state that it sent and received."""
 
     grouping_seconds: float
@@ -71,7 +71,7 @@ class Formed:
 @dataclass(frozen=True)
 class Recollection:
     """What a rank holds. held: its places in generations, oldest first, and the updates in the state that it has of each; None: it
-    was never initialised, restored or carried over. reduced, published: as of Standing. busy: the call that its compute thread
+    was never initialised, restored or carried over. reduced, published: as of RankState. busy: the call that its compute thread
     carries out; forming: that is to take its place in a generation. fault: how the last one failed, if it did.
     """
 
@@ -84,7 +84,7 @@ class Recollection:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankState:
     """Where a rank stands between steps. `generation`: whose state it has; None: it has none. `applied`: updates in it; None: none
     that counts.
     `reduced`: the step whose reduced gradients it still holds. `published`: whether its working weights are those of the state.
@@ -114,7 +114,7 @@ class Rearranged:
 
 
 @dataclass(frozen=True)
-class Apply:
+class PendingUpdate:
     """Finish committed step `step`: the pending update, at this learning rate."""
 
     step: int
@@ -140,7 +140,7 @@ class StepRequest:
     """
 
     step: int
-    apply: Apply | None
+    apply: PendingUpdate | None
     microbatches: int
     sizes: dict[tuple[int, int], int]
     divisors: LossDivisors

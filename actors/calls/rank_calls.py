@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Failed, Fault, NodeDraining, NodeJoined, NodeLeft, NodeStays
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
@@ -76,7 +76,7 @@ class RankCalls(Protocol):
         ...
 
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, epoch: int = 0) -> None:
-        """Have a process keep a lifeline to `address`, as this member of `run`; as soon as there is one."""
+        """Have a process keep a heartbeat connection to `address`, as this member of `run`; as soon as there is one."""
         ...
 
     def spawn(self, member: Member) -> bool:
@@ -88,7 +88,7 @@ class RankCalls(Protocol):
         """End a process, if there is one."""
         ...
 
-    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: CallLane) -> None:
         """Call a method of a rank. generation: that the call is meant for; 0: it belongs to none. The arguments may be changed
         afterwards. Calls of one lane of one member are carried out in order."""
         ...

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from actors.comm import float8
-from actors.comm.hops import NOT_CHOSEN, Crossing, Hop, Pending, RowGroup, by_source, sum_rows
+from actors.comm.hops import NOT_CHOSEN, Hop, HopRows, Pending, RowGroup, by_source, sum_rows
 from actors.comm.traffic import Traffic
 
 
@@ -38,7 +38,7 @@ class TwoHops:
 
 
 @dataclass(frozen=True, slots=True)
-class Announced:
+class PendingDispatch:
     """Where this rank's tokens go, and the counts under way. place_tk: rank * slots + local slot of every choice.
 
     goes: which members of the first hop's group a token goes to: bool [members, t].
@@ -57,7 +57,7 @@ class Handle:
     """
 
     place_tk: Tensor
-    crossings: tuple[Crossing, ...]
+    crossings: tuple[HopRows, ...]
     rows: int
     row_r: Tensor
     cell_r: Tensor
@@ -74,7 +74,7 @@ class Dispatched:
 
 
 class ExpertExchange:
-    """The exchange of one EP group. What a call needs of another is in its handle, so calls of several strands may alternate.
+    """The exchange of one EP group. What a call needs of another is in its handle, so calls of several streams may alternate.
 
     Args:
         group: None when this rank holds all experts.
@@ -106,11 +106,11 @@ class ExpertExchange:
         places = torch.cat([rank * self._slots + torch.arange(count) for rank, count in enumerate(experts_per_rank)])
         self._place_of_expert = places.to(slot_of_expert.device)[slot_of_expert]
 
-    def announce(self, choice_tk: Tensor) -> Announced:
+    def announce(self, choice_tk: Tensor) -> PendingDispatch:
         """Start to tell the other ranks how many rows come. Returns at once; collective, in the order of the dispatches."""
         place_tk = self._place_of_expert[choice_tk.flatten()].view_as(choice_tk)
         if not self._hops:
-            return Announced(place_tk, None, None)
+            return PendingDispatch(place_tk, None, None)
         goes_tm = torch.zeros(len(place_tk), self._size, dtype=torch.bool, device=place_tk.device)
         goes_mt = goes_tm.scatter_(1, place_tk // self._slots, True).t().contiguous()
         goes, count_m = goes_mt, goes_mt.sum(1)
@@ -118,9 +118,9 @@ class ExpertExchange:
             goes = goes_mt.view(self._size // self._width, self._width, -1).any(1)
             # a row's second number is for the rank on this one's rail; the others do not read it
             count_m = torch.stack([count_m, goes.sum(1).repeat_interleave(self._width)], dim=1)
-        return Announced(place_tk, goes, self._counts.start_all_to_all(count_m, [1] * self._size, [1] * self._size))
+        return PendingDispatch(place_tk, goes, self._counts.start_all_to_all(count_m, [1] * self._size, [1] * self._size))
 
-    def dispatch(self, x_th: Tensor, weight_tk: Tensor, choice_tk: Tensor, announced: Announced | None = None) -> Dispatched:
+    def dispatch(self, x_th: Tensor, weight_tk: Tensor, choice_tk: Tensor, announced: PendingDispatch | None = None) -> Dispatched:
         """Send every token to its experts; collective. x_th any float dtype, weight_tk FP32 or FP64, choice_tk int64.
 
         announced: of this choice, if that was done before.
@@ -172,20 +172,20 @@ class ExpertExchange:
         return (Hop(two_hops.rail, width * self._slots, nodes[index::width], self.traffic),
                 Hop(two_hops.inside, self._slots, nodes[row * width : (row + 1) * width], self.traffic))
 
-    def _travel(self, rows: Tensor, weight_tk: Tensor, announced: Announced) -> tuple[
-            Tensor, Tensor, tuple[Crossing, ...], Tensor | None]:
+    def _travel(self, rows: Tensor, weight_tk: Tensor, announced: PendingDispatch) -> tuple[
+            Tensor, Tensor, tuple[HopRows, ...], Tensor | None]:
         """All hops: rows and numbers received, how they came, and their order source by source if it is another one."""
         tokens, whole = weight_tk.shape[0], self._size * self._slots
         numbers = weight_tk.new_full((tokens, whole), NOT_CHOSEN).scatter_(1, announced.place_tk, weight_tk)
         arrived = announced.counts.wait()
         if self._width == 1:
-            crossing = Crossing.of(announced.goes, arrived.tolist())
+            crossing = HopRows.of(announced.goes, arrived.tolist())
             return *self._hops[0].out(rows, numbers, crossing), (crossing,), None
         rail, inside = self._hops
         from_rw, crossed_rw = arrived.view(rail.group.size, self._width, 2).unbind(2)
-        first = Crossing.of(announced.goes, crossed_rw[:, inside.group.rank].tolist())
+        first = HopRows.of(announced.goes, crossed_rw[:, inside.group.rank].tolist())
         rows, numbers = rail.out(rows, numbers, first)
-        second = Crossing.of(inside.chosen(numbers), from_rw.sum(0).tolist())
+        second = HopRows.of(inside.chosen(numbers), from_rw.sum(0).tolist())
         rows, numbers = inside.out(rows, numbers, second)
         return rows, numbers, (first, second), by_source(from_rw.t())
 

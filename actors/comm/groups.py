@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from actors.comm.waiting import Aborted, Collective, Operation, Progress, Receive
+from actors.comm.waiting import Aborted, Collective, GroupOperation, OperationCounter, Receive
 from actors.errors import first_line
 
 CREATE_TIMEOUT_SECONDS = 60.0
@@ -28,7 +28,7 @@ _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.0005, 0.01  # between two looks wh
 class Exchanged:
     """An all-to-all under way; `sent` is kept until it is done."""
 
-    work: Operation | None
+    work: GroupOperation | None
     sent: torch.Tensor
     received: torch.Tensor
 
@@ -43,8 +43,8 @@ class Group:
     """An ordered set of ranks of one generation. Member i of the group is rank `ranks[i]` of the layout."""
 
     def __init__(self, ranks: Sequence[int], rank: int, backend: dist.Backend | None,
-                 progress: Progress | None = None):
-        self._progress = progress or Progress()
+                 progress: OperationCounter | None = None):
+        self._progress = progress or OperationCounter()
         self.ranks, self.size, self.rank = tuple(ranks), len(ranks), tuple(ranks).index(rank)
         self._backend, self._aborted, self._waiting = backend, threading.Event(), set()
 
@@ -78,16 +78,16 @@ class Group:
         return Exchanged(self._start(lambda backend: backend.alltoall_base(
             landed, sent, receive_counts, send_counts, dist.AllToAllOptions())), rows, received)
 
-    def send(self, tensor: torch.Tensor, member: int, tag: int) -> Operation:
+    def send(self, tensor: torch.Tensor, member: int, tag: int) -> GroupOperation:
         """Start a send; the tensor must stay unchanged until it is done. Raises Aborted."""
-        return Operation(self._work(lambda backend: backend.send([tensor], member, tag)), self._progress)
+        return GroupOperation(self._work(lambda backend: backend.send([tensor], member, tag)), self._progress)
 
-    def receive(self, tensor: torch.Tensor, member: int, tag: int) -> Operation:
+    def receive(self, tensor: torch.Tensor, member: int, tag: int) -> GroupOperation:
         """Post a receive into `tensor`. Raises Aborted."""
         work = self._work(lambda backend: backend.recv([tensor], member, tag))
         if _is_gloo(self._backend):
             return Receive(work, self._progress, self._aborted, self._waiting)
-        return Operation(work, self._progress)
+        return GroupOperation(work, self._progress)
 
     def abort(self) -> None:
         """End every blocked operation of this group within milliseconds; each raises in the thread that waits for it."""
@@ -110,12 +110,12 @@ class Group:
         """Let go of sockets and threads, whoever still holds this group."""
         self._backend = None
 
-    def _start(self, operation: Callable[[dist.Backend], dist.Work]) -> Operation:
+    def _start(self, operation: Callable[[dist.Backend], dist.Work]) -> GroupOperation:
         """A collective. Raises Aborted."""
         work, backend = self._work(operation), self._backend
         if _is_gloo(backend):
             return Collective(work, self._progress, backend, self._aborted)
-        return Operation(work, self._progress)
+        return GroupOperation(work, self._progress)
 
     def _work(self, operation: Callable[[dist.Backend], dist.Work]) -> dist.Work:
         """A group that was aborted refuses an operation when it is started, one that is aborted later when it is waited for."""
@@ -129,7 +129,7 @@ class Group:
             raise Aborted(first_line(error)) from error
 
 
-def wait(operation: Operation) -> None:
+def wait(operation: GroupOperation) -> None:
     """Block until done. Raises Aborted."""
     operation.wait()
 
@@ -148,8 +148,8 @@ class Generation:
     """
 
     def __init__(self, number: int, rank: int, device: torch.device, host: str, timeout_seconds: float,
-                 create_timeout_seconds: float = CREATE_TIMEOUT_SECONDS, progress: Progress | None = None):
-        self._progress = progress or Progress()
+                 create_timeout_seconds: float = CREATE_TIMEOUT_SECONDS, progress: OperationCounter | None = None):
+        self._progress = progress or OperationCounter()
         self.number, self.rank = number, rank
         self._device, self._host = device, host
         self._timeout = datetime.timedelta(seconds=timeout_seconds)

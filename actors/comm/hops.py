@@ -38,7 +38,7 @@ class RowGroup(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Crossing:
+class HopRows:
     """Which rows take a hop. rows: n. row_m: which row every row sent is; cell_m: row * members + member.
 
     sent, received: rows to and from every member.
@@ -51,7 +51,7 @@ class Crossing:
     received: list[int]
 
     @classmethod
-    def of(cls, goes_mn: Tensor, received: list[int]) -> Crossing:
+    def of(cls, goes_mn: Tensor, received: list[int]) -> HopRows:
         """goes_mn: bool [members, n], whether a row goes to a member."""
         member_m, row_m = goes_mn.nonzero(as_tuple=True)
         members, rows = goes_mn.shape
@@ -71,7 +71,7 @@ class Hop:
         """Which members the rows with these numbers [n, members * slots] go to: bool [members, n]."""
         return (numbers.view(numbers.shape[0], self.group.size, self.slots) != NOT_CHOSEN).any(2).t()
 
-    def out(self, rows: Tensor, numbers: Tensor | None, crossing: Crossing) -> tuple[Tensor, Tensor | None]:
+    def out(self, rows: Tensor, numbers: Tensor | None, crossing: HopRows) -> tuple[Tensor, Tensor | None]:
         """rows [n, c], numbers [n, members * slots] or None. Returns rows [q, c], numbers [q, slots]. Collective."""
         if numbers is None:
             return self._transfer(rows.index_select(0, crossing.row_m), crossing.sent, crossing.received), None
@@ -83,7 +83,7 @@ class Hop:
         message[:, rows.shape[1] :] = headers
         return unpack(self._transfer(message, crossing.sent, crossing.received), numbers.dtype, self.slots)
 
-    def back(self, rows: Tensor, numbers: Tensor | None, crossing: Crossing) -> tuple[Tensor, Tensor | None]:
+    def back(self, rows: Tensor, numbers: Tensor | None, crossing: HopRows) -> tuple[Tensor, Tensor | None]:
         """Adjoint of `out`: what came back for a row is summed, numbers that nothing came for are zero. Collective."""
         message = rows if numbers is None else pack(rows, numbers)
         came = self._transfer(message, crossing.received, crossing.sent)

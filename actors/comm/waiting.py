@@ -20,7 +20,7 @@ _SLICE = datetime.timedelta(milliseconds=100)
 """How late an abort may be noticed by a wait that it does not end itself: one for a message of which a part has come."""
 _GRACE = datetime.timedelta(milliseconds=50)
 _kept: list[tuple[dist.Work, dist.Backend]] = []
-_idle: list[_Waiter] = []
+_idle: list[_WaitingThread] = []
 
 
 class Aborted(RuntimeError):
@@ -31,7 +31,7 @@ class OutOfStep(Aborted):
     """Aborted, before anything was done: what was asked for does not follow on what this rank has."""
 
 
-class Progress:
+class OperationCounter:
     """How much a rank has finished, of whatever it does: a number that grows while it gets anywhere."""
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ class Progress:
         self.count = next(self._numbers)
 
 
-class Operation:
+class GroupOperation:
     """One under way: to be waited for once. Operations that can only end by themselves or with their connection. progress: where its
     end is counted."""
 
-    def __init__(self, work: dist.Work, progress: Progress):
+    def __init__(self, work: dist.Work, progress: OperationCounter):
         self._work, self._progress = work, progress
 
     def is_completed(self) -> bool:
@@ -62,10 +62,10 @@ class Operation:
         self._progress.finished()
 
 
-class Collective(Operation):
+class Collective(GroupOperation):
     """gloo runs it on a thread of its own; waiting for that with a timeout does no harm. aborted: of the group, when it is."""
 
-    def __init__(self, work: dist.Work, progress: Progress, backend: dist.Backend, aborted: threading.Event):
+    def __init__(self, work: dist.Work, progress: OperationCounter, backend: dist.Backend, aborted: threading.Event):
         super().__init__(work, progress)
         self._backend, self._aborted = backend, aborted
 
@@ -83,11 +83,11 @@ class Collective(Operation):
                 raise Aborted("aborted while a message was arriving")
 
 
-class Receive(Operation):
+class Receive(GroupOperation):
     """A wait with a timeout would close all connections, so another thread waits. aborted: as above; waiting: of the group, those
     whom `let_go` must end."""
 
-    def __init__(self, work: dist.Work, progress: Progress, aborted: threading.Event, waiting: set[Receive]):
+    def __init__(self, work: dist.Work, progress: OperationCounter, aborted: threading.Event, waiting: set[Receive]):
         super().__init__(work, progress)
         self._aborted, self._waiting = aborted, waiting
         self._error: RuntimeError | None = None
@@ -97,7 +97,7 @@ class Receive(Operation):
         self._waiting.add(self)
         try:
             if not self._aborted.is_set():
-                (_idle.pop() if _idle else _Waiter()).give(self)
+                (_idle.pop() if _idle else _WaitingThread()).give(self)
                 self._done.wait()
         finally:
             self._waiting.discard(self)
@@ -120,7 +120,7 @@ class Receive(Operation):
         self._done.set()
 
 
-class _Waiter:
+class _WaitingThread:
     """A thread that waits in the place of another."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from actors.calls.messages import Apply, LossDivisors, StepRequest
+from actors.calls.messages import LossDivisors, PendingUpdate, StepRequest
 from orchestrator.config.run_config import RunConfig
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout
@@ -34,7 +34,7 @@ class Dealer:
     def __init__(self, config: RunConfig, layout: Layout):
         self._config, self._layout = config, layout
 
-    def requests(self, batch: Batch, apply: Apply | None, *, training: bool, keep_spans: bool = False) -> list[StepRequest]:
+    def requests(self, batch: Batch, apply: PendingUpdate | None, *, training: bool, keep_spans: bool = False) -> list[StepRequest]:
         """One per rank, in rank order. All share the number of microbatches; only ranks with the first or last stage get
         tokens."""
         layout = self._layout

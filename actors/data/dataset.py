@@ -26,7 +26,7 @@ from pyarrow import parquet
 
 from actors.files import storage
 from orchestrator.config.run_config import ConfigError
-from orchestrator.data.order import Shape
+from orchestrator.data.order import SplitShape
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -63,11 +63,11 @@ class Split:
     shards: tuple[Shard, ...]
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> SplitShape:
         """Sizes for orchestrator.data.order. Raises DatasetError when the split is empty."""
         if not self.sequences:
             raise DatasetError(f"{self.name}: the corpus has no sequences in this split")
-        return Shape(self.sequences, self.rows_per_group)
+        return SplitShape(self.sequences, self.rows_per_group)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class StepBatch(Batch):
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _ChunkReader:
     """What a reading task needs besides its chunk; shipped to the workers once."""
 
     dataset: Dataset
@@ -90,7 +90,7 @@ class Feed:
     """
 
     def __init__(self, dataset: Dataset, config: RunConfig, first_step: int, end_step: int):
-        self._reader = _Reader(dataset, config.run.seed, config.data.shuffle_window)
+        self._reader = _ChunkReader(dataset, config.run.seed, config.data.shuffle_window)
         dataset.train.shape  # refuses an empty split here
         self._training, self._labels = config.training, config.topology.labels
         self._step, self._end_step = first_step, end_step

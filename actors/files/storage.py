@@ -42,7 +42,7 @@ class Damaged(StorageError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class StorageEntry:
     """A file or folder as found in storage. `bytes`: 0 for a folder; `modified`: nanoseconds since the epoch, 0 if unknown."""
 
     uri: str
@@ -87,7 +87,7 @@ def size(uri: str) -> int:
     return stat(uri).bytes
 
 
-def stat(uri: str) -> Entry:
+def stat(uri: str) -> StorageEntry:
     """A file's entry. Raises StorageError when it is missing or a folder."""
     info = _info(uri)
     if info.type == fs.FileType.NotFound:
@@ -97,7 +97,7 @@ def stat(uri: str) -> Entry:
     return _entry(uri, info)
 
 
-def list_folder(uri: str, *, recursive: bool = False) -> list[Entry]:
+def list_folder(uri: str, *, recursive: bool = False) -> list[StorageEntry]:
     """Files and folders below `uri`, sorted by name relative to it. Raises StorageError when it is missing or a file."""
     system, path = resolve(uri)
     with _errors(uri):
@@ -209,9 +209,9 @@ def _info(uri: str) -> fs.FileInfo:
         return system.get_file_info(path)
 
 
-def _entry(uri: str, info: fs.FileInfo, name: str | None = None) -> Entry:
+def _entry(uri: str, info: fs.FileInfo, name: str | None = None) -> StorageEntry:
     folder = info.type == fs.FileType.Directory
-    return Entry(uri, name or info.base_name, 0 if folder else info.size, info.mtime_ns or 0, folder)
+    return StorageEntry(uri, name or info.base_name, 0 if folder else info.size, info.mtime_ns or 0, folder)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ _LONGEST_HEADER = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredTensor:
     raw: bytes
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorFiles:
         with storage.open_input(storage.join(self._directory, file), random_access=True) as stream:
             return [name for name in self._header(file, stream)[0] if name != "__metadata__"]
 
-    def read(self, file: str, name: str) -> Found:
+    def read(self, file: str, name: str) -> StoredTensor:
         """Raises StorageError, OSError: it cannot be read. ValueError, KeyError, TypeError, OverflowError: no such tensor, or the
         header is truncated or corrupt; the tensor's own bytes may still be fewer than they should be."""
         with storage.open_input(storage.join(self._directory, file), random_access=True) as stream:
@@ -47,7 +47,7 @@ class TensorFiles:
             if not 0 <= begin <= end == begin + math.prod(shape) * dtype.itemsize:
                 raise ValueError(entry)
             stream.seek(base + begin)
-            return Found(bytes(stream.read(end - begin)), dtype, shape)
+            return StoredTensor(bytes(stream.read(end - begin)), dtype, shape)
 
     def _header(self, file: str, stream) -> tuple[dict, int]:
         if file not in self._headers:

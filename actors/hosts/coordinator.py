@@ -36,7 +36,7 @@ from actors.protocol.silence import LOOK_SECONDS, Silence
 from actors.protocol.trainer import Sources, Trainer, TrainingFailed
 from actors.state.checkpoint import CheckpointError
 from actors.telemetry.exporter import PAGE, Exporter, PortInUse, RunMetrics, json_route, listening, reachable
-from actors.telemetry.live_state import Board
+from actors.telemetry.live_state import LiveStatus
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending
@@ -95,7 +95,7 @@ class Coordinator:
         self._count = 0
         self._lock = threading.Lock()
         self._metrics = RunMetrics(config.training.steps, config.checkpoint.every)
-        self._board = Board(config, lambda: self._trainer.layout if self._trainer else None)
+        self._board = LiveStatus(config, lambda: self._trainer.layout if self._trainer else None)
         self._stop_requested = False
         self._event_files = _event_files(config)
         self._driver, self._silence = "", Silence()

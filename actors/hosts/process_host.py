@@ -18,23 +18,23 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from actors.errors import named_line
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId
 
 logger = logging.getLogger(__name__)
 
 Key = int | CallId
-Request = tuple[Key, Lane, int, str, tuple]
+Request = tuple[Key, CallLane, int, str, tuple]
 
 
 def serve(host: Callable[..., Any], arguments: tuple, calls: Connection, control: Connection) -> None:
     """Until the pipes are closed, or None comes. host(*arguments) makes the rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever started this process: it ends a run in good order
     os.environ["OMP_NUM_THREADS"] = "1"
-    _Host(host(*arguments), calls, control).run()
+    _ProcessHost(host(*arguments), calls, control).run()
 
 
-class _Host:
+class _ProcessHost:
     def __init__(self, rank: Any, calls: Connection, control: Connection):
         self._rank, self._server = rank, _server_of(rank)
         self._calls, self._control = calls, control
@@ -50,10 +50,10 @@ class _Host:
     def _take_calls(self) -> None:
         while (request := _received(self._calls)) is not None:
             key, lane, generation, *_ = request
-            refused = self._server.arrives(key, generation) if isinstance(key, CallId) and lane is not Lane.FILES else None
+            refused = self._server.arrives(key, generation) if isinstance(key, CallId) and lane is not CallLane.FILES else None
             if refused is not None:
                 self._answer(self._calls, key, refused)
-            elif lane is Lane.FILES:  # it waits for files, beside the rank's compute
+            elif lane is CallLane.FILES:  # it waits for files, beside the rank's compute
                 self._beside(self._calls, request)
             else:
                 self._turns.put(request)

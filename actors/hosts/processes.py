@@ -25,7 +25,7 @@ from actors.hosts.pipes import Inbox, Outbox
 from actors.hosts.seated_answers import RankFailed, SeatedAnswers
 from actors.protocol.heartbeat_wire import bell_and_rope, ring, silence
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
 from orchestrator.protocol.membership import Member
 
@@ -189,7 +189,7 @@ class ProcessRanks:
         for news in self.news():
             self.tell(news)
 
-    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: CallLane) -> None:
         """As RankCalls says."""
         with self._changed:
             process = self._processes.get(self._of_member.get(member))
@@ -199,14 +199,14 @@ class ProcessRanks:
         if not alive:
             self._tell(Failed(call, member, FailKind.GONE, LOST))
             return
-        outbox = process.control if lane is Lane.CONTROL else process.calls
+        outbox = process.control if lane is CallLane.CONTROL else process.calls
         outbox.send((call, lane, generation, method, arguments))
 
     # --- calls of those who wait ---------------------------------------------------------------------------------
 
     def start(self, method: str, arguments: Sequence[tuple]) -> SeatedAnswers:
         """Raises RankFailed: a process has ended."""
-        lane = Lane.FILES if method in _BESIDE else Lane.COMPUTE
+        lane = CallLane.FILES if method in _BESIDE else CallLane.COMPUTE
         seats = self._seats[: len(arguments)]
         with self._changed:
             for rank, number in enumerate(seats):
@@ -246,7 +246,7 @@ class ProcessRanks:
             self._awaited.add(call)
             outboxes = [self._processes[number].control for number in told]
         for outbox in outboxes:
-            outbox.send((call, Lane.CONTROL, 0, "abort", ()))
+            outbox.send((call, CallLane.CONTROL, 0, "abort", ()))
         deadline = time.monotonic() + _ABORT_SECONDS
         while told and (left := deadline - time.monotonic()) > 0:
             told = [number for number, found in zip(told, self.answers(call, told, left)) if found is None]
@@ -317,7 +317,7 @@ class ProcessRanks:
         if process.gone:  # nobody will ever say hello
             self._tell(Ended(wanted[0], LOST))
             return
-        process.control.send((0, Lane.CONTROL, 0, "attach", wanted))
+        process.control.send((0, CallLane.CONTROL, 0, "attach", wanted))
 
     def _end(self, process: _Process, at_once: bool = False) -> None:
         if not at_once:

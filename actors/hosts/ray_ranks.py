@@ -24,7 +24,7 @@ from actors.calls.rank_calls import LOST, Arrived, answered, as_event
 from actors.errors import named_line
 from actors.files.run_folder import Token
 from actors.hosts.cluster import NodeWatch
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
 from orchestrator.protocol.membership import Member
 
@@ -173,7 +173,7 @@ class RayRanks:
         self._post = post
         self._watch.listen(lambda news: post(as_event(news)))
 
-    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: CallLane) -> None:
         """As RankCalls says."""
         with self._lock:
             actor = self._actors.get(member)

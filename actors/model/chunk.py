@@ -15,7 +15,7 @@ from torch import Tensor
 from actors.comm.exchange import ExpertExchange
 from actors.model.float8 import Float8
 from actors.model.island import Island
-from actors.model.layer import DenseLayer, ExpertLayer, Parts
+from actors.model.layer import DenseLayer, ExpertLayer, StageParts
 from actors.model.linear import Scope, embed, embed_backward, linear, rms_norm
 from actors.model.rope import Rotary
 from actors.model.segment import Lane, Segment, crossed
@@ -49,7 +49,7 @@ class Chunk:
         wanted = [*layers, self._mtp] if self._mtp is not None else [*layers]
         if dtype is None:
             dtype = weights[f"model.layers.{wanted[0]}.self_attn.o_proj.weight"].value.dtype
-        self._parts = parts = Parts(model, weights, Rotary(model), queue, recompute, dtype, in8 or {})
+        self._parts = parts = StageParts(model, weights, Rotary(model), queue, recompute, dtype, in8 or {})
         with_experts = set(moe_layers(model, layers, last=last))
         self._layers = {
             n: ExpertLayer(parts, n, exchanges[n], local_experts[n], biases[n]) if n in with_experts

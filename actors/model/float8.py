@@ -102,7 +102,7 @@ def in8_of(precision: PrecisionSection, blocks: dict[str, Any], device: torch.de
 
 def linear(x: Tensor, weight: Weight, queue: WeightGradients, float8: Float8) -> Tensor:
     """x [..., i] times weight [o, i] transposed: [..., o], in x's dtype."""
-    return _Linear.apply(x, weight, queue, float8)
+    return _Float8Linear.apply(x, weight, queue, float8)
 
 
 def linear_forward(x: Tensor, weight: Weight, float8: Float8) -> Tensor:
@@ -121,7 +121,7 @@ def _times(x: Tiled, weight: Weight, like: Tensor, float8: Float8) -> Tensor:
     return float8.product(x, weight, like.dtype).reshape(*like.shape[:-1], -1)
 
 
-class _Linear(torch.autograd.Function):
+class _Float8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Weight, queue: WeightGradients, float8: Float8) -> Tensor:
         kept = float8.rows(x.reshape(-1, x.shape[-1]), power_of_two=float8.power_of_two)

@@ -32,7 +32,7 @@ from orchestrator.config.run_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class StageParts:
     """What all layers of a stage share. dtype: of activations. in8: how modules multiply, by kind, of those that do so in FP8."""
 
     model: ModelConfig
@@ -60,7 +60,7 @@ class Parts:
 class _Layer:
     """What both kinds have: attention with its norm, and the norm before the MLP."""
 
-    def __init__(self, parts: Parts, n: int):
+    def __init__(self, parts: StageParts, n: int):
         self.parts, self.n, self.prefix = parts, n, f"model.layers.{n}."
         self._attention = Attention(parts.model, n, parts.weights, parts.rotary, parts.in8.get("attention"))
         self._input_norm = parts.weights[self.prefix + "input_layernorm.weight"]
@@ -78,7 +78,7 @@ class _Layer:
 
 
 class DenseLayer(_Layer):
-    def __init__(self, parts: Parts, n: int):
+    def __init__(self, parts: StageParts, n: int):
         super().__init__(parts, n)
         self._gate_up, self._down = parts.gate_up_down(self.prefix + "mlp")
 
@@ -126,7 +126,7 @@ class ExpertLayer(_Layer):
     Args: `experts`: ids of the experts that this rank holds, in slot order.
     """
 
-    def __init__(self, parts: Parts, n: int, exchange: ExpertExchange, experts: list[int], bias: Tensor):
+    def __init__(self, parts: StageParts, n: int, exchange: ExpertExchange, experts: list[int], bias: Tensor):
         super().__init__(parts, n)
         model, self._exchange, self._bias, self._dtype = parts.model, exchange, bias, parts.dtype
         self._gate = parts.weights[self.prefix + "mlp.gate.weight"]

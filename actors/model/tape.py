@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from actors.comm.exchange import Announced, Dispatched, Handle
+from actors.comm.exchange import Dispatched, Handle, PendingDispatch
 from actors.model.island import Island
 from actors.model.recompute import Recipes
 
@@ -36,7 +36,7 @@ class Record:
     choice_tk: Tensor | None = None
     weight_tk: Tensor | None = None
     normed: Tensor | None = None
-    announced: Announced | None = None
+    announced: PendingDispatch | None = None
     dispatched: Dispatched | None = None
     handle: Handle | None = None
     rows: Tensor | None = None

@@ -24,7 +24,7 @@ from orchestrator.layout.placement import Placement
 from orchestrator.plan.recipe import learning_rate
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.commands import Call, Form
-from orchestrator.protocol.events import Answer, Done, LayoutRef, Plan
+from orchestrator.protocol.events import Answer, Done, LayoutRef, WorkerAssignment
 from orchestrator.protocol.membership import Member
 
 _KEPT = 8
@@ -47,7 +47,7 @@ class Grouping:
     """A generation, as it was ordered. prefix: of its keys at the meeting place. known: (training, microbatches) whose programs its
     ranks have, by rank."""
 
-    plan: Plan
+    plan: WorkerAssignment
     prefix: str
     ranks: Mapping[Member, int]
     known: dict[tuple[bool, int], set[int]] = field(default_factory=dict)
@@ -116,10 +116,10 @@ class Dresser:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
-    def _apply(self, step: int | None) -> messages.Apply | None:
+    def _apply(self, step: int | None) -> messages.PendingUpdate | None:
         if step is None:
             return None
-        return messages.Apply(step, learning_rate(self._config.optimizer, step, self._config.training.steps))
+        return messages.PendingUpdate(step, learning_rate(self._config.optimizer, step, self._config.training.steps))
 
     def _form(self, call: Call) -> Dressed:
         request: Form = call.request
@@ -155,7 +155,7 @@ class Dresser:
     def _evaluate(self, call: Call) -> Dressed:
         return self._stepping("evaluate", call, training=False, apply=None)
 
-    def _stepping(self, method: str, call: Call, *, training: bool, apply: messages.Apply | None) -> Dressed:
+    def _stepping(self, method: str, call: Call, *, training: bool, apply: messages.PendingUpdate | None) -> Dressed:
         grouping = self._groupings[call.generation]
         rank = grouping.ranks[call.member]
         request = self.requests(call.generation, call.request.step, training=training)[rank]
@@ -226,5 +226,5 @@ class Reading:
         return events.Recalled(held, found.reduced, found.published, found.busy, found.fault, found.forming)
 
 
-def _ranks(plan: Plan) -> dict[Member, int]:
+def _ranks(plan: WorkerAssignment) -> dict[Member, int]:
     return {member: rank for rank, member in enumerate((*plan.members, *plan.leaving))}

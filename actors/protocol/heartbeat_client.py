@@ -1,4 +1,4 @@
-"""A rank's end of its lifeline to the coordinator: it says who it is, beats, and lets go when told to.
+"""A rank's end of its heartbeat connection to the coordinator: it says who it is, beats, and lets go when told to.
 
 All of it on one thread of its own, whatever the rank's other threads are doing.
 """
@@ -19,9 +19,9 @@ from actors.protocol.heartbeat_wire import (
     INTRODUCTION_SECONDS,
     VERSION,
     Address,
+    ConnectionEnded,
     End,
-    Ended,
-    Wire,
+    LineSocket,
     bell_and_rope,
     go_first,
     read_message,
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _RETRY_SECONDS = (0.05, 1.0)  # between attempts to connect: the first, doubling to the last
 
 
-class Lifeline:
+class HeartbeatClient:
     """A rank's end: a thread of its own, which connects, beats, and lets go when told to. Where the connection ends it tries again;
     where it is refused, since somebody newer is in this member's place or the coordinator is another run's, it rests until closed.
 
@@ -58,7 +58,7 @@ class Lifeline:
         self._their_epoch = self._most_finished = 0
         self.connected = self._closing = False
         self._bell, self._rope = bell_and_rope()
-        self._thread = threading.Thread(target=self._live, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Lifeline:
         family = socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as connection:
             try:
-                wire = Wire(connection)
+                wire = LineSocket(connection)
                 if connection.connect_ex(self._address) not in (0, errno.EINPROGRESS):
                     return False
                 selector.register(connection, selectors.EVENT_WRITE)
@@ -106,11 +106,11 @@ class Lifeline:
             finally:
                 selector.unregister(connection)
 
-    def _attend(self, selector: selectors.BaseSelector, wire: Wire) -> bool | None:
+    def _attend(self, selector: selectors.BaseSelector, wire: LineSocket) -> bool | None:
         try:
             if (lines := self._introduce(selector, wire)) is None:
                 return False
-        except Ended:
+        except ConnectionEnded:
             return False
         except _Refused as refused:
             logger.warning("refused by the coordinator: %s", refused)
@@ -118,16 +118,16 @@ class Lifeline:
         self.connected = True
         try:
             self._beat_on(selector, wire, lines)
-        except Ended as ended:
-            logger.info("the coordinator's lifeline ended: %s", ended.how)
+        except ConnectionEnded as ended:
+            logger.info("the coordinator's heartbeat connection ended: %s", ended.how)
         finally:
             self.connected = False
         return True
 
-    def _introduce(self, selector: selectors.BaseSelector, wire: Wire) -> list[bytes] | None:
+    def _introduce(self, selector: selectors.BaseSelector, wire: LineSocket) -> list[bytes] | None:
         """Wait for the connection, say hello, wait for welcome: the lines that came with it; None: none came in time.
 
-        Raises Ended, _Refused.
+        Raises ConnectionEnded, _Refused.
         """
         deadline, said = time.monotonic() + INTRODUCTION_SECONDS, False
         while not self._closing and (left := deadline - time.monotonic()) > 0:
@@ -146,13 +146,14 @@ class Lifeline:
                 if "refused" in message:
                     raise _Refused(message["refused"])
                 if message.get("welcome") != VERSION:
-                    raise Ended(End.MALFORMED)  # not a coordinator; maybe ourselves: a port that nobody holds may be our own
+                    # not a coordinator; maybe ourselves: a port that nobody holds may be our own
+                    raise ConnectionEnded(End.MALFORMED)
                 self._their_epoch = int(message.get("epoch", 0))
                 return lines[1:]
         return None
 
-    def _beat_on(self, selector: selectors.BaseSelector, wire: Wire, lines: list[bytes]) -> None:
-        """lines: those that came with the welcome. Raises Ended."""
+    def _beat_on(self, selector: selectors.BaseSelector, wire: LineSocket, lines: list[bytes]) -> None:
+        """lines: those that came with the welcome. Raises ConnectionEnded."""
         due = time.monotonic()
         for line in lines:
             self._let_go(wire, read_message(line))
@@ -169,11 +170,11 @@ class Lifeline:
                 wire.beat(self._most_finished)
                 due = now + self._beat_seconds
 
-    def _let_go(self, wire: Wire, message: Mapping[str, Any]) -> None:
-        """Raises Ended."""
+    def _let_go(self, wire: LineSocket, message: Mapping[str, Any]) -> None:
+        """Raises ConnectionEnded."""
         generation, started = message.get("abort"), time.monotonic()
         if not isinstance(generation, int):
-            raise Ended(End.MALFORMED)
+            raise ConnectionEnded(End.MALFORMED)
         if self._their_epoch < self._epoch():
             logger.warning("a coordinator of epoch %d is not obeyed any more", self._their_epoch)
             return

@@ -1,5 +1,5 @@
-"""The coordinator's end of all lifelines: which rank processes are connected, when each was last heard from, and telling them
-to let go.
+"""The coordinator's end of all heartbeat connections: which rank processes are connected, when each was last heard from, and
+telling them to let go.
 
 It sees at once when a process ends, since the kernel then closes its connection. Of a node that is cut off or frozen there is
 only silence: how much of it is too much is not decided here.
@@ -21,9 +21,9 @@ from actors.protocol.heartbeat_wire import (
     INTRODUCTION_SECONDS,
     VERSION,
     Address,
+    ConnectionEnded,
     End,
-    Ended,
-    Wire,
+    LineSocket,
     bell_and_rope,
     go_first,
     ring,
@@ -42,7 +42,7 @@ _GATHER_FROM = 64  # connections
 _BEAT_DIGITS = 19
 
 
-class Lifelines:
+class HeartbeatServer:
     """The coordinator's end: one thread serves all members.
 
     host: the address of this node that members can reach; port: by default any. run: members of other runs are refused.
@@ -75,7 +75,7 @@ class Lifelines:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ, self._rung)
         self._listen(True)
-        self._thread = threading.Thread(target=self._serve, name="lifelines", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="heartbeats", daemon=True)
         self._thread.start()
 
     def beats(self) -> dict[Member, Beat]:
@@ -189,11 +189,11 @@ class Lifelines:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:
-                logger.exception("cannot take a lifeline; trying again in %g s", _TICK_SECONDS)
+                logger.exception("cannot take a heartbeat connection; trying again in %g s", _TICK_SECONDS)
                 self._listen(False)
                 return
             try:
-                peer = _Peer(Wire(connection), time.monotonic())
+                peer = _Peer(LineSocket(connection), time.monotonic())
             except OSError:  # it is gone already
                 connection.close()
                 continue
@@ -215,11 +215,11 @@ class Lifelines:
                         self._hear(peer, line)
                 if peer.member is not None:
                     peer.heard = time.monotonic()
-        except Ended as ended:
+        except ConnectionEnded as ended:
             self._drop(peer, ended.how)
 
     def _hear(self, peer: _Peer, line: bytes) -> None:
-        """One line that is no beat. Raises Ended."""
+        """One line that is no beat. Raises ConnectionEnded."""
         try:
             message = json.loads(line)
             if peer.member is None:
@@ -227,7 +227,7 @@ class Lifelines:
                 return
             answer = int(message["aborted"]), float(message["seconds"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise Ended(End.MALFORMED) from None
+            raise ConnectionEnded(End.MALFORMED) from None
         with self._changed:
             self._answers[peer.member] = answer
             self._let_go.append(LetGo(peer.member, *answer))
@@ -235,13 +235,13 @@ class Lifelines:
         self._told()
 
     def _introduce(self, peer: _Peer, message: Any) -> None:
-        """Raises Ended: refused. ValueError, TypeError, KeyError: that was no hello."""
+        """Raises ConnectionEnded: refused. ValueError, TypeError, KeyError: that was no hello."""
         member, about = _read_hello(message)
         refusal = self._refusal(member, about, message["run"])
         if refusal is not None:
-            logger.warning("refused a lifeline of %s: %s", member, refusal)
+            logger.warning("refused a heartbeat connection of %s: %s", member, refusal)
             peer.wire.send({"refused": refusal})
-            raise Ended(End.REPLACED)
+            raise ConnectionEnded(End.REPLACED)
         place = member.node, member.local
         before = self._peers.get(Member(*place, self._newest.get(place, 0)))
         self._newest[place] = member.incarnation
@@ -273,7 +273,7 @@ class Lifelines:
         try:
             peer.wire.send(message)
             self._watch_writes(peer)
-        except Ended as ended:
+        except ConnectionEnded as ended:
             self._drop(peer, ended.how)
 
     def _flush(self, peer: _Peer) -> None:
@@ -304,7 +304,7 @@ class _Peer:
 
     __slots__ = ("about", "dropped", "finished", "heard", "member", "wire")
 
-    def __init__(self, wire: Wire, now: float):
+    def __init__(self, wire: LineSocket, now: float):
         self.wire, self.heard = wire, now
         self.member: Member | None = None
         self.about: dict[str, Any] = {}

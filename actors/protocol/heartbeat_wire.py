@@ -2,7 +2,7 @@
 
 A rank says who it is (`hello`), then beats. When its process ends, the kernel closes the connection, which the coordinator sees
 at once; when its node is cut off or frozen, there is only silence. The other way goes `abort`: to end the rank's blocked
-communication, from a thread of the lifeline's own, whatever the rank's other threads are doing.
+communication, from a thread of the heartbeat's own, whatever the rank's other threads are doing.
 
 On the wire: lines of UTF-8 JSON; a line of digits is a beat: how much the member has finished so far, of whatever it does.
     member       {"lifeline": 2, "run": "...", "epoch": 1, "member": ["node", 0, 0], "about": {"pid": 1, ...}}
@@ -38,7 +38,7 @@ _UNACKNOWLEDGED_SECONDS = 5.0
 
 
 class End(StrEnum):
-    """How a connection ended. After `EOF` and `RESET` its process is gone (or has closed its lifeline); after the others it may
+    """How a connection ended. After `EOF` and `RESET` its process is gone (or has closed its client); after the others it may
     live."""
 
     EOF = "EOF"
@@ -50,14 +50,14 @@ class End(StrEnum):
     REPLACED = "replaced"
 
 
-class Ended(Exception):
+class ConnectionEnded(Exception):
     def __init__(self, how: End):
         self.how = how
         super().__init__(str(how))
 
 
-class Wire:
-    """A connected socket that takes and gives whole lines and never blocks. Its methods raise Ended."""
+class LineSocket:
+    """A connected socket that takes and gives whole lines and never blocks. Its methods raise ConnectionEnded."""
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
@@ -83,12 +83,12 @@ class Wire:
         except (BlockingIOError, InterruptedError):
             return []
         except OSError as error:
-            raise Ended(_how(error)) from error
+            raise ConnectionEnded(_how(error)) from error
         if not data:
-            raise Ended(End.EOF)
+            raise ConnectionEnded(End.EOF)
         *lines, self._received = (self._received + data).split(b"\n")
         if len(self._received) > _LINE_BYTES:
-            raise Ended(End.MALFORMED)
+            raise ConnectionEnded(End.MALFORMED)
         return lines
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -108,23 +108,23 @@ class Wire:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            raise Ended(_how(error)) from error
+            raise ConnectionEnded(_how(error)) from error
         if len(self._unsent) > _UNSENT_BYTES:
-            raise Ended(End.UNREAD)
+            raise ConnectionEnded(End.UNREAD)
 
 
 def read_message(line: bytes) -> dict[str, Any]:
-    """Raises Ended."""
+    """Raises ConnectionEnded."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise Ended(End.MALFORMED)
+        raise ConnectionEnded(End.MALFORMED)
     return found
 
 
-def wanted_events(wire: Wire) -> int:
+def wanted_events(wire: LineSocket) -> int:
     return selectors.EVENT_READ | (selectors.EVENT_WRITE if wire.unsent else 0)
 
 

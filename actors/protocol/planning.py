@@ -11,7 +11,7 @@ from actors.protocol.tables import Tables
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
-from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, Plan
+from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, WorkerAssignment
 from orchestrator.protocol.membership import Member
 from orchestrator.recovery.experts import relaid_placement
 from orchestrator.recovery.relayout import Relaid, relaid
@@ -43,7 +43,7 @@ class RealPlanner:
         self.notes: tuple[str, ...] = ()
         """What differs from the configuration in the layout that was planned last."""
 
-    def plan(self, nodes: tuple[Node, ...], base: Base | None, ready: Collection[Member]) -> Plan | None:
+    def plan(self, nodes: tuple[Node, ...], base: Base | None, ready: Collection[Member]) -> WorkerAssignment | None:
         """As Planner.plan. A refusal is logged."""
         tables, members = self._tables, _by_place(ready)
         try:
@@ -57,7 +57,7 @@ class RealPlanner:
             layers_per_stage=found.config.layout.layers_per_stage, parts=found.config.layout.group_parts)
         return _plan(tables.layout_ref(found.config, found.layout), tables.placement_ref(placement), found.layout, members, nodes)
 
-    def recorded(self, layout: LayoutRef, placement: PlacementRef, ready: Collection[Member]) -> Plan | None:
+    def recorded(self, layout: LayoutRef, placement: PlacementRef, ready: Collection[Member]) -> WorkerAssignment | None:
         """As Planner.recorded."""
         self.notes, found = (), self._tables.layout(layout)
         return _plan(layout, placement, found, _by_place(ready), _nodes_of(ready))
@@ -71,7 +71,7 @@ class RealPlanner:
                 return f"no owner is left of {sum(part.count for part in of_unit)} {unit}, the first of them {of_unit[0].first}"
         return None
 
-    def hands_over(self, base: Base, plan: Plan, having: Collection[Member]) -> tuple[Member, ...]:
+    def hands_over(self, base: Base, plan: WorkerAssignment, having: Collection[Member]) -> tuple[Member, ...]:
         """As Planner.hands_over."""
         staying, having = set(plan.members), set(having)
         ranks = _ranks(base, [member for member in having if member in staying])
@@ -82,7 +82,7 @@ class RealPlanner:
                 found |= part.owners & idle.keys()
         return tuple(idle[rank] for rank in sorted(found))
 
-    def same_layout(self, base: Base, plan: Plan) -> bool:
+    def same_layout(self, base: Base, plan: WorkerAssignment) -> bool:
         """As Planner.same_layout."""
         return self._tables.layout(base.layout) == self._tables.layout(plan.layout)
 
@@ -120,10 +120,10 @@ def _is_for(layout: Layout, nodes: tuple[Node, ...]) -> bool:
 
 
 def _plan(layout: LayoutRef, placement: PlacementRef, found: Layout, members: dict[tuple[str, int], Member],
-          nodes: tuple[Node, ...]) -> Plan | None:
+          nodes: tuple[Node, ...]) -> WorkerAssignment | None:
     """None: a place has nobody."""
     seated = [members.get((place.node, place.local)) for place in found.places]
-    return None if None in seated else Plan(layout, placement, tuple(seated), nodes)
+    return None if None in seated else WorkerAssignment(layout, placement, tuple(seated), nodes)
 
 
 def _by_place(ready: Collection[Member]) -> dict[tuple[str, int], Member]:

@@ -16,7 +16,7 @@ from actors.protocol.batches import Reader
 from actors.protocol.book import Book, StepAccount
 from actors.protocol.clerk import Clerk
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
 from actors.state.checkpoint import Manifest
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class Listened:
-    """Posted when lifelines have something to say."""
+    """Posted when heartbeat connections have something to say."""
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacementSearched:
     """Posted when a placement was looked for. placement: None: experts stay."""
 
     step: int
@@ -45,13 +45,13 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ShellParts:
     """What the shell is put together from."""
 
     config: RunConfig
     tables: Tables
     ranks: RankCalls
-    lines: Lifelines
+    lines: HeartbeatServer
     clerk: Clerk
     reader: Reader
     dresser: Dresser
@@ -67,7 +67,7 @@ class Parts:
 class RealShell:
     """A conductor.Shell. `scores`: of the newest validation."""
 
-    def __init__(self, parts: Parts, run: Run):
+    def __init__(self, parts: ShellParts, run: Run):
         self._parts, self._run = parts, run
         self._reading = Reading(parts.tables)
         self._open: dict[CallId, Call] = {}
@@ -96,7 +96,7 @@ class RealShell:
                 return (item,)
             case Listened():
                 return self._listened()
-            case Placed(step, placement):
+            case PlacementSearched(step, placement):
                 return (PlacementFound(step, None if placement is None else self._parts.tables.placement_ref(placement)),)
         return (item,)
 
@@ -119,7 +119,7 @@ class RealShell:
     # --- members -------------------------------------------------------------------------------------------------
 
     def attach(self, member: Member) -> None:
-        """Have a process keep a lifeline to this coordinator."""
+        """Have a process keep a heartbeat connection to this coordinator."""
         parts = self._parts
         parts.ranks.attach(member, parts.lines.address, parts.config.elastic.beat_seconds, parts.config.run.name, parts.epoch)
 
@@ -229,7 +229,7 @@ class RealShell:
         def find() -> None:
             found = balanced_placement(config.model, layout, before, load, least_gain=config.placement.least_gain,
                                        parts=config.layout.group_parts)
-            parts.post(Placed(command.step, found if moves(before, found) else None))
+            parts.post(PlacementSearched(command.step, found if moves(before, found) else None))
         threading.Thread(target=find, name="placement", daemon=True).start()
 
     def _tell(self, command: commands.Tell) -> None:

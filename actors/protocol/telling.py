@@ -16,7 +16,7 @@ from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
 from actors.telemetry.step_metrics import loads_of, step_metrics, timeline
 from actors.telemetry.straggler_events import SlowWatch
-from actors.telemetry.time_account import Spending
+from actors.telemetry.time_account import ClockedTimeAccount
 from actors.telemetry.trace import trace_json
 from orchestrator.config.run_config import RunConfig, dump
 from orchestrator.layout.expert_load import ExpertLoad
@@ -49,7 +49,7 @@ class Telling:
                  utilisation: Callable[[float], float | None]):
         self._config, self._tables, self._folder, self._clerk, self._watch = config, tables, folder, clerk, watch
         self._post, self._notes, self._scores, self._utilisation = post, notes, scores, utilisation
-        self._spending = Spending()
+        self._time_account = ClockedTimeAccount()
         self._phase, self._step_since, self._shown_at = "", time.perf_counter(), 0.0
         self._slow: tuple[int, SlowWatch] | None = None
         self._traced: dict[int, tuple[list[Span], tuple[Place, ...]]] = {}
@@ -73,7 +73,7 @@ class Telling:
     def tell(self, what: Event | InReferences) -> None:
         """An event, in the words of its users."""
         if isinstance(what, StepLost):
-            self._spending.step_lost()
+            self._time_account.step_lost()
             return
         if isinstance(what, FormedRef | LoadedRef):
             self._stands = True
@@ -89,7 +89,7 @@ class Telling:
             if _SPENT_ON.get(phase) in of_a_step and _SPENT_ON.get(self._phase) not in of_a_step:
                 self._step_since = time.perf_counter()
             self._phase = phase
-            self._spending.to(_SPENT_ON.get(phase, goodput.RECOVERY))
+            self._time_account.to(_SPENT_ON.get(phase, goodput.RECOVERY))
 
     def committed(self, account: StepAccount, requests: list[StepRequest], arrangement: tuple[RunConfig, Layout, Placement]) -> None:
         """A step is durable."""
@@ -100,8 +100,8 @@ class Telling:
         values = step_metrics(step, account.batch, dict(account.losses), rate, reports, now - self._step_since, account.generation,
                               len(layout.nodes))
         self._step_since = now
-        values["spent"] = self._spending.step_done(reports)
-        values["redone"] = round(self._spending.take_redone(), 6)
+        values["spent"] = self._time_account.step_done(reports)
+        values["redone"] = round(self._time_account.take_redone(), 6)
         values["mfu"] = self._utilisation(values["tokens_per_second"])
         self._configure()
         self._clerk.chore("metrics.jsonl", lambda: self._write_metrics(values))
@@ -149,7 +149,7 @@ class Telling:
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _trimmed(self, undone: list[dict[str, Any]], found: dict[str, list], since: dict[str, list]) -> None:
-        self._spending.redone(undone)
+        self._time_account.redone(undone)
         if self._since is since:
             self._since = None
         self._watch("history", {"steps": found["step"] + since["step"], "events": found["event"] + since["event"]})

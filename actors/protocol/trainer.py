@@ -21,9 +21,9 @@ from actors.protocol.book import Book
 from actors.protocol.clerk import Clerk
 from actors.protocol.conductor import Conductor
 from actors.protocol.dressing import Dresser
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from actors.protocol.planning import RealPlanner
-from actors.protocol.shell import Listened, Parts, RealShell
+from actors.protocol.shell import Listened, RealShell, ShellParts
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling, Watch
 from actors.state import checkpoint
@@ -34,8 +34,8 @@ from orchestrator.layout.layout import Layout, Place
 from orchestrator.plan import cost
 from orchestrator.protocol.commands import EndRun
 from orchestrator.protocol.deadlines import Deadlines
-from orchestrator.protocol.events import Change, Ending, Goal, Head, Seen, Started
-from orchestrator.protocol.membership import Member, Rules
+from orchestrator.protocol.events import Ending, Goal, Head, ReplayedChange, Seen, Started
+from orchestrator.protocol.membership import Member, MembershipRules
 from orchestrator.protocol.run import Run
 from orchestrator.told.kinds import CheckpointUnreadable, Event, StorageAway
 from orchestrator.told.lines import Told, details
@@ -86,7 +86,7 @@ class Trainer:
         self._config, self._first, self._ranks, self._folder, self._start = config, layout, ranks, folder, start
         self._sources, self._host, self._watch, self._store = sources, host, watch, store
         self._tables, self._abouts = Tables(), {}
-        rules = Rules.of(config.elastic, one_host=config.topology.virtual_nodes > 0)
+        rules = MembershipRules.of(config.elastic, one_host=config.topology.virtual_nodes > 0)
         first = layout if layout.meets(config.layout, config.stages) else None  # else it is found, and noted, as any later one is
         self._planner = RealPlanner(config, self._tables, first)
         self._run = Run(rules, Deadlines.of(config), self._planner)
@@ -141,8 +141,8 @@ class Trainer:
         try:
             found = self._patiently(self._storage)
             held_out = self._patiently(self._sources.validation)
-            with Lifelines(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
-                           told=lambda: self._conductor.post(Listened())) as lines:
+            with HeartbeatServer(self._host, run=self._config.run.name, epoch=found.ledger.epoch + 1,
+                                 told=lambda: self._conductor.post(Listened())) as lines:
                 reader = Reader(self._sources.training, self._conductor.post, self._sources.answers)
                 try:
                     shell = self._shell(found, held_out, lines, reader, clerk)
@@ -212,7 +212,7 @@ class Trainer:
             return Goal(0, validate=validate, evaluate=start.evaluate, folder=self._folder.checkpoints)
         training, replay = config.training, start.replay
         changes = () if replay is None else tuple(
-            Change(found.first_step, tables.layout_ref(found.config, found.layout), tables.placement_ref(found.placement))
+            ReplayedChange(found.first_step, tables.layout_ref(found.config, found.layout), tables.placement_ref(found.placement))
             for found in replay.changes)
         return Goal(training.steps if replay is None else min(training.steps, replay.steps), save_every=config.checkpoint.every,
                     validate_every=training.validate_every if validate else 0,
@@ -221,14 +221,15 @@ class Trainer:
 
     # --- the run -------------------------------------------------------------------------------------------------
 
-    def _shell(self, found: _Storage, held_out: Any, lines: Lifelines, reader: Reader, clerk: Clerk) -> RealShell:
+    def _shell(self, found: _Storage, held_out: Any, lines: HeartbeatServer, reader: Reader, clerk: Clerk) -> RealShell:
         config, tables = self._config, self._tables
         telling = Telling(config, tables, self._folder, clerk, self._watch, post=self._conductor.post,
                           notes=lambda: self._planner.notes, scores=lambda: shell.validation, utilisation=self._utilisation)
         dresser = Dresser(config, tables, self._host, self._store, batch=reader.batch, held_out=lambda: held_out, abouts=self._abouts,
                           manifests=found.manifests, traced=telling.traced, shows=telling.shows)
-        shell = RealShell(Parts(config, tables, self._ranks, lines, clerk, reader, dresser, Book(config, self._start.replay), telling,
-                                found.manifests, self._abouts, held_out, self._conductor.post, found.ledger.epoch + 1), self._run)
+        shell = RealShell(ShellParts(config, tables, self._ranks, lines, clerk, reader, dresser, Book(config, self._start.replay),
+                                     telling, found.manifests, self._abouts, held_out, self._conductor.post,
+                                     found.ledger.epoch + 1), self._run)
         if found.ledger.newest:  # what a coordinator that died could not cut off
             telling.undone(found.committed)
         self._telling = telling

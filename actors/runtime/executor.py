@@ -1,9 +1,9 @@
 """Runs one rank's program in its order. What comes when is the program's; how it is done, the handlers'.
 
 Every handler leaves spans: compute, exchange (dispatch and combine), pipeline (waiting for a neighbour's tensor), reduce.
-A compute action is strands whose segments are issued in the program's order (strands.py): compute on the thread that runs the
-program, exchanges on a lane of their own. A microbatch of which any action is split is in two parts from its forward on, for no
-backward can be cut in two after a whole forward: all its actions have a strand for each part.
+A compute action is operation streams whose segments are issued in the program's order (issuer.py): compute on the thread that
+runs the program, exchanges on a lane of their own. A microbatch of which any action is split is in two parts from its forward on,
+for no backward can be cut in two after a whole forward: all its actions have a stream for each part.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from actors.comm.links import Links
-from actors.comm.waiting import Progress
+from actors.comm.waiting import OperationCounter
 from actors.model.chunk import Chunk, Microbatch
 from actors.model.weights import WeightGradients
 from actors.runtime.exchange_lane import Exchanges, InTurn
-from actors.runtime.weaver import Closures, Strand, Weaver
-from orchestrator.schedule.ir.actions import Compute, Form, Kind, Payload, Program, Split, Transfer, Work
-from orchestrator.schedule.ir.pieces import Order
+from actors.runtime.issuer import Closures, Issuer, SegmentStream
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Form, Payload, Program, SplitAction, Transfer, Work
+from orchestrator.schedule.ir.operations import IssueOrder
 from orchestrator.schedule.ir.spans import Lane, Span
 
 Key = tuple[int, int]
@@ -51,7 +51,7 @@ class StepWork:
     deferred: dict[Key, list[Closures]] = field(default_factory=dict)
     halved: frozenset[Key] = frozenset()
     parts: dict[Key, tuple[Microbatch, ...]] = field(default_factory=dict)
-    orders: dict[Form, Order] = field(default_factory=dict)
+    orders: dict[Form, IssueOrder] = field(default_factory=dict)
 
 
 class Executor:
@@ -64,20 +64,23 @@ class Executor:
     """
 
     def __init__(self, rank: int, generation: int, chunks: Mapping[int, Chunk], queue: WeightGradients,
-                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None, progress: Progress | None = None):
+                 fed_by: Mapping[int, int] | None = None, exchanges: Exchanges | None = None,
+                 progress: OperationCounter | None = None):
         self._rank, self._generation, self._chunks = rank, generation, chunks
-        self._progress = progress or Progress()
+        self._progress = progress or OperationCounter()
         self._fed_by = dict(fed_by or {})
         self._feeds = {source: slot for slot, source in self._fed_by.items()}
-        self._weaver = Weaver(rank, queue, InTurn() if exchanges is None else exchanges)
+        self._issuer = Issuer(rank, queue, InTurn() if exchanges is None else exchanges)
         self._handlers = {
-            Kind.FORWARD: self._compute, Kind.BACKWARD: self._compute, Kind.BACKWARD_INPUT: self._compute,
-            Kind.BACKWARD_WEIGHT: self._compute, Kind.PAIR: self._compute, Kind.SPLIT: self._split, Kind.SEND: self._send,
-            Kind.RECEIVE: self._receive, Kind.REDUCE: self._reduce,
+            ActionKind.FORWARD: self._compute, ActionKind.BACKWARD: self._compute, ActionKind.BACKWARD_INPUT: self._compute,
+            ActionKind.BACKWARD_WEIGHT: self._compute, ActionKind.PAIR: self._compute, ActionKind.SPLIT: self._split,
+            ActionKind.SEND: self._send,
+            ActionKind.RECEIVE: self._receive, ActionKind.REDUCE: self._reduce,
         }
-        self._strands_of = {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward, Kind.BACKWARD_INPUT: self._backward,
-                            Kind.BACKWARD_WEIGHT: self._weights}
-        if missing := set(Kind) - self._handlers.keys():
+        self._streams_of = {ActionKind.FORWARD: self._forward, ActionKind.BACKWARD: self._backward,
+                            ActionKind.BACKWARD_INPUT: self._backward,
+                            ActionKind.BACKWARD_WEIGHT: self._weights}
+        if missing := set(ActionKind) - self._handlers.keys():
             raise ValueError(f"no handler for {sorted(missing)}")
 
     def run(self, program: Program, work: StepWork) -> None:
@@ -96,20 +99,20 @@ class Executor:
     # --- actions -------------------------------------------------------------------------------------------------
 
     def _compute(self, action: Work, work: StepWork) -> None:
-        """Run the strands of its computes, then put together what the parts of each one's microbatch have made."""
-        strands, form = [], []
+        """Run the streams of its computes, then put together what the parts of each one's microbatch have made."""
+        streams, form = [], []
         for compute in action.computes:
-            strands += self._strands_of[compute.kind](compute, work)
+            streams += self._streams_of[compute.kind](compute, work)
             form.append((compute.kind, compute.slot, 1 + ((compute.slot, compute.microbatch) in work.halved)))
-        self._weaver.run(strands, work.orders.get(tuple(form)), work.spans)
+        self._issuer.run(streams, work.orders.get(tuple(form)), work.spans)
         for compute in action.computes if work.parts else ():
             key = compute.slot, compute.microbatch
-            if compute.kind is Kind.FORWARD and key in work.parts:
+            if compute.kind is ActionKind.FORWARD and key in work.parts:
                 work.tapes[key].join_forward(work.parts[key])
-            elif compute.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and key in work.parts:
+            elif compute.kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT) and key in work.parts:
                 work.tapes[key].join_backward(work.parts.pop(key))
 
-    def _split(self, split: Split, work: StepWork) -> None:
+    def _split(self, split: SplitAction, work: StepWork) -> None:
         self._compute(split.whole, work)
 
     def _send(self, transfer: Transfer, work: StepWork) -> None:
@@ -129,9 +132,9 @@ class Executor:
         work.reduce()
         work.spans.append(Span(self._rank, Lane.REDUCE.value, str(action), started, time.perf_counter()))
 
-    # --- compute actions as strands ------------------------------------------------------------------------------
+    # --- compute actions as operation streams ------------------------------------------------------------------------------
 
-    def _forward(self, action: Compute, work: StepWork) -> list[Strand]:
+    def _forward(self, action: Compute, work: StepWork) -> list[SegmentStream]:
         key = action.slot, action.microbatch
         chunk, tape = self._chunks[action.slot], work.tapes[key]
         if not chunk.first:
@@ -141,9 +144,9 @@ class Executor:
             parts = work.parts[key] = tape.halves()
             tape.share_input(parts)
         label = str(action)
-        return [Strand(label, chunk.forward(part)) for part in parts]
+        return [SegmentStream(label, chunk.forward(part)) for part in parts]
 
-    def _backward(self, action: Compute, work: StepWork) -> list[Strand]:
+    def _backward(self, action: Compute, work: StepWork) -> list[SegmentStream]:
         key = action.slot, action.microbatch
         chunk, tape = self._chunks[action.slot], work.tapes[key]
         if not chunk.last:
@@ -152,12 +155,12 @@ class Executor:
         if len(parts) > 1:
             tape.share_output_gradient(parts)
         label, later = str(action), None
-        if action.kind is Kind.BACKWARD_INPUT:
+        if action.kind is ActionKind.BACKWARD_INPUT:
             later = work.deferred[key] = []
-        return [Strand(label, chunk.backward(part), True, later) for part in parts]
+        return [SegmentStream(label, chunk.backward(part), True, later) for part in parts]
 
-    def _weights(self, action: Compute, work: StepWork) -> list[Strand]:
-        return [Strand(str(action), released=work.deferred.pop((action.slot, action.microbatch)))]
+    def _weights(self, action: Compute, work: StepWork) -> list[SegmentStream]:
+        return [SegmentStream(str(action), released=work.deferred.pop((action.slot, action.microbatch)))]
 
     # --- what a compute action works on --------------------------------------------------------------------------
 

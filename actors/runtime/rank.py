@@ -1,7 +1,7 @@
 """One rank's whole runtime: its stages, its optimizer shards, its process groups.
 
 Needs torch.distributed only; a Ray actor or a plain process wraps it. A step is `step` (compute and reduce; nothing
-persistent changes) and, once the coordinator has committed it, the `Apply` that the next call carries.
+persistent changes) and, once the coordinator has committed it, the `PendingUpdate` that the next call carries.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import torch
 import torch.distributed as dist
 
 from actors.calls.messages import (
-    Apply,
     Assignment,
-    Formed,
+    FormationReport,
     Former,
     LossSums,
+    PendingUpdate,
+    RankState,
     Rearranged,
     Rearrangement,
     Recollection,
     SavedPiece,
-    Standing,
     StepReport,
     StepRequest,
 )
 from actors.comm.groups import Generation, Group
 from actors.comm.links import Links
 from actors.comm.traffic import Traffic
-from actors.comm.waiting import OutOfStep, Progress
+from actors.comm.waiting import OperationCounter, OutOfStep
 from actors.comm.wires import Wires
 from actors.model.weights import DTYPES, WeightGradients, exact_dtype, initial_value
-from actors.protocol.heartbeat_client import Lifeline
+from actors.protocol.heartbeat_client import HeartbeatClient
 from actors.runtime.authority import Authority
 from actors.runtime.exchange_lane import ExchangeLane, lane_for
 from actors.runtime.executor import Executor, StepWork
 from actors.runtime.meeting import MeetingPlace
 from actors.runtime.probe import ProbeListener
 from actors.runtime.process_setup import device_name, settle, stay_on_a_core, warm_up
-from actors.runtime.stage_builder import Stages, groups_of
+from actors.runtime.stage_builder import StageBuilder, groups_of
 from actors.runtime.step_io import digests, links, loss_sums, microbatches, scales
 from actors.state.checkpoint import CheckpointError, PieceWriter, restore_shards
 from actors.state.generations import Held, State
@@ -63,9 +63,9 @@ class Rank:
         self._host = host
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.configure(config)
-        self.authority, self._meeting_place, self._held, self._progress = Authority(), MeetingPlace(), Held(), Progress()
+        self.authority, self._meeting_place, self._held, self._progress = Authority(), MeetingPlace(), Held(), OperationCounter()
         self._lane: ExchangeLane | None = None
-        self._attaching, self._reached = threading.Lock(), None  # the lifeline, and who answers probes
+        self._attaching, self._reached = threading.Lock(), None  # the heartbeat client, and who answers probes
         self.optimizer: Optimizer | None = None
         self._writer: PieceWriter | None = None
         if self._device.type == "cpu":
@@ -79,7 +79,7 @@ class Rank:
 
     @property
     def connected(self) -> bool:
-        """Whether a coordinator is at the other end of the lifeline; from any thread."""
+        """Whether a coordinator is at the other end of the heartbeat connection; from any thread."""
         reached = self._reached
         return reached is not None and reached[0].connected
 
@@ -96,8 +96,8 @@ class Rank:
 
     def attach(self, member: Member, address: tuple[str, int], beat_seconds: float, run: str, target: str | None = None,
                epoch: int = 0) -> None:
-        """Keep a lifeline to the coordinator at `address`, as this member of `run`; safe from any thread. target: host:port of this
-        rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
+        """Keep a heartbeat connection to the coordinator at `address`, as this member of `run`; safe from any thread. target:
+        host:port of this rank's metrics. epoch: of that coordinator; 0: it counts none. Raises Superseded."""
         with self._attaching:
             self.authority.attached(run, epoch)
             warm_up()
@@ -105,10 +105,10 @@ class Rank:
             if before is not None:
                 before.close()
             about = {"target": target, "device": device_name(), "probe": list(listener.address)}
-            self._reached = Lifeline(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
-                                     finished=lambda: self._progress.count, about=lambda: about), listener
+            self._reached = HeartbeatClient(address, member, self.abort, beat_seconds, run=run, epoch=lambda: self.authority.epoch,
+                                            finished=lambda: self._progress.count, about=lambda: about), listener
 
-    def form(self, assignment: Assignment) -> Formed:
+    def form(self, assignment: Assignment) -> FormationReport:
         """Take a place in a new generation: groups, buffers, stages; and state, carried over from `former`. Without, state is
         empty until `initialise` or `restore`.
 
@@ -135,7 +135,7 @@ class Rank:
         carried = Carried(0, 0)
         if assignment.rank >= layout.size:
             carried, _ = self._carry_over(former, state, generation.group(everybody), None)
-            return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
+            return FormationReport(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
         if self._device.type == "cpu":
             stay_on_a_core(self._cores, layout, assignment.rank)
         self._place = layout.places[assignment.rank]
@@ -155,14 +155,14 @@ class Rank:
         self.optimizer = Optimizer(assignment.rank, buckets, config.optimizer, self._dtype, self._device, new.shards,
                                    self.optimizer)
         self._load: dict[int, torch.Tensor] = {}
-        self._stages = Stages(config, layout, self._place, generation, self._device, new.biases, self._queue, self._traffic,
-                              self._blocks)
+        self._stages = StageBuilder(config, layout, self._place, generation, self._device, new.biases, self._queue, self._traffic,
+                                    self._blocks)
         self._lane = lane_for(self._device) if config.schedule.overlap else None
         self._set_up(assignment.placement)
         self._programs: dict[tuple[bool, int], Program] = {}  # (for training, microbatches)
         if former is not None:
             self._publish(None if former.publish else fresh, whole=former.publish or published)
-        return Formed(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
+        return FormationReport(grouped - started, time.perf_counter() - grouped, carried.sent, carried.received)
 
     def rearrange(self, wanted: Rearrangement) -> Rearranged:
         """Move experts with all their state to where another placement has them, between two steps of which the first was
@@ -185,7 +185,7 @@ class Rank:
         self._set_up(wanted.placement)
         return Rearranged(carried.sent, carried.received, time.perf_counter() - started)
 
-    def finish(self, apply: Apply | None, base: int) -> Standing:
+    def finish(self, apply: PendingUpdate | None, base: int) -> RankState:
         """Go back to the state of generation `base`, all others are let go of; there complete a committed step from what this rank
         holds, if it has not done so yet: without the others, whose communication has been aborted. Working weights are then to be
         published. Where this rank has no state of that generation, it has none at all from now on, and says so.
@@ -193,7 +193,7 @@ class Rank:
         held, state = self._held, self._held.base(base)
         if apply is not None and state is not None and held.reduced == apply.step == state.applied:
             self._update(apply)
-        return Standing(held.generation, state.applied if state is not None else None, held.reduced, held.published)
+        return RankState(held.generation, state.applied if state is not None else None, held.reduced, held.published)
 
     def recall(self) -> Recollection:
         """What this rank holds; from any thread."""
@@ -268,13 +268,13 @@ class Rank:
             bytes_sent=work.links.bytes_sent, exchanged=self._traffic.sent - sent_before, load=self._reported_load(),
             spans=tuple(work.spans) if request.keep_spans else (), wires=self._wires.since(), began=began)
 
-    def apply(self, apply: Apply) -> None:
+    def apply(self, apply: PendingUpdate) -> None:
         """Finish a committed step: weights, moments, gate biases. Raises Aborted."""
         self._held.settle()
         self._update(apply)
         self._publish()
 
-    def _update(self, apply: Apply) -> None:
+    def _update(self, apply: PendingUpdate) -> None:
         """All that changes of the state; without communication, so that it is done whole or not at all.
 
         Raises OutOfStep: that step is not the one that is due, or its gradients are not here.

@@ -42,7 +42,7 @@ def groups_of(layout: Layout, buckets: Sequence[Bucket], hops: int | str) -> tup
     return [tuple(range(layout.size)), *lines, *experts, *stages, *Optimizer.groups(buckets)], counts
 
 
-class Stages:
+class StageBuilder:
     """Makes the chunks of one rank, for one placement after the other.
 
     biases: of the gate of every layer with experts. queue, traffic: what all chunks use. blocks: FP8 weights by name.

@@ -98,7 +98,7 @@ def restore_shards(directory: str, pieces: Iterable[SavedPiece], shards: Iterabl
     index: dict[tuple[str, str], list[SavedPiece]] = {}
     for piece in pieces:
         index.setdefault((piece.name, piece.kind), []).append(piece)
-    reader, shards = _Reader(directory), list(shards)
+    reader, shards = _PieceReader(directory), list(shards)
     moments = {id(owned): (torch.zeros_like(owned.master), torch.zeros_like(owned.master)) for owned in shards}
     for name, ranges in owned_by_name(shards).items():
         for owned, start, stop, offset in ranges:
@@ -126,7 +126,7 @@ class WholeTensors:
 
     def __init__(self, directory: str):
         manifest = read_manifest(directory)
-        self.step, self.model, self._reader = manifest.step, manifest.model, _Reader(directory)
+        self.step, self.model, self._reader = manifest.step, manifest.model, _PieceReader(directory)
         self._pieces: dict[str, list[SavedPiece]] = {}
         for piece in manifest.pieces:
             if piece.kind in (MASTER, BIAS):
@@ -216,7 +216,7 @@ def _folders(root: str) -> list[str]:
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-class _Reader:
+class _PieceReader:
     """Reads pieces by range, each file's header once, each piece's hash always."""
 
     def __init__(self, directory: str):
@@ -237,7 +237,7 @@ class _Reader:
         return found.tensor()
 
 
-def _fill(target: torch.Tensor, start: int, pieces: list[SavedPiece], reader: _Reader, label: str) -> None:
+def _fill(target: torch.Tensor, start: int, pieces: list[SavedPiece], reader: _PieceReader, label: str) -> None:
     """Copy [start, start + len) of a weight out of the pieces that overlap it."""
     filled, stop = 0, start + target.numel()
     for piece in pieces:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from actors.comm.groups import Group, wait
-from actors.comm.waiting import Operation
+from actors.comm.waiting import GroupOperation
 from actors.state.optimizer import OwnedShard
-from orchestrator.state.transfer import Message, Plan
+from orchestrator.state.transfer import Message, TransferPlan
 
 _TAG = 1  # nothing else is sent from one to one in the group of all ranks
 _HEADER = 1  # a message begins with the number of updates, which FP32 holds exactly up to 2**24
@@ -35,10 +35,10 @@ class Carried:
 class _OnItsWay:
     message: Message
     buffer: torch.Tensor
-    work: Operation
+    work: GroupOperation
 
 
-def carry_over(plan: Plan, rank: int, world: Group, former: Sequence[OwnedShard], shards: Sequence[OwnedShard],
+def carry_over(plan: TransferPlan, rank: int, world: Group, former: Sequence[OwnedShard], shards: Sequence[OwnedShard],
                former_biases: Biases, biases: Biases) -> Carried:
     """Fill what a rank owns from now on. Collective.
 
@@ -108,7 +108,7 @@ def _copy(to: tuple[torch.Tensor, ...] | None, values: tuple[torch.Tensor, ...])
         flat.copy_(value)
 
 
-def _receive(world: Group, peer: int, message: Message, plan: Plan, like: torch.Tensor) -> _OnItsWay:
+def _receive(world: Group, peer: int, message: Message, plan: TransferPlan, like: torch.Tensor) -> _OnItsWay:
     buffer = like.new_empty(_HEADER + message.length(plan.gate_values))
     return _OnItsWay(message, buffer, world.receive(buffer, peer, _TAG))
 
@@ -117,7 +117,7 @@ def _send(world: Group, peer: int, message: Message, buffer: torch.Tensor) -> _O
     return _OnItsWay(message, buffer, world.send(buffer, peer, _TAG))
 
 
-def _packed(message: Message, plan: Plan, source: _Ranges, biases: Biases, steps: int, like: torch.Tensor) -> torch.Tensor:
+def _packed(message: Message, plan: TransferPlan, source: _Ranges, biases: Biases, steps: int, like: torch.Tensor) -> torch.Tensor:
     buffer = like.new_empty(_HEADER + message.length(plan.gate_values))
     buffer[0] = steps
     parts = [flat for one in message.weights for flat in source.find(one.name, one.start, one.stop)]
@@ -126,7 +126,7 @@ def _packed(message: Message, plan: Plan, source: _Ranges, biases: Biases, steps
     return buffer
 
 
-def _unpack(one: _OnItsWay, plan: Plan, target: _Ranges, biases: Biases) -> int:
+def _unpack(one: _OnItsWay, plan: TransferPlan, target: _Ranges, biases: Biases) -> int:
     """The number of updates."""
     flats = [flat for transfer in one.message.weights for flat in target.find(transfer.name, transfer.start, transfer.stop)]
     flats += [biases[gate.layer] for gate in one.message.gates]

@@ -22,7 +22,7 @@ _SHOWN = ("step", "time", "loss", "tokens_per_second", "seconds", "overlap_ratio
           "learning_rate", "mfu", "busiest_expert", "generation", "nodes", "tokens")
 
 
-class Board:
+class LiveStatus:
     """layout: the one of the moment, None before the first. Safe from any thread."""
 
     def __init__(self, config: RunConfig, layout: Callable[[], Layout | None]):

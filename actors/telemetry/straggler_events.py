@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from actors.calls.messages import StepReport, StepRequest
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
-from orchestrator.telemetry.stragglers import Change, Flow, Watch, Work
+from orchestrator.telemetry.stragglers import Flow, StragglerChange, Watch, Work
 from orchestrator.told.kinds import Slow, SlowOver
 
 
@@ -41,7 +41,7 @@ class SlowWatch:
     def _peers(self, rank: int) -> frozenset[int]:
         return frozenset(self._layout.peers(self._layout.places[rank].position))
 
-    def _event(self, step: int, change: Change) -> Slow | SlowOver:
+    def _event(self, step: int, change: StragglerChange) -> Slow | SlowOver:
         slow, places = change.straggler, self._layout.places
         return (SlowOver if change.over else Slow)(
             step, slow.rank, places[slow.rank].node, slow.peer, None if slow.peer is None else places[slow.peer].node,

@@ -12,8 +12,8 @@ from actors.telemetry.step_metrics import mean_figures
 from orchestrator.telemetry.goodput import TimeAccount
 
 
-class Spending:
-    """Nested `on` blocks: the innermost one counts."""
+class ClockedTimeAccount:
+    """A TimeAccount by the monotonic clock. Nested `on` blocks: the innermost one counts."""
 
     def __init__(self) -> None:
         self._account, self._redone = TimeAccount(time.monotonic()), 0.0

@@ -21,7 +21,7 @@ _MOST_NODES = 32
 """A terminal has no room for more."""
 
 
-class Announced:
+class PublishedAddress:
     """Where a run can be asked, in its folder. No run ends for want of that: storage that does not take it is offered it
     again, and what it does not delete is an address where nobody answers.
 

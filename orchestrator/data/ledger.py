@@ -42,7 +42,7 @@ class LedgerLine:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     """One line. number: counted from 1. damaged: what is wrong with it; None: nothing, and `values` are those of its kind."""
 
     number: int
@@ -72,32 +72,33 @@ class Ledger:
 class Cuts:
     """Which lines of steps are void. Made of all entries of a ledger, of which it keeps the cuts only."""
 
-    def __init__(self, entries: Iterable[Entry]):
+    def __init__(self, entries: Iterable[LedgerEntry]):
         found = [(entry.number, entry.values["step"]) for entry in entries if entry.kind == CUT and entry.damaged is None]
         self._cuts: list[tuple[int, int]] = []
         for number, step in reversed(found):  # a later cut that reaches further back makes an earlier one's question idle
             self._cuts.append((number, min(step, self._cuts[-1][1]) if self._cuts else step))
         self._cuts.reverse()
 
-    def voids(self, entry: Entry) -> bool:
+    def voids(self, entry: LedgerEntry) -> bool:
         """Whether a line that comes after it says that this step is to be done again."""
         later = next((step for number, step in self._cuts if number > entry.number), None)
         return later is not None and entry.values["step"] >= later
 
 
-def entries(lines: Iterable[str]) -> Iterator[Entry]:
+def entries(lines: Iterable[str]) -> Iterator[LedgerEntry]:
     """The whole lines of a ledger. One is damaged if it is not that of a kind, or if the next one was written after another."""
-    before: Entry | None = None
+    before: LedgerEntry | None = None
     digest = ""
     for number, text in enumerate(lines, 1):
         entry = _entry(number, text)
         previous = entry.values.get("previous")
         if before is not None:
             changed = previous is not None and previous != digest and before.damaged is None
-            yield Entry(before.number, before.kind, before.values,
-                        f"it was changed, or a line after it was removed: line {number} was written after another") if changed else before
+            yield before if not changed else LedgerEntry(
+                before.number, before.kind, before.values,
+                f"it was changed, or a line after it was removed: line {number} was written after another")
         elif previous:
-            entry = Entry(number, entry.kind, entry.values, "the lines before it were removed")
+            entry = LedgerEntry(number, entry.kind, entry.values, "the lines before it were removed")
         before, digest = entry, line_hash(text)
     if before is not None:
         yield before
@@ -164,18 +165,18 @@ def digest_text(digest: int) -> str:
     return f"{digest:032x}"
 
 
-def _entry(number: int, text: str) -> Entry:
+def _entry(number: int, text: str) -> LedgerEntry:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return Entry(number, "", {}, "it is no JSON")
+        return LedgerEntry(number, "", {}, "it is no JSON")
     if not isinstance(values, dict):
-        return Entry(number, "", {}, "it is no object")
+        return LedgerEntry(number, "", {}, "it is no object")
     kind = values.get("kind", STEP)
     key = _KEYS.get(kind) if isinstance(kind, str) else None
     if key is None:
-        return Entry(number, "", values, f"its kind is {kind!r}")
+        return LedgerEntry(number, "", values, f"its kind is {kind!r}")
     for name in (key, *values.keys() & {"generation"}):
         if type(values.get(name)) is not int or values[name] < 0:
-            return Entry(number, kind, values, f"it has no {name}")
-    return Entry(number, kind, values)
+            return LedgerEntry(number, kind, values, f"it has no {name}")
+    return LedgerEntry(number, kind, values)

@@ -62,7 +62,7 @@ def _floor_sum(n: int, m: int, a: int) -> int:
 # ---- the seeded order
 
 @dataclass(frozen=True)
-class Shape:
+class SplitShape:
     """Sizes of a split as stored: `sequences` rows in groups of `rows_per_group`, the last group possibly short."""
 
     sequences: int
@@ -138,7 +138,7 @@ class Window:
     `first`: position of its first sequence; `rows`: how many it has; `groups`: the row groups to read, in permuted order.
     """
 
-    shape: Shape
+    shape: SplitShape
     seed: int
     epoch: int
     number: int
@@ -162,7 +162,7 @@ class Window:
         return self.groups[slot] * size + row
 
 
-def window_at(shape: Shape, seed: int, window: int, position: int) -> Window:
+def window_at(shape: SplitShape, seed: int, window: int, position: int) -> Window:
     """The window that holds `position` (any epoch). `window`: row groups of a window (`data.shuffle_window`)."""
     epoch, offset = divmod(position, shape.sequences)
     order = Permutation(shape.groups, seed, "groups", epoch)
@@ -181,7 +181,7 @@ def window_at(shape: Shape, seed: int, window: int, position: int) -> Window:
     return Window(shape, seed, epoch, number, first, rows, tuple(order(member) for member in members))
 
 
-def windows_of(shape: Shape, seed: int, window: int, position: int, count: int) -> Iterator[tuple[Window, int, int]]:
+def windows_of(shape: SplitShape, seed: int, window: int, position: int, count: int) -> Iterator[tuple[Window, int, int]]:
     """The windows that positions position .. position+count-1 overlap: (window, begin, end) with offsets into the window."""
     end = position + count
     while position < end:
@@ -191,7 +191,7 @@ def windows_of(shape: Shape, seed: int, window: int, position: int, count: int) 
         position = stop
 
 
-def sequences_of(shape: Shape, seed: int, window: int, position: int, count: int) -> list[int]:
+def sequences_of(shape: SplitShape, seed: int, window: int, position: int, count: int) -> list[int]:
     """Row ids at positions position .. position+count-1 of the seeded order."""
     pieces = windows_of(shape, seed, window, position, count)
     return [row for found, begin, end in pieces for row in found.sequences(begin, end)]

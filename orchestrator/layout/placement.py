@@ -20,7 +20,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class LayerExperts:
     """Experts of one layer in one EP group. `ranks`: of the group; `experts`: of each of them, ascending, in slot order."""
 
     replica: int
@@ -34,14 +34,14 @@ class Placed:
 class Placement:
     """Where the experts of every layer are: for each (replica, position, layer that the position hosts) an entry."""
 
-    placed: tuple[Placed, ...]
+    placed: tuple[LayerExperts, ...]
 
     def at(self, replica: int, position: int, layer: int) -> Ranks:
         """Experts by index in the EP group. Raises KeyError: the position does not host the layer, or it has no experts."""
         return self._by_place[replica, position, layer].experts
 
     @cached_property
-    def _by_place(self) -> dict[tuple[int, int, int], Placed]:
+    def _by_place(self) -> dict[tuple[int, int, int], LayerExperts]:
         return {(entry.replica, entry.position, entry.layer): entry for entry in self.placed}
 
     @cached_property
@@ -56,7 +56,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class ExpertMove:
     """An expert that other ranks hold than before."""
 
     layer: int
@@ -100,7 +100,7 @@ def default_placement(model: ModelConfig, layout: Layout, layers_per_stage: list
         ranks, experts = layout.expert_group(replica, position), place_experts(model, layout, replica, position, parts)
         for stage in layout.stages(position):
             layers = moe_layers(model, per_stage[stage], last=stage == layout.folding.count - 1)
-            found += [Placed(replica, position, layer, ranks, experts) for layer in layers]
+            found += [LayerExperts(replica, position, layer, ranks, experts) for layer in layers]
     return Placement(tuple(found))
 
 
@@ -137,10 +137,10 @@ def worst_unevenness(placement: Placement, load: Mapping[int, Sequence[float]]) 
     return max((unevenness(load[entry.layer], entry.experts) for entry in placement.placed if entry.layer in load), default=1.0)
 
 
-def moves(old: Placement, new: Placement) -> list[Move]:
+def moves(old: Placement, new: Placement) -> list[ExpertMove]:
     """What changes between two placements of one layout, by layer and expert."""
     after = new.holders
-    return [Move(layer, expert, before, after[layer, expert]) for (layer, expert), before in sorted(old.holders.items())
+    return [ExpertMove(layer, expert, before, after[layer, expert]) for (layer, expert), before in sorted(old.holders.items())
             if after[layer, expert] != before]
 
 

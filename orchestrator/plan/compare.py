@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from orchestrator.plan.scheduling import proven
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.ir.actions import Kind, Schedule
+from orchestrator.schedule.ir.actions import ActionKind, Schedule
 from orchestrator.schedule.ir.check import relative_activations
 from orchestrator.schedule.ir.stages import BOTH, SEARCHED, Stages
 from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate
@@ -26,7 +26,7 @@ CHUNKS = (2, 4)
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
+class Candidate:
     """durations: of the schedule's stages. lower_bound: of the makespan, in their unit, if one is known."""
 
     name: str
@@ -67,9 +67,9 @@ class Refused:
     reason: str
 
 
-def contestants(positions: int, microbatches: int, durations: Durations) -> tuple[list[Contestant], list[Refused]]:
+def contestants(positions: int, microbatches: int, durations: Durations) -> tuple[list[Candidate], list[Refused]]:
     """All kinds. `durations`: of a whole rank, single numbers; its `layers` are those of a rank."""
-    found: list[Contestant] = []
+    found: list[Candidate] = []
     refused: list[Refused] = []
     for kind in KINDS:
         own = TABLE[kind].chunks
@@ -80,12 +80,12 @@ def contestants(positions: int, microbatches: int, durations: Durations) -> tupl
             except ConfigError as error:
                 refused.append(_refused(name, error))
             else:
-                found.append(Contestant(name, schedule, per_chunk(durations, schedule.stages)))
+                found.append(Candidate(name, schedule, per_chunk(durations, schedule.stages)))
     return found, refused
 
 
 def searched_contestants(positions: int, microbatches: int, durations: Durations, most_activations: float, *,
-                         effort: int = EFFORT) -> tuple[list[Contestant], list[Refused]]:
+                         effort: int = EFFORT) -> tuple[list[Candidate], list[Refused]]:
     """What a search finds: where DualPipe has its stages and within its memory, without split microbatches; and anywhere,
     with split microbatches and `most_activations`. Takes as long as two searches.
 
@@ -95,7 +95,7 @@ def searched_contestants(positions: int, microbatches: int, durations: Durations
         f"{SEARCHED} like dualpipe": {"placement": BOTH, "splits": False},
         f"{SEARCHED} within {most_activations:g} activations": {"most_activations": most_activations},
     }
-    found: list[Contestant] = []
+    found: list[Candidate] = []
     refused: list[Refused] = []
     for name, choice in wanted.items():
         try:
@@ -105,7 +105,7 @@ def searched_contestants(positions: int, microbatches: int, durations: Durations
             refused.append(_refused(name, error))
         else:
             stages = best.schedule.stages
-            found.append(Contestant(f"{name}, {_folded(stages)}", best.schedule, per_chunk(durations, stages), best.lower_bound))
+            found.append(Candidate(f"{name}, {_folded(stages)}", best.schedule, per_chunk(durations, stages), best.lower_bound))
     return found, refused
 
 
@@ -118,12 +118,12 @@ def _refused(name: str, error: ConfigError) -> Refused:
     return Refused(name, f"{key} = {error.value}: {error.allowed}")
 
 
-def compare(found: Iterable[Contestant]) -> list[Result]:
+def compare(found: Iterable[Candidate]) -> list[Result]:
     """In the same order, each lowered and checked. Raises ConfigError with key `kind`: one would not run."""
     return [_result(contestant) for contestant in found]
 
 
-def _result(contestant: Contestant) -> Result:
+def _result(contestant: Candidate) -> Result:
     schedule, stages = contestant.schedule, contestant.schedule.stages
     timeline = simulate(schedule, contestant.durations)
     ranks = timeline.figures()
@@ -138,7 +138,7 @@ def _result(contestant: Contestant) -> Result:
         exposed=sum(rank.exposed_communication_seconds for rank in ranks) / len(ranks) / timeline.makespan,
         activations=max(relative_activations(schedule)),
         copies=max(len(stages.holders(stage)) for stage in range(stages.count)),
-        messages=sum(action.kind is Kind.SEND for program in proven(schedule) for action in program.actions),
+        messages=sum(action.kind is ActionKind.SEND for program in proven(schedule) for action in program.actions),
         lower_bound=None if bound is None else bound / unit)
 
 

@@ -13,7 +13,7 @@ from orchestrator.model.parameters import stage_layers
 from orchestrator.schedule.ir.actions import Program, Schedule
 from orchestrator.schedule.ir.check import ScheduleError, check, peak_activations
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.orders import StageStrands, check_orders, with_orders
+from orchestrator.schedule.ir.orders import StageOperations, check_orders, with_orders
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import TABLE
@@ -56,11 +56,11 @@ def _found(config: RunConfig, stages: Stages, microbatches: int) -> Schedule:
 def programs_for(config: RunConfig, stages: Stages, microbatches: int, *, training: bool) -> tuple[Program, ...]:
     """Checked programs, one per position. Raises ConfigError; ScheduleError."""
     schedule = schedule_of(config, stages, microbatches, training=training)
-    hosted, strands = tuple(map(stages.hosted, range(stages.positions))), strands_of_stages(config, stages)
-    programs = with_orders(lower(schedule), strands, hosted)
+    hosted, operations = tuple(map(stages.hosted, range(stages.positions))), operations_of_stages(config, stages)
+    programs = with_orders(lower(schedule), operations, hosted)
     most = _most_activations(config) if training else None
     check(schedule, programs, most_activations=None if most is None else int(most * stages.chunks))
-    check_orders(programs, strands, hosted)
+    check_orders(programs, operations, hosted)
     return programs
 
 
@@ -89,7 +89,7 @@ def most_activations_of(config: RunConfig, stages: Stages, microbatches: int) ->
     return (most,) * stages.positions
 
 
-def strands_of_stages(config: RunConfig, stages: Stages) -> tuple[StageStrands, ...]:
+def operations_of_stages(config: RunConfig, stages: Stages) -> tuple[StageOperations, ...]:
     """What each stage does with one microbatch: `schedule.costs`, which are of a whole position, dealt evenly to its layers."""
     model, costs = config.model, config.schedule.costs
     layers = max(1, model.num_hidden_layers // stages.positions)
@@ -97,8 +97,8 @@ def strands_of_stages(config: RunConfig, stages: Stages) -> tuple[StageStrands, 
     of_layer = segments.LayerCosts(**{name: getattr(costs, name) / layers for name in names})
     per_stage = stage_layers(model, stages.count, config.layout.layers_per_stage)
     return tuple(
-        segments.stage_strands(model, of_stage, first=stage == 0, last=stage == stages.count - 1,
-                               length=config.data.sequence_length, costs=of_layer)
+        segments.stage_operations(model, of_stage, first=stage == 0, last=stage == stages.count - 1,
+                                  length=config.data.sequence_length, costs=of_layer)
         for stage, of_stage in enumerate(per_stage))
 
 
@@ -108,9 +108,9 @@ def durations_of(costs: CostsSection, stages: Stages, layers: int) -> Durations:
 
 
 def durations_of_run(config: RunConfig, stages: Stages) -> Durations:
-    """Durations with the pieces of the run's own stages, from which its programs have their orders."""
+    """Durations with the operations of the run's own stages, from which its programs have their orders."""
     layers = max(1, config.model.num_hidden_layers // stages.positions)
-    return replace(durations_of(config.schedule.costs, stages, layers), stages=strands_of_stages(config, stages))
+    return replace(durations_of(config.schedule.costs, stages, layers), stages=operations_of_stages(config, stages))
 
 
 @cache

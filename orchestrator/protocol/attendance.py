@@ -12,7 +12,7 @@ from orchestrator.protocol.commands import Command, Fence, InReferences, Spawn, 
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Base
 from orchestrator.protocol.interruption import Trials
-from orchestrator.protocol.membership import Decision, Member, Membership, Rules
+from orchestrator.protocol.membership import Decision, Member, Membership, MembershipRules
 from orchestrator.protocol.planner import Planner
 from orchestrator.protocol.saving import Saver
 from orchestrator.told.kinds import Event, NodeBarred, NodeIdle
@@ -26,7 +26,7 @@ class Attendance:
     made for.
     """
 
-    def __init__(self, rules: Rules, deadlines: Deadlines, planner: Planner):
+    def __init__(self, rules: MembershipRules, deadlines: Deadlines, planner: Planner):
         self.bounds, self.planner, self.membership = deadlines, planner, Membership(rules)
         self.now = 0.0
         self.base: Base | None = None

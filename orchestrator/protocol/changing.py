@@ -10,7 +10,7 @@ from orchestrator.protocol.commands import (
     Finish,
     Form,
     FormedRef,
-    Former,
+    FormerRef,
     Initialise,
     LoadedRef,
     OriginLine,
@@ -18,7 +18,7 @@ from orchestrator.protocol.commands import (
     Probe,
     Restore,
 )
-from orchestrator.protocol.events import Base, Failed, Plan, Seen
+from orchestrator.protocol.events import Base, Failed, Seen, WorkerAssignment
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.phases import Phase, Recording
 from orchestrator.told.kinds import Resumed, StartedOver
@@ -112,7 +112,7 @@ class Greeting(Phase):
         self.ask(run, peers, lambda member: Probe(tuple(peers[member]), run.bounds.probe), run.bounds.probe + run.release_seconds)
 
 
-def greet(run: Run, plan: Plan, having: Collection[Member], then: Callable[[Run], None],
+def greet(run: Run, plan: WorkerAssignment, having: Collection[Member], then: Callable[[Run], None],
           otherwise: Callable[[Run, Member, str], None], *, costs_newcomers_only: bool = False) -> None:
     """Go on to `then` if all who are new in a plan reach all others, to `otherwise` with the one that is to blame if not. So a join is
     tried twice: before anything changes, and when all who serve have finished their step."""
@@ -128,17 +128,17 @@ class Moving(Phase):
 
     name = "moving"
 
-    def __init__(self, plan: Plan, good: Collection[Member], publish: bool):
+    def __init__(self, plan: WorkerAssignment, good: Collection[Member], publish: bool):
         super().__init__()
         self._plan, self._good, self._publish = plan, good, publish
 
     def enter(self, run: Run) -> None:
         base, plan = run.base, self._plan
         leaving = run.planner.hands_over(base, plan, self._good)
-        self._plan = plan = Plan(plan.layout, plan.placement, plan.members, plan.planned, leaving)
+        self._plan = plan = WorkerAssignment(plan.layout, plan.placement, plan.members, plan.planned, leaving)
         rank_of = {member: rank for rank, member in enumerate(base.members) if member in self._good}
         everybody = (*plan.members, *leaving)
-        former = Former(base, run.committed, tuple(rank_of.get(member) for member in everybody), self._publish)
+        former = FormerRef(base, run.committed, tuple(rank_of.get(member) for member in everybody), self._publish)
         run.trials.begin(member for member, came in zip(plan.members, former.came_from) if came is None)
         run.taking_part = set(everybody)
         run.generation += 1
@@ -191,7 +191,7 @@ class Loading(Phase):
 
     name = "loading"
 
-    def __init__(self, plan: Plan, seen: Seen | None, lost: str):
+    def __init__(self, plan: WorkerAssignment, seen: Seen | None, lost: str):
         super().__init__()
         self._plan, self._seen, self._lost = plan, seen, lost
 
@@ -235,7 +235,7 @@ def cut(run: Run, step: int, reason: str, then: Callable[[Run], None]) -> None:
     run.enter(Recording(CutLine(step, reason), cut_))
 
 
-def settle(run: Run, plan: Plan) -> None:
+def settle(run: Run, plan: WorkerAssignment) -> None:
     """All have arrived: this generation's state is the run's."""
     run.base = Base(run.generation, plan.layout, plan.placement, plan.members)
     run.seated, run.planned, run.pending, run.placement = plan.members, plan.planned, None, None

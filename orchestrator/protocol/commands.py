@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from orchestrator.protocol.events import Base, CallId, Ending, LayoutRef, PlacementRef, Plan
+from orchestrator.protocol.events import Base, CallId, Ending, LayoutRef, PlacementRef, WorkerAssignment
 from orchestrator.protocol.membership import Member
 from orchestrator.told import kinds
 
 
-class Lane(StrEnum):
+class CallLane(StrEnum):
     """Of a member: calls of one lane run in order. CONTROL is served while the compute lane is busy, or hung."""
 
     COMPUTE = "compute"
@@ -39,7 +39,7 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class Former:
+class FormerRef:
     """Where state is carried over from. applied: updates in it. came_from: by rank of the plan, and after them of those leaving,
     which rank each was in the base; None: it brings nothing. publish: all working weights are to be rebuilt."""
 
@@ -53,8 +53,8 @@ class Former:
 class Form:
     """Take your place in the generation of this call. former: None: without state, until Initialise or Restore. Formed."""
 
-    plan: Plan
-    former: Former | None
+    plan: WorkerAssignment
+    former: FormerRef | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +126,10 @@ class Probe:
 Request = Recall | Finish | Form | Initialise | Restore | Step | Apply | Rearrange | Evaluate | Snapshot | Collect | Probe
 
 
-def lane_of(request: Request) -> Lane:
+def lane_of(request: Request) -> CallLane:
     if isinstance(request, Recall | Probe):
-        return Lane.CONTROL
-    return Lane.FILES if isinstance(request, Collect) else Lane.COMPUTE
+        return CallLane.CONTROL
+    return CallLane.FILES if isinstance(request, Collect) else CallLane.COMPUTE
 
 
 # --- lines of the ledger -------------------------------------------------------------------------------------------------

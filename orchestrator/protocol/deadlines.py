@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.membership import Rules
+from orchestrator.protocol.membership import MembershipRules
 from orchestrator.refusal import ConfigError
 
 _MARGIN_SECONDS = 30.0
@@ -47,7 +47,7 @@ class Deadlines:
     def of(cls, config: RunConfig) -> Deadlines:
         """Raises ConfigError: bounds that contradict each other."""
         elastic, timeout = config.elastic, config.training.step_timeout_seconds
-        silence = Rules.of(elastic, one_host=config.topology.virtual_nodes > 0).silence_seconds
+        silence = MembershipRules.of(elastic, one_host=config.topology.virtual_nodes > 0).silence_seconds
         release = max(_LEAST_RELEASE_SECONDS, 1.5 * silence + 2 * elastic.abort_seconds)
         found = cls(silence=silence, adopt=silence + 1.0, release=release,
                     making=_TRIES_OF_A_CONNECTION * elastic.form_seconds, finish=release + elastic.form_seconds,

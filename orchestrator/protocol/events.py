@@ -57,7 +57,7 @@ class CallId:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ReplayedChange:
     """Of a ledger that is repeated: the layout and placement from a step on."""
 
     step: int
@@ -80,7 +80,7 @@ class Goal:
     keep: int = 3
     validate: bool = True
     evaluate: str | None = None
-    replay: tuple[Change, ...] = ()
+    replay: tuple[ReplayedChange, ...] = ()
     folder: str = "checkpoints"
 
 
@@ -129,7 +129,7 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class WorkerAssignment:
     """A layout with who serves as which rank. leaving: members of the base who only hand over what nobody else has. planned: the
     nodes that it was made for."""
 

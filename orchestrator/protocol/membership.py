@@ -50,7 +50,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class MembershipRules:
     """max_nodes: None: no limit. Seconds as in the section `elastic` of the configuration."""
 
     min_nodes: int = 1
@@ -59,7 +59,7 @@ class Rules:
     cool_down_seconds: float = 30.0
 
     @classmethod
-    def of(cls, section: ElasticSection, *, one_host: bool = False) -> Rules:
+    def of(cls, section: ElasticSection, *, one_host: bool = False) -> MembershipRules:
         """one_host: all nodes are virtual. None of them is cut off, and a busy host keeps everybody waiting."""
         most = None if section.max_nodes == "auto" else section.max_nodes
         silence = section.silence_seconds
@@ -127,7 +127,7 @@ class _Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Host:
+class _NodeRecord:
     """A node. down: its last loss is counted, and nothing on it has been ready since. until: end of its cool-down."""
 
     ranks: int = 0
@@ -151,8 +151,8 @@ class Membership:
     """Everything seen so far, as far as it matters. An event about something unknown, or about an incarnation that was lost
     before, changes nothing."""
 
-    rules: Rules
-    hosts: Mapping[str, _Host] = field(default_factory=dict)
+    rules: MembershipRules
+    hosts: Mapping[str, _NodeRecord] = field(default_factory=dict)
     places: Mapping[str, Mapping[int, _Place]] = field(default_factory=dict)
     heard: Mapping[Member, float] = field(default_factory=dict)
     listened_at: float | None = None
@@ -163,7 +163,7 @@ class Membership:
     def node_joined(self, node: Node, now: float) -> Membership:
         """It appears in the cluster, or comes back. May be repeated; a node that fell silent is not back because of it."""
         state = self._at(now)
-        host = state.hosts.get(node.name, _Host())
+        host = state.hosts.get(node.name, _NodeRecord())
         if not host.present:
             host = replace(host, present=True, since=now, draining=False, deadline=None, expired=False, down=False)
         beyond = [local for local in range(node.ranks, host.ranks) if state._place(node.name, local).running is not None]
@@ -406,7 +406,7 @@ class Membership:
         if place.running is not None and place.running < member.incarnation:
             state = state._lose_alone(replace(member, incarnation=place.running), now, f"{member} took its place")
             place = state._place(member.node, member.local)
-        host = state.hosts.get(member.node, _Host())
+        host = state.hosts.get(member.node, _NodeRecord())
         if warm and not place.warm:
             place, host = replace(place, warm=True, since=now), replace(host, down=host.down and not host.present)
         place = replace(place, trusted=member.incarnation, running=member.incarnation)
@@ -427,7 +427,7 @@ class Membership:
             if place.alone and now - place.lost <= self.rules.silence_seconds:
                 place = replace(place, alone=False, losses=place.losses - 1, until=now)
             places[local] = place if place.running is None else place.retired(now, reason)
-        host = self.hosts.get(name, _Host())
+        host = self.hosts.get(name, _NodeRecord())
         if not host.down:
             losses = self.rules.counted(host.losses, host.until, now)
             host = replace(host, down=True, losses=losses, until=now + self.rules.cool_down(losses), reason=reason)
@@ -445,7 +445,7 @@ class Membership:
     def _place_set(self, name: str, local: int, place: _Place) -> Membership:
         return replace(self, places={**self.places, name: {**self.places.get(name, {}), local: place}})
 
-    def _host_set(self, name: str, host: _Host) -> Membership:
+    def _host_set(self, name: str, host: _NodeRecord) -> Membership:
         return replace(self, hosts={**self.hosts, name: host})
 
 

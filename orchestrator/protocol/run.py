@@ -17,9 +17,9 @@ from orchestrator.protocol import events as happened
 from orchestrator.protocol.attendance import Attendance
 from orchestrator.protocol.commands import Append, Call, Command, EndRun, Line, NeedBatch, Request
 from orchestrator.protocol.deadlines import Deadlines
-from orchestrator.protocol.events import Base, CallId, Ending, Event, FailKind, Fault, Goal, Plan, Seen
+from orchestrator.protocol.events import Base, CallId, Ending, Event, FailKind, Fault, Goal, Seen, WorkerAssignment
 from orchestrator.protocol.interruption import Interruption
-from orchestrator.protocol.membership import Member, Rules
+from orchestrator.protocol.membership import Member, MembershipRules
 from orchestrator.protocol.phases import Opening, Pausing, Phase, WaitingForNodes
 from orchestrator.protocol.planner import Planner
 from orchestrator.protocol.recovering import LettingGo
@@ -39,7 +39,7 @@ class Run(Attendance):
     nodes, since a step began. wake: when `Tick` is due; None: nothing is waited for.
     """
 
-    def __init__(self, rules: Rules, deadlines: Deadlines, planner: Planner):
+    def __init__(self, rules: MembershipRules, deadlines: Deadlines, planner: Planner):
         super().__init__(rules, deadlines, planner)
         self.epoch, self.goal = 0, Goal(0)
         self.committed, self.generation, self.pending = 0, 0, None
@@ -179,7 +179,7 @@ class Run(Attendance):
         """Committed steps in the newest checkpoint that can be read."""
         return max((seen.step for seen in self.checkpoints if seen.readable), default=None)
 
-    def plan(self, nodes: tuple[Node, ...], base: Base | None) -> Plan | None:
+    def plan(self, nodes: tuple[Node, ...], base: Base | None) -> WorkerAssignment | None:
         """The layout for these nodes; in a repeated run the recorded one."""
         ready = self.membership.ready_members()
         if self.goal.replay:
@@ -187,7 +187,7 @@ class Run(Attendance):
             return self.planner.recorded(change.layout, change.placement, ready)
         return self.planner.plan(nodes, base, ready) if nodes else None
 
-    def plan_now(self, base: Base | None) -> Plan | None:
+    def plan_now(self, base: Base | None) -> WorkerAssignment | None:
         """The layout for those who can be used; if there is none without those that were suspected, with them; if there is none without
         those that drain, with them, as long as they are there."""
         nodes, draining = self.decision.nodes, self.decision.draining

@@ -14,7 +14,7 @@ from itertools import product
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout.balance import Ranks, assign
 from orchestrator.layout.layout import Layout
-from orchestrator.layout.placement import Placed, Placement, evenly_placed, place_experts
+from orchestrator.layout.placement import LayerExperts, Placement, evenly_placed, place_experts
 from orchestrator.model.parameters import moe_layers, stage_layers
 
 Held = Mapping[tuple[str, int], frozenset[int]]
@@ -42,7 +42,7 @@ def relaid_placement(model: ModelConfig, layout: Layout, old_layout: Layout, old
                 if (replica, position, layer) not in found:
                     pair = _pair(model, layout, replica, (position, mirror), held.get(layer, {}), parts)
                     found |= {(replica, which, layer): experts for which, experts in pair.items()}
-                placed.append(Placed(replica, position, layer, ranks, found[replica, position, layer]))
+                placed.append(LayerExperts(replica, position, layer, ranks, found[replica, position, layer]))
     return Placement(tuple(placed))
 
 

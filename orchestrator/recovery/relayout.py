@@ -173,7 +173,7 @@ def _simulated(kind: str, stages: Stages) -> tuple[str, Stages]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _LinearTime:
     start: float
     each: float
 
@@ -182,7 +182,7 @@ class _Line:
 
 
 @cache
-def _line(kind: str, stages: Stages, layers: tuple[int, ...], costs: CostsSection) -> _Line:
+def _line(kind: str, stages: Stages, layers: tuple[int, ...], costs: CostsSection) -> _LinearTime:
     """Duration of a schedule by its microbatches: a filling that they share, and the same time for each, from two short ones."""
     found = TABLE[kind]
     whole = sum(layers) / stages.positions
@@ -193,7 +193,7 @@ def _line(kind: str, stages: Stages, layers: tuple[int, ...], costs: CostsSectio
     more = found.smallest_microbatches(stages, few + 2 * stages.positions)
     short, long = (makespan(found.schedule(stages, number), durations) for number in (few, more))
     each = (long - short) / (more - few)
-    return _Line(short - each * few, each)
+    return _LinearTime(short - each * few, each)
 
 
 # ---- keeping the shape

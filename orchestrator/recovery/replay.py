@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.config.run_config import LayoutSection, RunConfig, ScheduleSection, check
-from orchestrator.data.ledger import STEP, Cuts, Entry, entries
+from orchestrator.data.ledger import STEP, Cuts, LedgerEntry, entries
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.refusal import ConfigError
@@ -172,7 +172,7 @@ def _check(layout: Layout) -> None:
         raise ValueError("two ranks have the same place on a node")
 
 
-def _values(entry: Entry) -> Mapping[str, Any]:
+def _values(entry: LedgerEntry) -> Mapping[str, Any]:
     """Raises ReplayRefused: they are not those of its kind."""
     line = entry.values
     if entry.damaged is not None and entry.kind and type(line.get("step")) is int:

@@ -40,7 +40,7 @@ class StateLost(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class OwnedRange:
     """The flat range [start, stop) of a weight, which a rank owns before and after."""
 
     name: str
@@ -49,7 +49,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class WeightTransfer:
     """The flat range [start, stop) of a weight on its way. source, target: ranks of the new ownership. The range is within one
     shard of the source and within one of the target."""
 
@@ -77,7 +77,7 @@ class GateTransfer:
 class Message:
     """All that goes from one rank to another, in order."""
 
-    weights: list[Transfer] = field(default_factory=list)
+    weights: list[WeightTransfer] = field(default_factory=list)
     gates: list[GateTransfer] = field(default_factory=list)
 
     def length(self, gate_values: int) -> int:
@@ -86,7 +86,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TransferPlan:
     """A change of ownership.
 
     kept: by new rank. fresh: new buckets of which some holder has no working weights yet; the others' are as they were.
@@ -94,8 +94,8 @@ class Plan:
     number_bytes: of a master weight, a moment, a bias.
     """
 
-    kept: tuple[tuple[Piece, ...], ...]
-    weights: tuple[Transfer, ...]
+    kept: tuple[tuple[OwnedRange, ...], ...]
+    weights: tuple[WeightTransfer, ...]
     gates: tuple[GateTransfer, ...]
     fresh: frozenset[int]
     needed: int
@@ -124,7 +124,8 @@ class Plan:
 
 
 def plan(old: Sequence[Bucket], new: Sequence[Bucket], came_from: Sequence[int | None], nodes: Sequence[str], *,
-         old_gates: Gates | None = None, new_gates: Gates | None = None, gate_values: int = 0, number_bytes: int = 4) -> Plan:
+         old_gates: Gates | None = None, new_gates: Gates | None = None, gate_values: int = 0,
+         number_bytes: int = 4) -> TransferPlan:
     """What each new owner keeps, and from whom it gets the rest: an old owner that is left, if there is one on the same node,
     and of several the one that sends least so far.
 
@@ -139,32 +140,32 @@ def plan(old: Sequence[Bucket], new: Sequence[Bucket], came_from: Sequence[int |
     if len(new_rank) != sum(former is not None for former in came_from) or len(nodes) != len(came_from):
         raise ValueError(f"ranks {list(came_from)} on {len(nodes)} nodes' places")
     ranges, sources = _ranges(old, new_rank), _Sources(nodes)
-    kept: list[list[Piece]] = [[] for _ in came_from]
-    transfers: list[Transfer] = []
-    lost: list[Piece] = []
+    kept: list[list[OwnedRange]] = [[] for _ in came_from]
+    transfers: list[WeightTransfer] = []
+    lost: list[OwnedRange] = []
     needed = 0
     for bucket in new:
         members = set(bucket.members)
         for owners, piece in _pieces(bucket):
             for first, last, holding in _overlapping(ranges, piece):
                 if not holding:
-                    lost.append(Piece(piece.name, first, last))
+                    lost.append(OwnedRange(piece.name, first, last))
                     continue
                 needed += STATES * (last - first) * max(0, len(owners) - sum(rank in members for rank in holding))
                 for owner in owners:
                     if owner in holding:
-                        kept[owner].append(Piece(piece.name, first, last))
+                        kept[owner].append(OwnedRange(piece.name, first, last))
                     else:
                         source = sources.choose(holding, owner, STATES * (last - first))
-                        transfers.append(Transfer(piece.name, first, last, source, owner))
+                        transfers.append(WeightTransfer(piece.name, first, last, source, owner))
     if lost:
         raise StateLost(lost[0].name, sum(piece.stop - piece.start for piece in lost), "values")
     gates = _gate_transfers(old_gates or {}, new_gates or {}, new_rank, sources, gate_values)
-    return Plan(tuple(map(tuple, kept)), tuple(transfers), tuple(gates), _fresh(old, new, came_from),
-                needed + gate_values * len(gates), gate_values, number_bytes)
+    return TransferPlan(tuple(map(tuple, kept)), tuple(transfers), tuple(gates), _fresh(old, new, came_from),
+                        needed + gate_values * len(gates), gate_values, number_bytes)
 
 
-def plan_between(before: Held, after: Held, came_from: Sequence[int | None], leaving: Sequence[str] = ()) -> Plan:
+def plan_between(before: Held, after: Held, came_from: Sequence[int | None], leaving: Sequence[str] = ()) -> TransferPlan:
     """The plan of a run's change. leaving: nodes of ranks that come after those of the layout, and only hand over.
 
     Raises StateLost.
@@ -199,14 +200,14 @@ def _ranges(buckets: Sequence[Bucket], new_rank: Mapping[int, int]) -> Ranges:
     return found
 
 
-def _pieces(bucket: Bucket) -> Iterator[tuple[tuple[int, ...], Piece]]:
+def _pieces(bucket: Bucket) -> Iterator[tuple[tuple[int, ...], OwnedRange]]:
     """Every range of every shard, with its owners."""
     for shard, owners in enumerate(bucket.owners):
         for spec, start, stop, _ in bucket.pieces(shard):
-            yield owners, Piece(spec.name, start, stop)
+            yield owners, OwnedRange(spec.name, start, stop)
 
 
-def _overlapping(ranges: Ranges, piece: Piece) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+def _overlapping(ranges: Ranges, piece: OwnedRange) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """A piece, cut where old shards border; with who is left of each part's owners."""
     old, at = ranges.get(piece.name, []), piece.start
     for index in range(max(0, bisect_right(old, piece.start, key=itemgetter(0)) - 1), len(old)):

@@ -76,7 +76,7 @@ class Straggler:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class StragglerChange:
     """A straggler that is new, or that is over."""
 
     straggler: Straggler
@@ -91,7 +91,7 @@ class Watch:
     recent: Mapping[Key, tuple[float, ...]] = field(default_factory=dict)
     named: frozenset[Key] = frozenset()
 
-    def after(self, works: Mapping[int, Work], flows: Mapping[tuple[int, int], Flow]) -> tuple[Watch, tuple[Change, ...]]:
+    def after(self, works: Mapping[int, Work], flows: Mapping[tuple[int, int], Flow]) -> tuple[Watch, tuple[StragglerChange, ...]]:
         """The watch with one more step, and what changed in it. What a step has nothing of keeps the factors that it had."""
         factors = _compute_factors(self.layout, works) | _link_factors(self.layout, flows)
         recent = dict(self.recent)
@@ -102,7 +102,8 @@ class Watch:
                 if factor >= (_threshold(key).over if key in self.named else _threshold(key).slow)}
         named = frozenset(slow - _explained(self.layout, slow))
         ended, begun = sorted(self.named - named, key=_order), sorted(named - self.named, key=_order)
-        changes = [Change(Straggler(*key, usual[key]), over) for keys, over in ((ended, True), (begun, False)) for key in keys]
+        changes = [StragglerChange(Straggler(*key, usual[key]), over)
+                   for keys, over in ((ended, True), (begun, False)) for key in keys]
         return Watch(self.layout, recent, named), tuple(changes)
 
 

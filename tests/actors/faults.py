@@ -20,14 +20,15 @@ from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId
 from orchestrator.protocol.membership import Member
-from orchestrator.schedule.ir.actions import Kind
+from orchestrator.schedule.ir.actions import ActionKind
 from orchestrator.topology import Node
 
 KILL, FREEZE = signal.SIGKILL, signal.SIGSTOP
-COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.PAIR, Kind.SPLIT)
+COMPUTE = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT,
+           ActionKind.PAIR, ActionKind.SPLIT)
 RELATIVE = 1e-9
 SMALLEST = 1e-12
 """Below it a value of the state is a rounding error of sums whose terms are not: relative to nothing."""
@@ -44,7 +45,7 @@ class Company(ProcessRanks):
         self._counted: set[tuple[int, int]] = set()
         super().__init__(config, size, runtime.host, start_method="forkserver")
 
-    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: Lane) -> None:
+    def send(self, call: CallId, member: Member, generation: int, method: str, arguments: tuple, lane: CallLane) -> None:
         if method == "step" and (key := (arguments[0].step, generation)) not in self._counted:
             self._counted.add(key)
             self.steps[key[0]] += 1

@@ -10,10 +10,10 @@ from itertools import combinations, count, product
 import pytest
 
 from orchestrator.plan import scheduling
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Work
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, Schedule, SplitAction, Work
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 PAIRS = {(F, F), (F, B), (F, I), (F, W), (B, B), (B, I), (B, W), (I, I), (I, W)}
 
 _CHOICE, _PATIENCE = 6, 0.95
@@ -24,7 +24,7 @@ def random_schedule(stages: Stages, microbatches: int, seed: int) -> Schedule:
     draw, made = random.Random(seed), Counter()
     rows: list[list[Work]] = [[] for _ in range(stages.positions)]
     waiting = _all(stages, microbatches, draw)
-    done: set[tuple[Kind, int, int, int]] = set()
+    done: set[tuple[ActionKind, int, int, int]] = set()
     while waiting:
         position = draw.choice(sorted({place for place, _ in waiting}))
         ready = [compute for place, compute in waiting if place == position and _ready(compute, stages, done)]
@@ -68,13 +68,13 @@ def _says_everything(schedule: Schedule) -> bool:
     for action in (action for row in schedule.rows for action in row):
         if isinstance(action, Pair):
             pairs.add((action.first.kind, action.second.kind))
-        elif isinstance(action, Split):
+        elif isinstance(action, SplitAction):
             splits.add(action.whole.kind)
         for compute in action.computes:
             if compute.kind is not W:
                 forms.setdefault((compute.stage, compute.slot, compute.microbatch), []).append(type(action))
     ways = {(forward, backward) for forward, backward in forms.values()}
-    return pairs == PAIRS and splits == {F, B, I} and ways == set(product((Compute, Pair, Split), repeat=2))
+    return pairs == PAIRS and splits == {F, B, I} and ways == set(product((Compute, Pair, SplitAction), repeat=2))
 
 
 def _all(stages: Stages, microbatches: int, draw: random.Random) -> list[tuple[int, Compute]]:
@@ -93,7 +93,7 @@ def _way(compute: Compute, stages: Stages) -> int:
 
 def _ready(compute: Compute, stages: Stages, done: set) -> bool:
     """What it needs, said once more in its own words."""
-    def has(kinds: tuple[Kind, ...], stage: int) -> bool:
+    def has(kinds: tuple[ActionKind, ...], stage: int) -> bool:
         return any((kind, _way(compute, stages), stage, compute.microbatch) in done for kind in kinds)
 
     if compute.kind is F:
@@ -114,4 +114,4 @@ def _draw(ready: list[Compute], made: Counter, draw: random.Random) -> Work:
         draw.shuffle(pairs)
         return min(pairs, key=lambda pair: made[pair.first.kind, pair.second.kind])
     single = draw.choice(ready)
-    return Split(single) if chance > 0.7 and single.kind is not W else single
+    return SplitAction(single) if chance > 0.7 and single.kind is not W else single

@@ -1,4 +1,4 @@
-"""A driver on the head of a RayletCluster: an actor with a lifeline on every other node, and what is seen of them, in lines of
+"""A driver on the head of a RayletCluster: an actor with a heartbeat on every other node, and what is seen of them, in lines of
 JSON.
 
 Times are time.monotonic() of the whole machine. It ends with its standard input.
@@ -15,8 +15,8 @@ import time
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.protocol.heartbeat_client import Lifeline
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_client import HeartbeatClient
+from actors.protocol.heartbeat_server import HeartbeatServer
 from orchestrator.protocol.membership import Member
 
 BEAT = 0.1
@@ -26,7 +26,7 @@ LOOK = 0.05
 @ray.remote(num_cpus=0, resources={"rank": 1})
 class Holder:
     def __init__(self, address: tuple[str, int], node: str):
-        self._line = Lifeline(address, Member(node, 0), lambda generation: None, BEAT)
+        self._line = HeartbeatClient(address, Member(node, 0), lambda generation: None, BEAT)
 
     def about(self) -> tuple[int, float]:
         """Its process, and how many `rank`s are left on its node's raylet when asked for one."""
@@ -39,7 +39,7 @@ def main() -> None:
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
     nodes = {node["NodeManagerAddress"]: node for node in ray.nodes() if "rank" in node["Resources"]}
     told = threading.Event()
-    with Lifelines(ray.util.get_node_ip_address(), told=told.set) as server:
+    with HeartbeatServer(ray.util.get_node_ip_address(), told=told.set) as server:
         holders = {address: Holder.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             server.address, address) for address, node in nodes.items()}
         about = {address: ray.get(holder.about.remote(), timeout=60) for address, holder in holders.items()}

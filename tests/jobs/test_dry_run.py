@@ -24,7 +24,7 @@ ENTRIES = '''TABLE = table((
         name="stuck", meaning="each end begins with what the other has last", stage_placement=LOOP, chunks=1,
         generator=lambda stages, microbatches: tuple(
             tuple(Compute(kind, position, 0, microbatch) for microbatch in list(range(microbatches))[::-1 if position else 1]
-                  for kind in (Kind.FORWARD, Kind.BACKWARD)) for position in range(stages.positions)),
+                  for kind in (ActionKind.FORWARD, ActionKind.BACKWARD)) for position in range(stages.positions)),
         fewest_microbatches=_two_each, instead=_ANY_PIPELINE, predicts_searched=False, torch=None),
 '''
 
@@ -39,7 +39,7 @@ def tree(tmp_path_factory):
     registry = folder / "orchestrator" / "schedule" / "kinds" / "registry.py"
     text = registry.read_text(encoding="utf-8")
     assert text.count("TABLE = table((\n") == 1
-    text = text.replace("TABLE = table((\n", ENTRIES).replace("import Schedule\n", "import Compute, Kind, Schedule\n")
+    text = text.replace("TABLE = table((\n", ENTRIES).replace("import Schedule\n", "import ActionKind, Compute, Schedule\n")
     registry.write_text(text, encoding="utf-8")
     return folder
 

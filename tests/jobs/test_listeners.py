@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.telemetry.exporter import RunMetrics
-from actors.telemetry.live_state import Board
+from actors.telemetry.live_state import LiveStatus
 from actors.telemetry.tensorboard import EventFiles
 from jobs import status
 from jobs.benches.chaos import verdict
@@ -26,7 +26,8 @@ from orchestrator.told.lines import Told, to_json
 from tests.told_events import EVERY, told
 
 ROOT = Path(__file__).parents[2]
-TABLES = {"metrics": RunMetrics._HANDLERS, "page": Board._HANDLERS, "TensorBoard": EventFiles._HANDLERS, "status": status._READ,
+TABLES = {"metrics": RunMetrics._HANDLERS, "page": LiveStatus._HANDLERS, "TensorBoard": EventFiles._HANDLERS,
+          "status": status._READ,
           "summary": summary._READ, "chaos": verdict.READ, "churn": churn._READ, "recovery": times.READ}
 SOURCES = [path for folder in ("actors", "jobs", "orchestrator") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -96,7 +97,7 @@ def test_every_kind_is_shown(event):
     with Progress(9, stream) as shown:
         shown.event(one)
     assert stream.getvalue().startswith(f"{one.name.replace('_', ' ')}: ")
-    board = Board(parse({}, []), lambda: None)
+    board = LiveStatus(parse({}, []), lambda: None)
     board.observe("event", one)
     assert board.state()["events"] == [to_json(one)] and one.name in live.lines(board.state())[-1]
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from actors.telemetry.exporter import PAGE, Exporter, json_route
-from actors.telemetry.live_state import Board
+from actors.telemetry.live_state import LiveStatus
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture
 def board():
-    found = Board(CONFIG, lambda: LAYOUT)
+    found = LiveStatus(CONFIG, lambda: LAYOUT)
     now = time.time()
     for step in range(60):
         found.observe("step", OF_THE_STEP | {"step": step, "time": now - 0.5 * (60 - step), "loss": 5 - step / 20})

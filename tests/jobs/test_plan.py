@@ -18,7 +18,7 @@ from jobs.cli import JobFailed, Parser, UsageError, arguments, configuration, ru
 from jobs.plan import main
 from orchestrator.config.run_config import ConfigError, dump, parse
 from orchestrator.plan.compare import searched_contestants
-from orchestrator.schedule.ir.actions import Kind, parse_csv
+from orchestrator.schedule.ir.actions import ActionKind, parse_csv
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.kinds.registry import KINDS, generate, stages_of
 from orchestrator.schedule.search import searched
@@ -192,7 +192,8 @@ def recorded(folder, schedule, durations, *settings):
     for row in schedule.rows:
         parts.append([])
         for compute in (compute for action in row for compute in action.computes):
-            kinds = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) if compute.kind is Kind.BACKWARD else (compute.kind,)
+            halves = (ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
+            kinds = halves if compute.kind is ActionKind.BACKWARD else (compute.kind,)
             parts[-1] += [replace(compute, kind=kind) for kind in kinds]
             of |= dict.fromkeys(parts[-1][-len(kinds):], compute)
     timeline, spans = simulate(replace(schedule, rows=tuple(map(tuple, parts))), durations), []

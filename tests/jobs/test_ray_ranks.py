@@ -15,7 +15,7 @@ from actors.calls.rank_calls import LOST, Arrived, News, Reply
 from actors.files.run_folder import RunFolder
 from actors.hosts import ray_ranks
 from actors.hosts.ray_ranks import RayRanks
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NodeJoined, NotMade
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
@@ -74,12 +74,12 @@ def line(ray_local):
 
 
 def test_answers_failures_and_ends_are_posted(line):
-    def posted(number, member, method, *arguments, lane=Lane.COMPUTE):
+    def posted(number, member, method, *arguments, lane=CallLane.COMPUTE):
         line.send(CallId(1, number), member, 4, method, arguments, lane)
         return line.posted.get(timeout=SECONDS)
 
     assert posted(1, FIRST, "echo", 7) == Arrived(CallId(1, 1), FIRST, (4, (7,), ()))
-    assert posted(2, FIRST, "recall", lane=Lane.CONTROL) == Arrived(CallId(1, 2), FIRST, "control")
+    assert posted(2, FIRST, "recall", lane=CallLane.CONTROL) == Arrived(CallId(1, 2), FIRST, "control")
     assert posted(3, FIRST, "fail") == Failed(CallId(1, 3), FIRST, FailKind.ABORTED, "Aborted: gone")
     raised = posted(4, FIRST, "raise")
     assert raised.kind is FailKind.OWN and "\n" not in raised.text and "first line" in raised.text
@@ -136,7 +136,7 @@ def test_who_is_out_of_reach_has_not_ended(posted):
     ranks, events = posted(actor)
     assert [actor.called.get(timeout=SECONDS) for _ in range(3)] == [("attach", ATTACHED)] * 3
     for number, kind in ((1, FailKind.ABORTED), (2, FailKind.GONE)):
-        ranks.send(CallId(1, number), FIRST, 4, "echo", (), Lane.COMPUTE)
+        ranks.send(CallId(1, number), FIRST, 4, "echo", (), CallLane.COMPUTE)
         failed = events.get(timeout=SECONDS)
         assert (failed.call, failed.member, failed.kind) == (CallId(1, number), FIRST, kind)
     assert actor.called.get() == ("compute", (CallId(1, 1), 4, "echo", ())) and events.empty()
@@ -154,7 +154,7 @@ def test_whose_node_went_before_it_was_made_is_lost(posted):
     _, events = posted(Answering(attach=[gone]))
     assert events.get(timeout=SECONDS) == Ended(FIRST, LOST)
     ranks, events = posted(Answering(attach=[None], compute=[gone]))
-    ranks.send(CallId(1, 1), FIRST, 4, "echo", (), Lane.COMPUTE)
+    ranks.send(CallId(1, 1), FIRST, 4, "echo", (), CallLane.COMPUTE)
     assert events.get(timeout=SECONDS).kind is FailKind.GONE
 
 

@@ -24,7 +24,7 @@ from orchestrator.config.run_config import parse
 from orchestrator.config.training import BatchRamp, TrainingSection
 from orchestrator.data import order
 from orchestrator.data.ledger import read
-from orchestrator.data.order import Shape
+from orchestrator.data.order import SplitShape
 from tests.actors import corpus as small
 from tests.actors.runtime import LENGTH, TIMEOUT_SECONDS, configured, host
 
@@ -351,4 +351,4 @@ def test_memory_does_not_grow_with_the_run(dataset):
         expected._rows(order.first_position(config.training, step), 97)
         expected._digests.of(rows_of(config, dataset, step))
         most = max(most, len(expected._digests._groups))
-    assert expected.shards == 3 and most <= 2 * 2 * 3 < Shape(dataset.train.sequences, 64).groups
+    assert expected.shards == 3 and most <= 2 * 2 * 3 < SplitShape(dataset.train.sequences, 64).groups

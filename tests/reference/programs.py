@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Payload, Reduce, Split
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, Payload, Reduce, SplitAction
 
-BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+BACKWARDS = (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT)
 
 
 class Wrong(Exception):
@@ -46,14 +46,14 @@ class Twin:
         """Run one action; False: it has to wait."""
         self.take_in()
         action = self.todo[0]
-        if isinstance(action, Compute | Pair | Split):
+        if isinstance(action, Compute | Pair | SplitAction):
             if any(self.waits(compute) for compute in action.computes):
                 return False
             for compute in action.computes:
                 self.compute(compute)
         elif isinstance(action, Reduce):
             self.reduced = sorted(self.weights)
-        elif action.kind is Kind.RECEIVE:
+        elif action.kind is ActionKind.RECEIVE:
             missing = sum(map(len, self.posted.values()))
             if self.outstanding is not None and missing >= self.outstanding:
                 return False
@@ -77,7 +77,7 @@ class Twin:
         """The tensor that another stage makes for this action: (its key here, the place that makes it)."""
         _, path = self.path(compute.slot)
         stage = path.index((self.at, compute.slot))
-        if compute.kind is Kind.FORWARD and stage > 0:
+        if compute.kind is ActionKind.FORWARD and stage > 0:
             return (Payload.ACTIVATION, compute.slot, compute.microbatch), path[stage - 1]
         if compute.kind in BACKWARDS and stage < len(path) - 1:
             return (Payload.GRADIENT, compute.slot, compute.microbatch), path[stage + 1]
@@ -109,13 +109,13 @@ class Twin:
         outer = self.outer(compute)
         if outer and self.inbox.pop(outer[0]) != (outer[0][0], stage, number, compute.microbatch):
             raise Wrong(f"{compute}: another tensor")
-        if compute.kind is Kind.FORWARD:
+        if compute.kind is ActionKind.FORWARD:
             if name in self.forwards:
                 raise Wrong(f"{compute}: again")
             self.forwards.append(name)
             if stage + 1 < len(path):
                 self.hand_on(Payload.ACTIVATION, compute, path, stage, stage + 1)
-        elif compute.kind is Kind.BACKWARD_WEIGHT:
+        elif compute.kind is ActionKind.BACKWARD_WEIGHT:
             if name not in self.inputs:
                 raise Wrong(f"{compute}: no input gradient")
             self.inputs.remove(name)
@@ -130,7 +130,7 @@ class Twin:
             raise Wrong(f"{compute}: again")
         if stage > 0:
             self.hand_on(Payload.GRADIENT, compute, path, stage, stage - 1)
-        if compute.kind is Kind.BACKWARD:
+        if compute.kind is ActionKind.BACKWARD:
             self.weights.append(name)
         else:
             self.inputs.add(name)

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from actors.protocol.tables import Tables
-from orchestrator.protocol.commands import Call, Former, Lane, lane_of
+from orchestrator.protocol.commands import Call, CallLane, FormerRef, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed, FailKind
 from orchestrator.protocol.membership import Member
 from orchestrator.state import ownership
@@ -49,10 +49,10 @@ class Lenient(Invariants):
     def broken(self, text: str, rule: str = "S2") -> None:
         pass
 
-    def brings(self, rank: RankModel, former: Former, place: int) -> None:
+    def brings(self, rank: RankModel, former: FormerRef, place: int) -> None:
         pass
 
-    def moved(self, payloads: Mapping[Member, Mapping[Any, int] | None], former: Former | None) -> dict[Any, int]:
+    def moved(self, payloads: Mapping[Member, Mapping[Any, int] | None], former: FormerRef | None) -> dict[Any, int]:
         found: dict[Any, int] = {}
         for content in payloads.values():
             found |= content or {}
@@ -107,7 +107,7 @@ class Bench(World):
 
     def send(self, calls: list[Call]) -> None:
         for call in calls:
-            if lane_of(call.request) is Lane.COMPUTE:
+            if lane_of(call.request) is CallLane.COMPUTE:
                 self.ranks[call.member].site = ""
             self.arrive(self.ranks[call.member], call, lane_of(call.request))
 

@@ -16,7 +16,7 @@ from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Request
-from orchestrator.protocol.events import Base, Plan
+from orchestrator.protocol.events import Base, WorkerAssignment
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 from tests.simulation.hosted import SECONDS, Processes
@@ -29,7 +29,7 @@ class Play(Sides):
     def __init__(self, processes: Processes, config: RunConfig):
         super().__init__(processes, config)
         self._planner = RealPlanner(config, self._tables)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, WorkerAssignment] = {}
         self._folder = "/nowhere"
 
     def play(self, moves: Sequence[Move]) -> None:
@@ -98,7 +98,8 @@ class Play(Sides):
         former = self._former(base, applied, having, plan, claims=False)
         self._form(plan, former, move)
 
-    def _former(self, base: Base, applied: int, having: Sequence[Member], plan: Plan, *, claims: bool) -> orders.Former:
+    def _former(self, base: Base, applied: int, having: Sequence[Member], plan: WorkerAssignment, *,
+                claims: bool) -> orders.FormerRef:
         """claims: of everybody who was a member of the base that it brings the state, too."""
         places = {member: rank for rank, member in enumerate(base.members) if member in having}
         if claims:
@@ -106,14 +107,14 @@ class Play(Sides):
                        if base.generation in self._rank(member).held}
         came_from = tuple(places.get(member) for member in (*plan.members, *plan.leaving))
         ready = all(self._rank(member).published and self._rank(member).newest == base.generation for member in having)
-        return orders.Former(base, applied, came_from, publish=not ready)
+        return orders.FormerRef(base, applied, came_from, publish=not ready)
 
-    def _plan_of(self, pick: int, base: Base | None) -> Plan:
+    def _plan_of(self, pick: int, base: Base | None) -> WorkerAssignment:
         living = self._living
         chosen = [member for index, member in enumerate(living) if pick >> index & 1] or living
         return self._planner.plan(tuple(Node(member.node, 1) for member in chosen), base, chosen)
 
-    def _form(self, plan: Plan, former: orders.Former | None, move: Move) -> None:
+    def _form(self, plan: WorkerAssignment, former: orders.FormerRef | None, move: Move) -> None:
         self._generation += 1
         self._plans[self._generation] = plan
         everybody = (*plan.members, *(plan.leaving if former else ()))
@@ -156,7 +157,7 @@ class Play(Sides):
         self._plans[self._generation] = replace(before, placement=placement, leaving=())
         self._round([self._call(member, orders.Rearrange(placement)) for member in seated], move, (), back=self._generation - 1)
 
-    def _other_placement(self, plan: Plan, pick: int) -> int:
+    def _other_placement(self, plan: WorkerAssignment, pick: int) -> int:
         """Each rank has the experts of the one that is so many places before it."""
         placed = []
         for entry in self._tables.placement(plan.placement).placed:

@@ -16,7 +16,7 @@ from actors.hosts.processes import ProcessRanks
 from actors.runtime.call_server import CallServer
 from actors.runtime.meeting import MeetingPlace
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId
 from orchestrator.protocol.membership import Member
 
@@ -37,9 +37,9 @@ class Hosted:
     def anew(self) -> None:
         """As if the process had just been made."""
         self._rank.close()
-        lifeline, listener = self._rank._reached or (None, None)
-        if lifeline is not None:
-            lifeline.close()
+        client, listener = self._rank._reached or (None, None)
+        if client is not None:
+            client.close()
             listener.close()
         self._begin()
 
@@ -90,7 +90,7 @@ class Processes(ProcessRanks):
         super().__init__(config, len(members), Hosted, start_method="forkserver")
         self.enlist(self.members)
 
-    def ask(self, members: Sequence[Member], method: str, *arguments: Any, lane: Lane = Lane.CONTROL) -> list[Any]:
+    def ask(self, members: Sequence[Member], method: str, *arguments: Any, lane: CallLane = CallLane.CONTROL) -> list[Any]:
         """What the hosts answer, beside their calls or (lane COMPUTE) after them."""
         with self._changed:
             self._call += 1
@@ -98,7 +98,7 @@ class Processes(ProcessRanks):
             self._awaited.add(call)
             found = [self._processes[self._of_member[member]] for member in members]
         for process in found:
-            (process.control if lane is Lane.CONTROL else process.calls).send((call, lane, 0, method, arguments))
+            (process.control if lane is CallLane.CONTROL else process.calls).send((call, lane, 0, method, arguments))
         answers = self.answers(call, [process.number for process in found], SECONDS)
         self.forget(call)
         assert all(answer is not None and answer[0] for answer in answers), answers
@@ -121,4 +121,4 @@ class Processes(ProcessRanks):
         while len(self._processes) < len(self.members):
             self._make(())
         self.enlist(self.members)
-        self.ask(self.members, "anew", lane=Lane.COMPUTE)
+        self.ask(self.members, "anew", lane=CallLane.COMPUTE)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from orchestrator.protocol.commands import (
     Append,
     Call,
+    CallLane,
     CutLine,
     Discard,
     EndRun,
     EpochLine,
     Fence,
     Form,
-    Former,
-    Lane,
+    FormerRef,
     OriginLine,
     Spawn,
     StepLine,
@@ -72,7 +72,7 @@ class Invariants:
         if updates != step:
             raise Violation("S2", f"{rank.member} applies step {step} to state with {updates} updates")
 
-    def brings(self, rank: RankModel, former: Former, place: int) -> None:
+    def brings(self, rank: RankModel, former: FormerRef, place: int) -> None:
         """It is to bring state into a new generation."""
         state = rank.held.get(former.base.generation)
         if state is None:
@@ -81,7 +81,7 @@ class Invariants:
             raise Violation("S2", f"{rank.member} is to bring state of {former.applied} steps as rank "
                                   f"{former.came_from[place]}, and has {state.applied} as rank {state.rank}")
 
-    def moved(self, payloads: Mapping[Member, Mapping[int, int] | None], former: Former | None) -> dict[int, int]:
+    def moved(self, payloads: Mapping[Member, Mapping[int, int] | None], former: FormerRef | None) -> dict[int, int]:
         """What all bring together, by key."""
         found: dict[int, int] = {}
         for content in payloads.values():
@@ -234,10 +234,10 @@ class Invariants:
 
     # --- calls -------------------------------------------------------------------------------------------------------------
 
-    def call(self, coordinator: Coordinator, call: Call, lane: Lane) -> None:
+    def call(self, coordinator: Coordinator, call: Call, lane: CallLane) -> None:
         if call.call.epoch != coordinator.epoch:
             raise Violation("S9", f"coordinator {coordinator.epoch} calls as {call.call.epoch}")
-        if lane is Lane.COMPUTE and coordinator is self.world.coordinator:
+        if lane is CallLane.COMPUTE and coordinator is self.world.coordinator:
             if call.member in coordinator.fenced:
                 raise Violation("S8", f"{call.member} is called for {_name(call)} after it was given up")
             if type(call.request) is Form:

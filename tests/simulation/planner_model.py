@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from orchestrator.protocol.events import Base, Plan
+from orchestrator.protocol.events import Base, WorkerAssignment
 from orchestrator.protocol.membership import Member
 from orchestrator.topology import Node
 
@@ -34,20 +34,20 @@ class KeyPlanner:
 
     # --- what the machine asks -------------------------------------------------------------------------------------------
 
-    def plan(self, nodes: tuple[Node, ...], base: Base | None, ready: Collection[Member]) -> Plan | None:
+    def plan(self, nodes: tuple[Node, ...], base: Base | None, ready: Collection[Member]) -> WorkerAssignment | None:
         if not nodes or sum(node.ranks for node in nodes) < self.least:
             return None
         there = {(member.node, member.local): member for member in sorted(ready)}
         members = tuple(there[node.name, local] for node in nodes for local in range(node.ranks))
-        return Plan(self._reference(nodes), base.placement if base else 0, members, nodes)
+        return WorkerAssignment(self._reference(nodes), base.placement if base else 0, members, nodes)
 
-    def recorded(self, layout: int, placement: int, ready: Collection[Member]) -> Plan | None:
+    def recorded(self, layout: int, placement: int, ready: Collection[Member]) -> WorkerAssignment | None:
         there = {(member.node, member.local): member for member in sorted(ready)}
         nodes = self._layouts[layout]
         wanted = [(node.name, local) for node in nodes for local in range(node.ranks)]
         if any(place not in there for place in wanted):
             return None
-        return Plan(layout, placement, tuple(there[place] for place in wanted), nodes)
+        return WorkerAssignment(layout, placement, tuple(there[place] for place in wanted), nodes)
 
     def covered(self, base: Base, having: Collection[Member]) -> str | None:
         having = set(having)
@@ -55,7 +55,7 @@ class KeyPlanner:
         lost = [key for key, ranks in enumerate(self.owned(base.layout, base.placement).by_key) if has.isdisjoint(ranks)]
         return f"keys {lost} are lost" if lost else None
 
-    def hands_over(self, base: Base, plan: Plan, having: Collection[Member]) -> tuple[Member, ...]:
+    def hands_over(self, base: Base, plan: WorkerAssignment, having: Collection[Member]) -> tuple[Member, ...]:
         having, staying, leaving = set(having), set(plan.members), {}
         for ranks in self.owned(base.layout, base.placement).by_key:
             owners = [base.members[rank] for rank in ranks if rank < len(base.members) and base.members[rank] in having]
@@ -63,7 +63,7 @@ class KeyPlanner:
                 leaving[owners[0]] = None
         return tuple(leaving)
 
-    def same_layout(self, base: Base, plan: Plan) -> bool:
+    def same_layout(self, base: Base, plan: WorkerAssignment) -> bool:
         return (base.layout, base.placement) == (plan.layout, plan.placement)
 
     # --- what the ranks and the invariants ask ---------------------------------------------------------------------------

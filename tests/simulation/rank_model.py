@@ -10,7 +10,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.protocol import commands as orders
-from orchestrator.protocol.commands import Call, Lane
+from orchestrator.protocol.commands import Call, CallLane
 from orchestrator.protocol.events import Done, FailKind, Fault, Formed, Holding, Recalled, Standing
 from orchestrator.protocol.membership import Member
 from tests.simulation.histories import INITIAL, NEVER
@@ -58,7 +58,7 @@ class RankModel:
         self.stopped_at: float | None = None
         self.epoch, self.watermark, self.operation = 0, 0, 0
         self.ills: dict[type, list[Refused]] = {}
-        self.arrivals: dict[tuple[int, Lane], float] = {}
+        self.arrivals: dict[tuple[int, CallLane], float] = {}
         # state
         self.held: dict[int, State] = {}
         self.newest: int | None = None
@@ -77,7 +77,7 @@ class RankModel:
         self.broken, self.met, self.waits = False, 0, None
         self.writing: dict[str, tuple[float, tuple[tuple[int, int], ...]]] = {}
 
-    # --- what its two hosts, the call server and the lifeline, do -----------------------------------------------------------
+    # --- what its two hosts, the call server and the heartbeat, do -----------------------------------------------------------
 
     def attach(self, epoch: int) -> bool:
         """Whether it obeys the coordinator of that epoch from now on."""

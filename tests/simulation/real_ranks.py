@@ -6,15 +6,15 @@ import queue
 import time
 from collections.abc import Mapping, Sequence
 
-from lifeline_tools import expect
+from heartbeat_tools import expect
 from runtime import batch_of, meeting_place
 
 from actors.calls.rank_calls import Arrived
 from actors.protocol.dressing import OF_NONE, Dresser, Reading
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from actors.protocol.tables import Tables
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.commands import Call, Lane, Rearrange, lane_of
+from orchestrator.protocol.commands import Call, CallLane, Rearrange, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed
 from orchestrator.protocol.membership import Member
 from tests.simulation.hosted import SECONDS, Processes
@@ -33,13 +33,13 @@ class RealRanks:
         self._reading, self._open = Reading(tables), {}
         self._posted: queue.SimpleQueue = queue.SimpleQueue()
         self.answers: dict[CallId, Answered | Failed] = {}
-        self.lines: Lifelines | None = None
+        self.lines: HeartbeatServer | None = None
         processes.listen(self._posted.put)
         processes.heal()
 
     def coordinate(self, epoch: int, members: Sequence[Member]) -> None:
         """A coordinator begins: these are all that live."""
-        before, self.lines = self.lines, Lifelines("127.0.0.1", run=self._run, epoch=epoch)
+        before, self.lines = self.lines, HeartbeatServer("127.0.0.1", run=self._run, epoch=epoch)
         store = meeting_place()
         self._dresser = Dresser(self._config, self._tables, "127.0.0.1", store, batch=lambda step: batch_of(self._config, step),
                                 held_out=lambda: batch_of(self._config, -1), abouts={}, manifests={}, traced=lambda step: False,
@@ -123,7 +123,7 @@ class RealRanks:
         assert found.keys() == set(members), (found, members)
 
     def doom(self, member: Member, place: str, signal: int) -> None:
-        self._processes.ask([member], "doom", place, signal, lane=Lane.COMPUTE)
+        self._processes.ask([member], "doom", place, signal, lane=CallLane.COMPUTE)
 
     def contents(self, members: Sequence[Member]) -> list:
         return self._processes.ask(members, "contents")

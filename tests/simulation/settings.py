@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Goal
-from orchestrator.protocol.membership import Rules
+from orchestrator.protocol.membership import MembershipRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class Scenario:
     def goal(self) -> Goal:
         return Goal(self.steps, self.save_every, self.validate_every, self.place_every, keep=2, validate=self.validate_every > 0)
 
-    def rules(self) -> Rules:
-        return Rules(self.min_nodes, None, SILENCE, COOL_DOWN)
+    def rules(self) -> MembershipRules:
+        return MembershipRules(self.min_nodes, None, SILENCE, COOL_DOWN)
 
     def bounds(self) -> Deadlines:
         return BOUNDS if self.wait is None else replace(BOUNDS, wait=self.wait)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
-from orchestrator.protocol.commands import Call, Lane
+from orchestrator.protocol.commands import Call, CallLane
 from orchestrator.protocol.events import Answered, Done, Failed, FailKind, Probed
 from orchestrator.protocol.membership import Member
 from tests.simulation.network import meet
@@ -20,7 +20,7 @@ class RanksAtWork:
             return Refused(FailKind.OWN, f"step {request.step} cannot be computed")
         return None
 
-    def arrive(self, rank: RankModel, call: Call, lane: Lane) -> None:
+    def arrive(self, rank: RankModel, call: Call, lane: CallLane) -> None:
         if not rank.alive:
             self._gone(rank, call)
             return
@@ -31,12 +31,12 @@ class RanksAtWork:
         refused = rank.refusal(call)
         if refused is not None:
             self.fail(rank, call, refused)
-        elif lane is Lane.COMPUTE:
+        elif lane is CallLane.COMPUTE:
             self.invariants.begins(rank, call)
             rank.queue.append(call)
             if rank.work is None:
                 self._next(rank)
-        elif lane is Lane.FILES:
+        elif lane is CallLane.FILES:
             self._collect(rank, call)
         elif type(call.request) is orders.Probe:
             self._probe(rank, call)

@@ -21,11 +21,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from jobs.benches.chaos.company import COPIES, Company, Ended, Strike
+from jobs.benches.chaos.company import COPIES, Company, RunEnded, Strike
 from jobs.benches.chaos.processes import processes
 from jobs.benches.chaos.raylets import raylets
 from jobs.benches.chaos.text import undisturbed
-from jobs.benches.chaos.verdict import READ, Journal, Observed, Verdict, verdict
+from jobs.benches.chaos.verdict import READ, JsonLines, Observed, Verdict, verdict
 from orchestrator.config.run_config import Real, RunConfig, Section
 from orchestrator.told.kinds import GenerationFormed, GenerationLoaded, RanksLost
 from orchestrator.told.lines import from_json
@@ -91,7 +91,7 @@ def episode(begin: Callable[[str], Company], name: str, settings: Settings, seco
     try:
         _Strikes(company, observed, settings, seed).go_on(seconds)
         company.stop()
-    except Ended as error:
+    except RunEnded as error:
         observed.ended = str(error)
     finally:
         company.close()
@@ -104,13 +104,13 @@ class _Strikes:
     def __init__(self, company: Company, observed: Observed, settings: Settings, seed: int):
         self._company, self._observed, self._settings = company, observed, settings
         self._chance, self._pause = random.Random(seed), threading.Event()
-        self._events = Journal(company.folder / "events.jsonl", from_json)
-        self._commits = Journal(company.folder / "metrics.jsonl", lambda values: values["time"])
+        self._events = JsonLines(company.folder / "events.jsonl", from_json)
+        self._commits = JsonLines(company.folder / "metrics.jsonl", lambda values: values["time"])
         self._got_over: set[int] = set()
         self._steps, self._moved, self._looked = 0, time.monotonic(), 0.0
 
     def go_on(self, seconds: float) -> None:
-        """Strike for so long, then wait until all are back. Raises Ended."""
+        """Strike for so long, then wait until all are back. Raises RunEnded."""
         until, patient = time.monotonic() + seconds, deque([-1, -1], maxlen=2)
         while time.monotonic() < until:
             self._wait(self._chance.uniform(self._settings.least_seconds, self._settings.most_seconds))
@@ -120,7 +120,7 @@ class _Strikes:
         deadline = time.monotonic() + WHOLE_SECONDS
         while not self._company.whole():
             if time.monotonic() > deadline:
-                raise Ended(f"not all nodes are used again within {WHOLE_SECONDS:g} s of the last fault")
+                raise RunEnded(f"not all nodes are used again within {WHOLE_SECONDS:g} s of the last fault")
             self._look()
             self._pause.wait(_LOOK_SECONDS)
 
@@ -169,7 +169,7 @@ class _Strikes:
         return done
 
     def _wait(self, seconds: float) -> None:
-        """Raises Ended."""
+        """Raises RunEnded."""
         until = time.monotonic() + seconds
         while True:
             self._look()
@@ -179,7 +179,7 @@ class _Strikes:
             self._pause.wait(min(left, _LOOK_SECONDS))
 
     def _look(self) -> None:
-        """Raises Ended: no step for too long."""
+        """Raises RunEnded: no step for too long."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
@@ -188,7 +188,7 @@ class _Strikes:
         if len(steps) != self._steps or self._waits():
             self._steps, self._moved = len(steps), now
         if now - self._moved > GOES_ON_SECONDS:
-            raise Ended(f"no step is committed for {GOES_ON_SECONDS:g} s, {self._steps} are")
+            raise RunEnded(f"no step is committed for {GOES_ON_SECONDS:g} s, {self._steps} are")
 
     def _waits(self) -> bool:
         """Whether more is away than the run can do without, as far as whoever strikes it knows."""

@@ -29,7 +29,7 @@ CONFIG = {
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FaultKind:
     """What can befall a run. nodes: how many it is done to. takes: of how many of them the state may be lost for it."""
 
     nodes: int
@@ -48,7 +48,7 @@ class Strike:
     ended: float | None = None
 
 
-class Ended(RuntimeError):
+class RunEnded(RuntimeError):
     """The run ended, or does not go on. `str()` ends with what it said last."""
 
 
@@ -56,7 +56,7 @@ class Company(Protocol):
     """A run under way on nodes, none of them ever without its name."""
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
+    def kinds(self) -> Mapping[str, FaultKind]:
         """What can befall it now."""
 
     folder: Path
@@ -64,19 +64,19 @@ class Company(Protocol):
     strikes: list[Strike]
 
     def nodes(self) -> Sequence[str]:
-        """That the run uses and that nothing has befallen of which the cause lasts. Raises Ended."""
+        """That the run uses and that nothing has befallen of which the cause lasts. Raises RunEnded."""
 
     def strike(self, kind: str, nodes: Sequence[str], chance: random.Random) -> Strike:
-        """Begin it, and return at once (within a second or so); what follows (a thaw, a return) happens beside. Raises Ended."""
+        """Begin it, and return at once (within a second or so); what follows (a thaw, a return) happens beside. Raises RunEnded."""
 
     def whole(self) -> bool:
-        """Nothing is under way any more and the run uses all its nodes. Raises Ended: it ended, or undoing a strike failed."""
+        """Nothing is under way any more and the run uses all its nodes. Raises RunEnded: it ended, or undoing a strike failed."""
 
     def processes(self, node: str) -> Collection[int]:
         """Of the ranks there: pids."""
 
     def stop(self) -> None:
-        """Ask it to save and end, and wait for that. Raises Ended: it did otherwise."""
+        """Ask it to save and end, and wait for that. Raises RunEnded: it did otherwise."""
 
     def close(self) -> None:
         """End what is left of it, whatever state it is in."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.state import checkpoint
 from jobs.benches.chaos import rank as chaos_rank
-from jobs.benches.chaos.company import Kind, Strike
+from jobs.benches.chaos.company import FaultKind, Strike
 from jobs.benches.chaos.machine import alive, send
 
 NODES = tuple(f"n{number}" for number in range(6))
@@ -26,12 +26,15 @@ REPLACED_SECONDS, _TOLERATED_SECONDS = 90.0, 10.0
 LOOK_SECONDS = 0.1
 
 KINDS = {
-    "rank killed": Kind(1, 1), "node killed": Kind(1, 1), "node frozen": Kind(1, 1), "node stalled": Kind(1, 0),
-    "everybody stalled": Kind(0, 0), "rank hangs": Kind(1, 1), "rank is slow": Kind(1, 0), "rank raises": Kind(1, 1),
-    "joiner has no memory": Kind(1, 1), "joiner dies": Kind(1, 1), "joiner hangs": Kind(1, 1),
-    "joiner cannot be reached": Kind(1, 1), "node flaps": Kind(1, 1), "drain": Kind(1, 1), "drain called off": Kind(1, 0),
-    "link cut": Kind(2, 1), "link cut one way": Kind(2, 1), "storage full": Kind(0, 0), "checkpoint damaged": Kind(0, 0),
-    "coordinator replaced": Kind(0, 0), "below min_nodes": Kind(4, 1), "more than copies": Kind(3, 3),
+    "rank killed": FaultKind(1, 1), "node killed": FaultKind(1, 1), "node frozen": FaultKind(1, 1), "node stalled": FaultKind(1, 0),
+    "everybody stalled": FaultKind(0, 0), "rank hangs": FaultKind(1, 1), "rank is slow": FaultKind(1, 0),
+    "rank raises": FaultKind(1, 1),
+    "joiner has no memory": FaultKind(1, 1), "joiner dies": FaultKind(1, 1), "joiner hangs": FaultKind(1, 1),
+    "joiner cannot be reached": FaultKind(1, 1), "node flaps": FaultKind(1, 1), "drain": FaultKind(1, 1),
+    "drain called off": FaultKind(1, 0),
+    "link cut": FaultKind(2, 1), "link cut one way": FaultKind(2, 1),
+    "storage full": FaultKind(0, 0), "checkpoint damaged": FaultKind(0, 0),
+    "coordinator replaced": FaultKind(0, 0), "below min_nodes": FaultKind(4, 1), "more than copies": FaultKind(3, 3),
 }
 
 Later = Callable[[], None]

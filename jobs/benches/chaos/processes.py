@@ -24,7 +24,7 @@ from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from actors.protocol.trainer import Sources, Trainer
 from jobs.benches.chaos import rank as chaos_rank
-from jobs.benches.chaos.company import Company, Ended, Kind, Strike
+from jobs.benches.chaos.company import Company, FaultKind, RunEnded, Strike
 from jobs.benches.chaos.machine import Disk, Stops, alive
 from jobs.benches.chaos.process_strikes import (
     KINDS,
@@ -114,7 +114,7 @@ class Processes(ProcessStrikes):
     """A Company. Of what is said of nodes a coordinator that comes later is told as well."""
 
     def __init__(self, folder: Path, dataset: Dataset, name: str):
-        self.kinds: Mapping[str, Kind] = KINDS
+        self.kinds: Mapping[str, FaultKind] = KINDS
         self.strikes: list[Strike] = []
         self.folder = folder / "runs" / name
         self.dataset, self.config = dataset, configured(dataset, str(folder / "runs"), name, {})
@@ -146,14 +146,14 @@ class Processes(ProcessStrikes):
             raise
 
     def begin(self) -> None:
-        """Raises Ended."""
+        """Raises RunEnded."""
         self._driving = threading.Thread(target=self._drive, name="run", daemon=True)
         self._driving.start()
         deadline = time.monotonic() + _START_SECONDS
         while self._record.steps < 3:
             self._check()
             if time.monotonic() > deadline:
-                raise Ended(f"no three steps in {_START_SECONDS:g} s: {self._last_words()}")
+                raise RunEnded(f"no three steps in {_START_SECONDS:g} s: {self._last_words()}")
             self._over.wait(LOOK_SECONDS)
 
     # --- a company -----------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ class Processes(ProcessStrikes):
         self._trainer.stop()
         self._driving.join(_STOP_SECONDS)
         if self._driving.is_alive():
-            raise Ended(f"it was asked to end, and has not in {_STOP_SECONDS:g} s: {self._last_words()}")
+            raise RunEnded(f"it was asked to end, and has not in {_STOP_SECONDS:g} s: {self._last_words()}")
         if self._failed:
-            raise Ended("; ".join(self._failed))
+            raise RunEnded("; ".join(self._failed))
         self._stopped = True
 
     def close(self) -> None:
@@ -249,9 +249,9 @@ class Processes(ProcessStrikes):
             self._record.events.append(values)
 
     def _check(self) -> None:
-        """Raises Ended."""
+        """Raises RunEnded."""
         if self._failed or self._over.is_set() and not self._stopped:
-            raise Ended("; ".join(self._failed) or "the run is over")
+            raise RunEnded("; ".join(self._failed) or "the run is over")
 
     def _last_words(self) -> str:
         return str(self._record.events[-8:])

@@ -28,7 +28,7 @@ _ORDERS = (HANG, SLOW, RAISE, NO_MEMORY, NO_MEMORY_LATER, DIE, HANG_AS_IT_FORMS)
 _SLOW_SECONDS = 0.002
 
 
-class Told(RuntimeError):
+class InjectedError(RuntimeError):
     """A rank was told to raise."""
 
 
@@ -105,7 +105,7 @@ class ChaosRank(Rank):
             if orders.take(node, HANG):
                 threading.Event().wait()
             if orders.take(node, RAISE):
-                raise Told("told to raise")
+                raise InjectedError("told to raise")
             if orders.left(node, SLOW):
                 time.sleep(_SLOW_SECONDS)
             run()

@@ -75,7 +75,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-class Journal:
+class AppendedLines:
     """What was appended to a file of lines since one last looked."""
 
     def __init__(self, path: Path):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.benches.chaos.company import Ended, Kind, Strike
+from jobs.benches.chaos.company import FaultKind, RunEnded, Strike
 from jobs.benches.chaos.raylet_commands import SECONDS, command_line, drained
 from jobs.benches.chaos.raylet_hosts import COORDINATOR, RANK, signal_all
 from jobs.benches.shared.held_thread import HeldThread, cpu_seconds
@@ -26,13 +26,17 @@ Doing = Iterator[float]
 """What a strike does, one part after each wait; it gives the seconds to wait."""
 
 KINDS = {
-    "rank killed": Kind(1, 1), "node killed": Kind(1, 1), "node killed twice": Kind(1, 1), "node flaps": Kind(1, 1),
-    "node cut off": Kind(1, 1), "node cut briefly": Kind(1, 0), "node frozen": Kind(1, 1), "node stalled": Kind(1, 0),
-    "everybody stalled": Kind(0, 0), "drain": Kind(1, 1), "link cut": Kind(2, 1), "link cut one way": Kind(2, 1),
-    "coordinator killed": Kind(0, 0), "coordinator frozen": Kind(0, 0), "driver killed": Kind(0, 0), "driver frozen": Kind(0, 0),
-    "driver and coordinator killed": Kind(0, 0), "stopped and started": Kind(0, 0), "checkpoint damaged": Kind(0, 0),
-    "more than copies": Kind(3, 3),
-    "rank hangs": Kind(1, 1),
+    "rank killed": FaultKind(1, 1), "node killed": FaultKind(1, 1), "node killed twice": FaultKind(1, 1),
+    "node flaps": FaultKind(1, 1),
+    "node cut off": FaultKind(1, 1), "node cut briefly": FaultKind(1, 0), "node frozen": FaultKind(1, 1),
+    "node stalled": FaultKind(1, 0),
+    "everybody stalled": FaultKind(0, 0), "drain": FaultKind(1, 1), "link cut": FaultKind(2, 1),
+    "link cut one way": FaultKind(2, 1),
+    "coordinator killed": FaultKind(0, 0), "coordinator frozen": FaultKind(0, 0),
+    "driver killed": FaultKind(0, 0), "driver frozen": FaultKind(0, 0),
+    "driver and coordinator killed": FaultKind(0, 0), "stopped and started": FaultKind(0, 0), "checkpoint damaged": FaultKind(0, 0),
+    "more than copies": FaultKind(3, 3),
+    "rank hangs": FaultKind(1, 1),
 }
 """Each is a method of this name. A drain cannot be called off: Ray has no word for it."""
 
@@ -172,10 +176,10 @@ class RayletStrikes:
             deadline = time.monotonic() + SECONDS
             while (code := driver.poll()) is None:
                 if time.monotonic() > deadline:
-                    raise Ended(f"not within {SECONDS:g} s: a stop: {self._last_words()}")
+                    raise RunEnded(f"not within {SECONDS:g} s: a stop: {self._last_words()}")
                 yield LOOK_SECONDS
             if code not in (STOPPED, -signal.SIGKILL):  # unless it was killed meanwhile
-                raise Ended(f"exit code {code} of a stop: {self._last_words()}")
+                raise RunEnded(f"exit code {code} of a stop: {self._last_words()}")
             self._only_saved = self.steps
 
     def _checkpoints(self) -> list[Path]:

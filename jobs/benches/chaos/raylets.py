@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from jobs.benches.chaos.company import Company, Ended, Kind, Strike
-from jobs.benches.chaos.raylet_commands import SECONDS, Journal, command_of, tokens
+from jobs.benches.chaos.company import Company, FaultKind, RunEnded, Strike
+from jobs.benches.chaos.raylet_commands import SECONDS, AppendedLines, command_of, tokens
 from jobs.benches.chaos.raylet_hosts import COORDINATOR, NODES, RANK, Hosts, cluster_of, signal_all
 from jobs.benches.chaos.raylet_strikes import KINDS, LOOK_SECONDS, STOPPED, Doing, RayletStrikes
 from jobs.benches.chaos.verdict import READ
@@ -50,7 +50,7 @@ class RayletCompany(RayletStrikes):
         self.folder, self.strikes = folder / "runs" / name, []
         self.hosts, self.cluster, self.command = hosts, hosts.cluster, command_of(folder, data, name)
         self._logs, self._name = folder, name
-        self._ledger, self._told = Journal(self.folder / "ledger.jsonl"), Journal(self.folder / "events.jsonl")
+        self._ledger, self._told = AppendedLines(self.folder / "ledger.jsonl"), AppendedLines(self.folder / "events.jsonl")
         self._events: list[Told] = []
         self._seated, self._generation = frozenset[str](), 0
         self._damaged: set[Path] = set()
@@ -86,7 +86,7 @@ class RayletCompany(RayletStrikes):
         return self._events
 
     @property
-    def kinds(self) -> Mapping[str, Kind]:
+    def kinds(self) -> Mapping[str, FaultKind]:
         """What can befall it now: a driver that does not show steps yet can only be killed."""
         shows = not self._without and b"\nstep " in self.log.read_bytes()
         return KINDS if shows else {kind: needs for kind, needs in KINDS.items() if kind not in _OF_A_DRIVER}
@@ -133,16 +133,16 @@ class RayletCompany(RayletStrikes):
         return [node for node in self.cluster.nodes if node not in taken]
 
     def _check(self) -> None:
-        """Raises Ended. A raylet that nobody ended is started again."""
+        """Raises RunEnded. A raylet that nobody ended is started again."""
         if self._failed:
-            raise Ended(self._failed[0])
+            raise RunEnded(self._failed[0])
         with self._lock:
             code = self._driver.poll() if self._driver and not self._without else None
         if code is not None:
-            raise Ended(f"the driver ended, exit code {code}: {self._last_words()}")
+            raise RunEnded(f"the driver ended, exit code {code}: {self._last_words()}")
         path = self.folder / "ledger.jsonl"
         if time.time() - max(path.stat().st_mtime if path.exists() else 0.0, self._began) > STANDSTILL_SECONDS:
-            raise Ended(f"no step committed for {STANDSTILL_SECONDS:g} s: {self._last_words()}")
+            raise RunEnded(f"no step committed for {STANDSTILL_SECONDS:g} s: {self._last_words()}")
         for node in self._free():
             if not self.cluster.up(node) and not self._closing.is_set():
                 self._do(Strike(RETURNED, 1, time.time(), (self.hosts.name(node),)), (node,), self._given_up)
@@ -151,12 +151,12 @@ class RayletCompany(RayletStrikes):
         return self.log.read_text(errors="replace")[-4000:]
 
     def _await(self, condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
-        """Raises Ended."""
+        """Raises RunEnded."""
         deadline = time.monotonic() + seconds
         while not condition():
             self._check()
             if time.monotonic() > deadline:
-                raise Ended(f"not within {seconds:g} s: {what}: {self._last_words()}")
+                raise RunEnded(f"not within {seconds:g} s: {what}: {self._last_words()}")
             time.sleep(LOOK_SECONDS)
 
     # --- strikes -------------------------------------------------------------------------------------------------
@@ -223,20 +223,20 @@ class RayletCompany(RayletStrikes):
                     self._start()
 
     def stop(self) -> None:
-        """Raises Ended also where processes of it are left."""
+        """Raises RunEnded also where processes of it are left."""
         self._check()
         driver = self._driver
         driver.send_signal(signal.SIGINT)
         try:
             code = driver.wait(SECONDS)
         except subprocess.TimeoutExpired:
-            raise Ended(f"not within {SECONDS:g} s: a stop: {self._last_words()}") from None
+            raise RunEnded(f"not within {SECONDS:g} s: a stop: {self._last_words()}") from None
         if code != STOPPED:
-            raise Ended(f"exit code {code} of a stop: {self._last_words()}")
+            raise RunEnded(f"exit code {code} of a stop: {self._last_words()}")
         deadline = time.monotonic() + SECONDS
         while left := self.left():
             if time.monotonic() > deadline:
-                raise Ended(f"processes {left} are left after a stop")
+                raise RunEnded(f"processes {left} are left after a stop")
             time.sleep(LOOK_SECONDS)
 
     def _end_actors(self) -> None:

@@ -86,7 +86,7 @@ class Text:
         self._rows = dataset.read_rows(dataset.train, range(dataset.train.sequences))
 
     def sources(self) -> Sources:
-        return Sources(lambda step: _Feed(self, step), self._held_out)
+        return Sources(lambda step: _TextFeed(self, step), self._held_out)
 
     def batch(self, step: int) -> Batch:
         training, split = self._config.training, self._dataset.train
@@ -101,7 +101,7 @@ class Text:
 
 
 @dataclass
-class _Feed:
+class _TextFeed:
     text: Text
     step: int
 

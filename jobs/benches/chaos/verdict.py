@@ -43,7 +43,7 @@ READ = Selection((kinds.GenerationFormed, kinds.GenerationLoaded, kinds.RanksLos
 """What this bench looks up."""
 
 
-class Journal:
+class JsonLines:
     """Lines of JSON of a file that grows, or is written anew: those that are whole, each parsed once."""
 
     def __init__(self, path: Path, parse: Callable[[dict[str, Any]], Any] = dict):
@@ -79,7 +79,7 @@ class Observed:
     processes: list[tuple[float, dict[str, frozenset[int]]]] = field(default_factory=list)
 
     def look(self, company: Company) -> None:
-        """At the processes of nodes that nothing has befallen. Raises Ended."""
+        """At the processes of nodes that nothing has befallen. Raises RunEnded."""
         seen = {node: frozenset(company.processes(node)) for node in company.nodes()}
         self.processes.append((time.time(), seen))
 
@@ -138,8 +138,8 @@ class Verdict:
 def verdict(observed: Observed) -> Verdict:
     """Raises OSError, ConfigError, DatasetError, StorageError: it has left nothing to look at."""
     config = load(str(observed.folder / "config.yaml"))
-    events = Journal(observed.folder / "events.jsonl", from_json).read()
-    steps = Journal(observed.folder / "metrics.jsonl").read()
+    events = JsonLines(observed.folder / "events.jsonl", from_json).read()
+    steps = JsonLines(observed.folder / "metrics.jsonl").read()
     ledger = (observed.folder / "ledger.jsonl").read_text().splitlines()
     audited = audit.audit(str(observed.folder), config, Dataset.open(config.data.path))
     return Verdict(

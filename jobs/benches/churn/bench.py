@@ -27,7 +27,7 @@ from actors.files.run_folder import RunFolder
 from actors.hosts.processes import ProcessRanks
 from jobs import audit, corpus
 from jobs.benches.churn.rank import held_rank
-from jobs.benches.churn.run import Churn, Rows, Said, changes, train
+from jobs.benches.churn.run import Churn, Said, TokenizedBatches, changes, train
 from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
 from orchestrator.layout.layout import choose
@@ -69,7 +69,8 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
     data = session.data_path(config)
     corpus.prepare(config, data)
     config, dataset = _configured(config, settings, data), Dataset.open(data)
-    rows = Rows(config, dataset, max(settings.curve_steps, settings.alone_steps, int(settings.seconds / _SHORTEST_STEP)) + 1)
+    most_steps = max(settings.curve_steps, settings.alone_steps, int(settings.seconds / _SHORTEST_STEP)) + 1
+    rows = TokenizedBatches(config, dataset, most_steps)
     folder = tempfile.mkdtemp(prefix="dualray-churn-")
     try:
         told, done = _disturbed(config, settings, rows, f"{folder}/churn")
@@ -107,7 +108,7 @@ def _configured(config: RunConfig, settings: Settings, data: str) -> RunConfig:
         f"elastic.silence_seconds={settings.silence_seconds}", f"elastic.cool_down_seconds={settings.cool_down_seconds}"])
 
 
-def _disturbed(config: RunConfig, settings: Settings, rows: Rows, folder: str) -> tuple[Said, list]:
+def _disturbed(config: RunConfig, settings: Settings, rows: TokenizedBatches, folder: str) -> tuple[Said, list]:
     layout = choose(virtual_nodes(settings.nodes, settings.ranks), config.layout, config.model, config.stages)
     planned = changes(layout.nodes, settings.least, int((settings.seconds - 1e-9) // settings.every), settings.every, settings.seed)
     with _processes(config, settings, layout.size) as ranks:
@@ -117,7 +118,7 @@ def _disturbed(config: RunConfig, settings: Settings, rows: Rows, folder: str) -
     return told, churn.done
 
 
-def _alone(config: RunConfig, settings: Settings, rows: Rows, nodes: int, folder: str) -> Said:
+def _alone(config: RunConfig, settings: Settings, rows: TokenizedBatches, nodes: int, folder: str) -> Said:
     """The same run on so many nodes from begin to end."""
     layout = choose(virtual_nodes(nodes, settings.ranks), config.layout, config.model, config.stages)
     steps = settings.curve_steps if nodes == settings.nodes else settings.alone_steps

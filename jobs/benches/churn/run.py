@@ -33,7 +33,7 @@ CLUSTER_SECONDS = 3.0
 """What a cluster takes until it counts a frozen node as lost."""
 
 
-class Rows:
+class TokenizedBatches:
     """The batches of the first `steps` steps, in the run's own order, from the tokenized shards; read at once."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, steps: int):
@@ -48,8 +48,8 @@ class Rows:
 
 
 @dataclass
-class _Feed:
-    rows: Rows
+class _ShardFeed:
+    rows: TokenizedBatches
     step: int
 
     def next(self) -> Batch:
@@ -68,7 +68,7 @@ class Said:
     events: list[lines.Told] = field(default_factory=list)
 
 
-def train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: Rows, folder: str, host: str = "127.0.0.1",
+def train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: TokenizedBatches, folder: str, host: str = "127.0.0.1",
           beside: Callable[[Trainer, Said], None] | None = None, stop_after: int | None = None) -> Said:
     """Train until `stop_after` steps are committed, or `beside`, which runs on a thread of its own, stops the trainer.
 
@@ -84,7 +84,7 @@ def train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: Rows, fo
         elif kind == "event":
             told.events.append(values)
 
-    sources = Sources(lambda step: _Feed(rows, step), lambda: None)
+    sources = Sources(lambda step: _ShardFeed(rows, step), lambda: None)
     trainer = Trainer(config, layout, ranks, RunFolder(folder, config.run.name), sources, host, watch)
 
     def run_beside() -> None:
@@ -109,7 +109,7 @@ def train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: Rows, fo
 # --- changes -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class NodeChange:
     """seconds: since the begin."""
 
     kind: str
@@ -117,7 +117,7 @@ class Change:
     seconds: float
 
 
-def changes(nodes: Sequence[str], least: int, count: int, every: float, seed: int) -> list[Change]:
+def changes(nodes: Sequence[str], least: int, count: int, every: float, seed: int) -> list[NodeChange]:
     """Seeded. A node that is gone may come back; each kind of going comes as often as the others, and never below `least` nodes."""
     chance = random.Random(seed)
     present, gone, deck, found = list(nodes), [], [], []
@@ -130,17 +130,17 @@ def changes(nodes: Sequence[str], least: int, count: int, every: float, seed: in
                 deck = chance.sample(KINDS, len(KINDS))
             kind, node = deck.pop(), present.pop(chance.randrange(len(present)))
             gone.append(node)
-        found.append(Change(kind, node, (index + 1) * every))
+        found.append(NodeChange(kind, node, (index + 1) * every))
     return found
 
 
 class Churn:
     """Does the changes to the nodes of a run. ranks: of each node."""
 
-    def __init__(self, processes: ProcessRanks, ranks: int, planned: Sequence[Change], seconds: float):
+    def __init__(self, processes: ProcessRanks, ranks: int, planned: Sequence[NodeChange], seconds: float):
         self._processes, self._ranks, self._planned, self._seconds = processes, ranks, planned, seconds
         self._frozen: dict[str, list[int]] = {}
-        self.done: list[tuple[Change, float]] = []
+        self.done: list[tuple[NodeChange, float]] = []
 
     def __call__(self, trainer: Trainer, told: Said) -> None:
         """All of them at their times, counted from the run's first steps; then stop it."""
@@ -158,7 +158,7 @@ class Churn:
             waiting.pop(0)
             action()
 
-    def _do(self, change: Change) -> list[tuple[float, Callable[[], None]]]:
+    def _do(self, change: NodeChange) -> list[tuple[float, Callable[[], None]]]:
         """Returns what is to follow, and when."""
         node, name = Node(change.node, self._ranks), change.node
         self.done.append((change, time.time()))

@@ -24,7 +24,7 @@ from actors.hosts.processes import ProcessRanks
 from jobs import corpus
 from jobs.benches.churn.bench import small
 from jobs.benches.churn.rank import Home, held_rank
-from jobs.benches.churn.run import Rows, train
+from jobs.benches.churn.run import TokenizedBatches, train
 from jobs.benches.shared.networks import Network, NetworkRefused
 from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section, parse
@@ -81,7 +81,7 @@ def _configured(config: RunConfig, settings: Settings, data: str, kind: str) -> 
 
 def _measure(config: RunConfig, settings: Settings, dataset: Dataset) -> dict[str, Any]:
     layout = choose(virtual_nodes(settings.nodes, settings.ranks), config.layout, config.model, config.stages)
-    rows, kind = Rows(config, dataset, settings.steps + 1), config.schedule.kind
+    rows, kind = TokenizedBatches(config, dataset, settings.steps + 1), config.schedule.kind
     seconds: dict[str, list[float]] = {"one owner": [], "two owners": []}
     losses: set[tuple[float, ...]] = set()
     with Network(settings.nodes, settings.megabits, settings.ranks) as network:
@@ -102,7 +102,8 @@ def _measure(config: RunConfig, settings: Settings, dataset: Dataset) -> dict[st
             "owned": {"ranks": layout.size, "layout": layout.describe()}}
 
 
-def _train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: Rows, host: str, steps: int) -> list[dict[str, Any]]:
+def _train(ranks: ProcessRanks, config: RunConfig, layout: Layout, rows: TokenizedBatches, host: str, steps: int
+           ) -> list[dict[str, Any]]:
     folder = tempfile.mkdtemp(prefix="dualray-commit-")
     try:
         return train(ranks, config, layout, rows, folder, host, stop_after=steps).steps

@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import Field
 
 from actors.telemetry.trace import trace_json
-from jobs.benches.overlap.cluster import Alone, Cluster, Measured, Payload, Shape, say
-from jobs.benches.overlap.compare import OFF, PEER, Contestant, compare, expected_bytes, verdicts
+from jobs.benches.overlap.cluster import Alone, Cluster, ClusterShape, ClusterStep, TokenPayload, say
+from jobs.benches.overlap.compare import OFF, PEER, OverlapCase, compare, expected_bytes, verdicts
 from jobs.benches.overlap.held import Seconds
 from jobs.benches.overlap.plan import durations_of, fixed, found, task_of, torch_task
 from jobs.benches.overlap.tiny import tiny
@@ -79,15 +79,15 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
             "run_seconds": time.perf_counter() - started, "checks": checks, "valid": all(checks.values())}
 
 
-def _shape(text: str, settings: Settings) -> Shape:
+def _shape(text: str, settings: Settings) -> ClusterShape:
     """Raises ConfigError."""
     match = _SHAPE.fullmatch(text)
     if match is None or int(match[1]) % 2 or int(match[2]) % settings.nodes or int(match[2]) & (int(match[2]) - 1):
         raise ConfigError("shapes", text, f"PP<even>xEP<a power of two, and a multiple of nodes = {settings.nodes}>")
-    return Shape(settings.nodes, int(match[1]), int(match[2]) // settings.nodes)
+    return ClusterShape(settings.nodes, int(match[1]), int(match[2]) // settings.nodes)
 
 
-def _measure(config: RunConfig, settings: Settings, shape: Shape, hold: float, *, first: bool
+def _measure(config: RunConfig, settings: Settings, shape: ClusterShape, hold: float, *, first: bool
              ) -> tuple[dict[str, Any], dict[str, bool]]:
     """hold: seconds of half a layer's F, I and W each. first: of the shapes, the one with a trace and with a slow link."""
     microbatches = settings.microbatches * shape.pipeline
@@ -99,12 +99,12 @@ def _measure(config: RunConfig, settings: Settings, shape: Shape, hold: float, *
             payload, alone = _calibrated(cluster, settings, hold)  # something else was running
         durations = durations_of(alone, settings.layers)
         contestants = {
-            "compute only": Contestant(fixed("dualpipe", shape.pipeline, microbatches),
-                                       replace(durations, dispatch=0.0, combine=0.0), communicates=False),
-            "dualpipe": Contestant(fixed("dualpipe", shape.pipeline, microbatches), durations),
-            "searched": Contestant(found(shape.pipeline, microbatches, durations, settings.effort), durations),
-            OFF: Contestant(fixed("dualpipe", shape.pipeline, microbatches), durations, overlap=False),
-            PEER: Contestant(None, durations),
+            "compute only": OverlapCase(fixed("dualpipe", shape.pipeline, microbatches),
+                                        replace(durations, dispatch=0.0, combine=0.0), communicates=False),
+            "dualpipe": OverlapCase(fixed("dualpipe", shape.pipeline, microbatches), durations),
+            "searched": OverlapCase(found(shape.pipeline, microbatches, durations, settings.effort), durations),
+            OFF: OverlapCase(fixed("dualpipe", shape.pipeline, microbatches), durations, overlap=False),
+            PEER: OverlapCase(None, durations),
         }
         tasks = [{name: torch_task(settings.layers, microbatches) if each.schedule is None
                   else task_of(each, position, settings.layers) for name, each in contestants.items()}
@@ -128,9 +128,9 @@ def _measure(config: RunConfig, settings: Settings, shape: Shape, hold: float, *
     return result, checks
 
 
-def _steps(cluster: Cluster, names: list[str], repeats: int) -> dict[str, list[Measured]]:
+def _steps(cluster: Cluster, names: list[str], repeats: int) -> dict[str, list[ClusterStep]]:
     """Every contestant in turn."""
-    steps: dict[str, list[Measured]] = {name: [] for name in names}
+    steps: dict[str, list[ClusterStep]] = {name: [] for name in names}
     for repeat in range(repeats):
         at = repeat * len(names) // repeats
         for name in names[at:] + names[:at]:
@@ -149,33 +149,33 @@ def _write_trace(cluster: Cluster, file: str) -> None:
         raise ConfigError("trace", file, f"a file that can be written ({error.strerror})") from None
 
 
-def _calibrated(cluster: Cluster, settings: Settings, hold: float) -> tuple[Payload, Alone]:
+def _calibrated(cluster: Cluster, settings: Settings, hold: float) -> tuple[TokenPayload, Alone]:
     """The payload whose exchanges take `ratio` times as long as a pair's holds, and what everything takes with it."""
     wanted = settings.ratio * 6 * hold  # of a layer: half a layer twice, in each of F, I and W; four exchanges
     copies = cluster.shape.members - cluster.shape.width
     hidden = max(4, round(wanted / 4 * settings.megabits * 1e6 / 1.6 / (32 * settings.tokens * copies)))  # a first guess
-    _layer(cluster, Payload(settings.tokens, hidden), settings.alone)  # connections and buffers are warm after it
-    taken = {width: _layer(cluster, Payload(settings.tokens, width), settings.alone) for width in (hidden // 2, hidden)}
+    _layer(cluster, TokenPayload(settings.tokens, hidden), settings.alone)  # connections and buffers are warm after it
+    taken = {width: _layer(cluster, TokenPayload(settings.tokens, width), settings.alone) for width in (hidden // 2, hidden)}
     for _ in range(_TRIALS):
         one, other = sorted(taken, key=lambda width: abs(taken[width] - wanted))[:2]
         slope = (taken[one] - taken[other]) / (one - other)
         hidden = max(2, round(one + (wanted - taken[one]) / slope)) if slope > 0 else one
         if hidden in taken:
             break
-        taken[hidden] = _layer(cluster, Payload(settings.tokens, hidden), settings.alone)
-    payload = Payload(settings.tokens, min(taken, key=lambda width: abs(taken[width] - wanted)))
+        taken[hidden] = _layer(cluster, TokenPayload(settings.tokens, hidden), settings.alone)
+    payload = TokenPayload(settings.tokens, min(taken, key=lambda width: abs(taken[width] - wanted)))
     alone = cluster.alone(payload, hold, 3 * settings.alone // 2)
     say(f"{cluster.shape.name}: {payload}, {alone}")
     return payload, alone
 
 
-def _layer(cluster: Cluster, payload: Payload, repeats: int) -> float:
+def _layer(cluster: Cluster, payload: TokenPayload, repeats: int) -> float:
     """Seconds of the four exchanges of a layer, mean over positions."""
     found = cluster.exchange(payload, repeats)
     return sum(sum(times.values()) for times in found) / len(found)
 
 
-def _calibration(hold: float, payload: Payload, alone: Alone) -> dict[str, Any]:
+def _calibration(hold: float, payload: TokenPayload, alone: Alone) -> dict[str, Any]:
     return {"hidden": payload.hidden, "tokens": payload.count, "hold_seconds": alone.hold, "hold_jitter": alone.hold_jitter,
             "exchange_seconds": list(alone.exchange), "all_to_all_single_seconds": alone.blocking, "hop_seconds": alone.hop,
             "ratio": alone.layer / (6 * alone.hold), "asked_seconds": hold}
@@ -184,7 +184,7 @@ def _calibration(hold: float, payload: Payload, alone: Alone) -> dict[str, Any]:
 # --- one slow link -----------------------------------------------------------------------------------------------------
 
 
-def _with_a_slow_link(cluster: Cluster, settings: Settings, payload: Payload, hold: float
+def _with_a_slow_link(cluster: Cluster, settings: Settings, payload: TokenPayload, hold: float
                       ) -> tuple[dict[str, Any], dict[str, bool]]:
     """One interface at a share of its speed: the fixed kinds against what is searched, in either's placement, for the durations
     as they are now."""
@@ -193,8 +193,8 @@ def _with_a_slow_link(cluster: Cluster, settings: Settings, payload: Payload, ho
     cluster.slow_down(0, 0, settings.megabits * settings.slow_link)
     alone = cluster.alone(payload, hold, 10)
     durations = durations_of(alone, settings.layers)
-    contestants = {kind: Contestant(fixed(kind, pipeline, microbatches), durations) for kind in _FIXED}
-    contestants["searched"] = Contestant(found(pipeline, microbatches, durations, settings.effort), durations)
+    contestants = {kind: OverlapCase(fixed(kind, pipeline, microbatches), durations) for kind in _FIXED}
+    contestants["searched"] = OverlapCase(found(pipeline, microbatches, durations, settings.effort), durations)
     tasks = [{name: task_of(each, position, settings.layers) for name, each in contestants.items()}
              for position in range(pipeline)]
     cluster.prepare(tasks, payload, Seconds(hold, hold, hold))

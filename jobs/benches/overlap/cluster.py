@@ -13,7 +13,7 @@ from typing import Any, Self
 from actors.hosts.processes import ProcessRanks
 from actors.hosts.seated_answers import call
 from jobs.benches.overlap.held import Seconds
-from jobs.benches.overlap.rank import Ours, Step, Torch, overlap_rank
+from jobs.benches.overlap.rank import OverlapStep, OverlapTask, Torch, overlap_rank
 from jobs.benches.shared.networks import Network
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
@@ -24,7 +24,7 @@ _LEAD_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
-class Shape:
+class ClusterShape:
     """`nodes` nodes with one whole pipeline each: `pipeline` positions, `width` ranks at each. A node is a row."""
 
     nodes: int
@@ -78,7 +78,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Payload:
+class TokenPayload:
     """`count` tokens of a rank, `hidden` floats each."""
 
     count: int
@@ -86,11 +86,11 @@ class Payload:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ClusterStep:
     """A step: its seconds, what every rank says of it, bytes that every interface sent and received."""
 
     seconds: float
-    steps: list[Step]
+    steps: list[OverlapStep]
     sent: list[int]
     received: list[int]
 
@@ -101,7 +101,7 @@ class Cluster:
     Raises NetworkRefused.
     """
 
-    def __init__(self, config: RunConfig, shape: Shape, megabits: float):
+    def __init__(self, config: RunConfig, shape: ClusterShape, megabits: float):
         self.shape, self.layout = shape, shape.layout
         with ExitStack() as stack:
             self.network = stack.enter_context(Network(shape.nodes, megabits, shape.ranks_per_node))
@@ -125,13 +125,13 @@ class Cluster:
 
     # --- alone ---------------------------------------------------------------------------------------------------
 
-    def alone(self, payload: Payload, seconds: float, repeats: int) -> Alone:
+    def alone(self, payload: TokenPayload, seconds: float, repeats: int) -> Alone:
         """seconds: of a hold."""
         holds = [taken for found in self._everywhere("hold_times", seconds, repeats) for taken in found]
         return Alone(statistics.median(holds), statistics.stdev(holds), self.exchange(payload, repeats),
                      self._blocking(payload, repeats), self._hop(payload, seconds, repeats))
 
-    def exchange(self, payload: Payload, repeats: int) -> tuple[dict[str, float], ...]:
+    def exchange(self, payload: TokenPayload, repeats: int) -> tuple[dict[str, float], ...]:
         found = self._everywhere("exchange_times", payload.count, payload.hidden, repeats + 2)
         by_position = []
         for position in range(self.shape.pipeline):
@@ -139,11 +139,11 @@ class Cluster:
             by_position.append({name: statistics.mean(times[name] for times in mine) for name in mine[0]})
         return tuple(by_position)
 
-    def _blocking(self, payload: Payload, repeats: int) -> float:
+    def _blocking(self, payload: TokenPayload, repeats: int) -> float:
         found = self._everywhere("blocking_times", payload.count, payload.hidden, repeats + 2)
         return statistics.mean(taken for times in found for taken in times[2:])
 
-    def _hop(self, payload: Payload, pause: float, repeats: int) -> float:
+    def _hop(self, payload: TokenPayload, pause: float, repeats: int) -> float:
         if self.shape.pipeline == 1:
             return 0.0
         found = self._everywhere("ping_pong", payload.count, payload.hidden, pause, repeats)
@@ -152,17 +152,17 @@ class Cluster:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, tasks: Sequence[Mapping[str, Ours | Torch]], payload: Payload, seconds: Seconds) -> None:
+    def prepare(self, tasks: Sequence[Mapping[str, OverlapTask | Torch]], payload: TokenPayload, seconds: Seconds) -> None:
         """tasks: of every position, by contestant."""
         mine = [tasks[place.position] for place in self.layout.places]
         self._everywhere("prepare", payload.count, payload.hidden, seconds, each=[(task,) for task in mine])
 
-    def step(self, name: str, factor: float = 1.0, traced: bool = False) -> Measured:
+    def step(self, name: str, factor: float = 1.0, traced: bool = False) -> ClusterStep:
         """Raises RuntimeError: it was not the work of a step, or not in the order of its schedule."""
         self._everywhere("ready", name, factor)
         before = self.network.traffic()
         start = time.perf_counter() + _LEAD_SECONDS
-        steps: list[Step] = self._everywhere("go", start, traced)
+        steps: list[OverlapStep] = self._everywhere("go", start, traced)
         after = self.network.traffic()
         if wrong := [rank for rank, step in enumerate(steps) if not step.complete]:
             raise RuntimeError(f"{name}: ranks {wrong} did other work, or in another order, than their schedule says")
@@ -171,8 +171,8 @@ class Cluster:
             if len({steps[rank].order for rank in group}) > 1:
                 raise RuntimeError(f"{name}: ranks {group} communicated in different orders")
         passed = [after[found.node, found.index].since(before[found.node, found.index]) for found in self._interfaces]
-        return Measured(max(step.end for step in steps) - start, steps, [traffic.sent for traffic in passed],
-                        [traffic.received for traffic in passed])
+        return ClusterStep(max(step.end for step in steps) - start, steps, [traffic.sent for traffic in passed],
+                           [traffic.received for traffic in passed])
 
     def _everywhere(self, method: str, *arguments: Any, each: Sequence[tuple] | None = None) -> list[Any]:
         """Call all ranks; each: with arguments of its own first."""

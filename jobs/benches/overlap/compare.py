@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.benches.overlap.cluster import Measured, Payload, Shape
+from jobs.benches.overlap.cluster import ClusterShape, ClusterStep, TokenPayload
 from jobs.benches.overlap.figures import steady
 from orchestrator.schedule.ir.actions import Schedule
 from orchestrator.schedule.ir.spans import Figures, Span, figures
@@ -22,7 +22,7 @@ OURS, OFF, PEER = ("dualpipe", "searched"), "overlap off", "ScheduleDualPipeV"
 
 
 @dataclass(frozen=True)
-class Contestant:
+class OverlapCase:
     """schedule: None: torch's own. durations: of a whole position; as measured alone."""
 
     schedule: Schedule | None
@@ -43,7 +43,7 @@ class Contestant:
         return simulate(self.schedule, per_chunk(durations, stages))
 
 
-def expected_bytes(shape: Shape, payload: Payload, layers: int, *, peer: bool) -> int:
+def expected_bytes(shape: ClusterShape, payload: TokenPayload, layers: int, *, peer: bool) -> int:
     """Of rows that leave a rank's interface in a step in which it communicates for `layers` layers in all.
 
     A token goes once to each of the other nodes, in each of a layer's four exchanges; of the peer's, once to each of their ranks.
@@ -53,7 +53,7 @@ def expected_bytes(shape: Shape, payload: Payload, layers: int, *, peer: bool) -
     return 4 * layers * copies * payload.count * payload.hidden * 4
 
 
-def compare(contestants: Mapping[str, Contestant], steps: Mapping[str, Sequence[Measured]], wanted: Mapping[str, int],
+def compare(contestants: Mapping[str, OverlapCase], steps: Mapping[str, Sequence[ClusterStep]], wanted: Mapping[str, int],
             members: int) -> dict[str, Any]:
     """members: of an EP group. wanted: bytes of rows that every interface sends in a step, by contestant; the figures of those
     left out are not checked."""
@@ -78,7 +78,7 @@ def compare(contestants: Mapping[str, Contestant], steps: Mapping[str, Sequence[
     return found
 
 
-def _exposed(measured: Sequence[Measured], predicted: Timeline | None) -> dict[str, Any]:
+def _exposed(measured: Sequence[ClusterStep], predicted: Timeline | None) -> dict[str, Any]:
     """Means over ranks and repeats. Shares of pairs are of all the steady ones' time together."""
     whole = [rank.shares.step.exposed_communication_seconds for step in measured for rank in step.steps]
     sent = [rank.shares.step.communication_seconds for step in measured for rank in step.steps]
@@ -112,7 +112,7 @@ def _length(figures: Figures) -> float:
     return (figures.compute_seconds + figures.exposed_communication_seconds) / (1 - figures.bubble_ratio)
 
 
-def _bytes(measured: Sequence[Measured], wanted: int | None, members: int) -> dict[str, Any]:
+def _bytes(measured: Sequence[ClusterStep], wanted: int | None, members: int) -> dict[str, Any]:
     """members: of an EP group; an exchange has a message for each, or fewer."""
     messages = measured[0].steps[0].exchanges * members
     sent = [bytes_ for step in measured for bytes_ in step.sent]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.schedule.ir.actions import Action, Kind, Pair
+from orchestrator.schedule.ir.actions import Action, ActionKind, Pair
 from orchestrator.schedule.ir.spans import Figures, Span, figures, together
 
 
@@ -26,7 +26,7 @@ class Shares:
 
 def steady(action: Action) -> bool:
     """Whether it pairs a forward with a whole backward."""
-    return isinstance(action, Pair) and {compute.kind for compute in action.computes} == {Kind.FORWARD, Kind.BACKWARD}
+    return isinstance(action, Pair) and {compute.kind for compute in action.computes} == {ActionKind.FORWARD, ActionKind.BACKWARD}
 
 
 def shares(spans: Sequence[Span], actions: Iterable[Action], start: float, end: float) -> Shares:

@@ -25,7 +25,7 @@ Entry = tuple[str, int, int, int]
 """(F, I or W; slot; microbatch; layer)."""
 
 
-class Exchange(Protocol):
+class TokenExchange(Protocol):
     """What is needed of an ExpertExchange."""
 
     def announce(self, choice_tk: Tensor) -> Any: ...
@@ -48,7 +48,7 @@ class Seconds:
     backward_weight: float
 
 
-class Journal:
+class LaneRecord:
     """What a rank did in a step, in order: holds of the compute lane, and exchanges, by the name of each."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Tokens:
     member: of this rank in the group, `members` in all. A power of two, so that sums and quotients are exact.
     """
 
-    def __init__(self, exchange: Exchange, member: int, members: int, count: int, hidden: int):
+    def __init__(self, exchange: TokenExchange, member: int, members: int, count: int, hidden: int):
         if members & (members - 1):
             raise ValueError(f"{members} members: a power of two")
         self.exchange, self.members, self.count, self.hidden = exchange, members, count, hidden
@@ -125,7 +125,7 @@ class LayeredChunk:
     tokens: None: no exchanges, compute only. entered: layers before this stage, of which there are `total` in the model.
     """
 
-    def __init__(self, lane: HeldLane, queue: WeightGradients, tokens: Tokens, journal: Journal, seconds: Seconds, *, slot: int,
+    def __init__(self, lane: HeldLane, queue: WeightGradients, tokens: Tokens, journal: LaneRecord, seconds: Seconds, *, slot: int,
                  layers: int, entered: int, total: int, communicates: bool = True):
         self.first, self.last = entered == 0, entered + layers == total
         self._lane, self._queue, self._tokens, self._journal, self._seconds = lane, queue, tokens, journal, seconds

@@ -1,17 +1,17 @@
-"""What the contestants of the overlap bench run: schedules, their programs with the order of pieces, and their predictions."""
+"""What the contestants of the overlap bench run: schedules, their programs with the order of operations, and their predictions."""
 
 from __future__ import annotations
 
 from statistics import mean
 
 from jobs.benches.overlap.cluster import Alone
-from jobs.benches.overlap.compare import Contestant
-from jobs.benches.overlap.rank import Ours, Torch
+from jobs.benches.overlap.compare import OverlapCase
+from jobs.benches.overlap.rank import OverlapTask, Torch
 from orchestrator.schedule.ir.actions import Program, Schedule
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.orders import StageStrands, check_orders, with_orders
-from orchestrator.schedule.ir.pieces import Piece
+from orchestrator.schedule.ir.operations import Operation
+from orchestrator.schedule.ir.orders import StageOperations, check_orders, with_orders
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import BOTH, Stages, V
 from orchestrator.schedule.kinds.registry import generate
@@ -46,36 +46,36 @@ def torch_task(layers: int, microbatches: int) -> Torch:
     return Torch(microbatches, layers // 2)
 
 
-def task_of(contestant: Contestant, position: int, layers: int) -> Ours:
+def task_of(contestant: OverlapCase, position: int, layers: int) -> OverlapTask:
     """layers: of a position."""
     schedule = contestant.schedule
     program = _programs(schedule, per_chunk(contestant.durations, schedule.stages), contestant.communicates)[position]
-    return Ours(schedule.stages, schedule.microbatches, program, layers // schedule.stages.chunks, contestant.communicates,
-                contestant.overlap)
+    return OverlapTask(schedule.stages, schedule.microbatches, program, layers // schedule.stages.chunks, contestant.communicates,
+                       contestant.overlap)
 
 
 def _programs(schedule: Schedule, durations: Durations, communicates: bool) -> tuple[Program, ...]:
-    """With the order of pieces inside each action. `durations`: by stage."""
+    """With the order of operations inside each action. `durations`: by stage."""
     stages = schedule.stages
     hosted = tuple(map(stages.hosted, range(stages.positions)))
     programs = lower(schedule)
     check(schedule, programs)
     ordered = []
-    for program in programs:  # one by one, for the same stage's strands differ where a position is slow
-        strands = tuple(_strands(durations, stage, program.position, communicates) for stage in range(stages.count))
-        ordered += with_orders([program], strands, hosted)
-        check_orders(ordered[-1:], strands, hosted)
+    for program in programs:  # one by one, for the same stage's operations differ where a position is slow
+        operations = tuple(_operations(durations, stage, program.position, communicates) for stage in range(stages.count))
+        ordered += with_orders([program], operations, hosted)
+        check_orders(ordered[-1:], operations, hosted)
     return tuple(ordered)
 
 
-def _strands(durations: Durations, stage: int, position: int, communicates: bool) -> StageStrands:
+def _operations(durations: Durations, stage: int, position: int, communicates: bool) -> StageOperations:
     """Of a stage at a position, as LayeredChunk runs it."""
     layers, (slow, slow_exchange) = durations.layers, durations.factors(position)
     forward, backward, weight = (slow * at(value, stage) / (2 * layers) for value in (
         durations.forward, durations.backward_input, durations.backward_weight))
-    out, home = (Piece(Lane.EXCHANGE, slow_exchange * at(value, stage) / layers)
+    out, home = (Operation(Lane.EXCHANGE, slow_exchange * at(value, stage) / layers)
                  for value in (durations.dispatch, durations.combine))
-    half, back = Piece(Lane.COMPUTE, forward), Piece(Lane.COMPUTE, backward, weight)
+    half, back = Operation(Lane.COMPUTE, forward), Operation(Lane.COMPUTE, backward, weight)
     if not communicates:
-        return StageStrands((half, half) * layers, (back, back) * layers)
-    return StageStrands((half, out, half, home) * layers, (out, back, home, back) * layers)
+        return StageOperations((half, half) * layers, (back, back) * layers)
+    return StageOperations((half, out, half, home) * layers, (out, back, home, back) * layers)

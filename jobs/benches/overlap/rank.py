@@ -24,13 +24,13 @@ from actors.runtime.exchange_lane import ExchangeLane, InTurn
 from actors.runtime.executor import Executor, StepWork
 from actors.runtime.process_setup import settle
 from jobs.benches.overlap.figures import Shares, shares
-from jobs.benches.overlap.held import Journal, LayeredChunk, Seconds, Tape, Tokens
+from jobs.benches.overlap.held import LaneRecord, LayeredChunk, Seconds, Tape, Tokens
 from jobs.benches.overlap.torch_peer import BlockingExchange, TorchDualPipeV
 from jobs.benches.shared.held_lane import HeldLane, exact_sleep, sleep_until
 from jobs.benches.shared.networks import enter
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
-from orchestrator.schedule.ir.actions import Kind, Program, Work
+from orchestrator.schedule.ir.actions import ActionKind, Program, Work
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.ir.stages import Stages
 
@@ -41,7 +41,7 @@ _PORT = 29400  # of a namespace that nobody else uses
 
 
 @dataclass(frozen=True)
-class Ours:
+class OverlapTask:
     """A program of one position. layers: of a stage. communicates: with dispatch and combine; overlap: under compute."""
 
     stages: Stages
@@ -61,7 +61,7 @@ class Torch:
 
 
 @dataclass(frozen=True)
-class Step:
+class OverlapStep:
     """What one rank did: seconds on the common clock when it was done; how late it began; what its lanes did.
 
     complete: it held its lane and communicated exactly as its schedule says. exchanges: how many; order: a digest of their names
@@ -90,8 +90,8 @@ class OverlapRank:
     def __init__(self, address: str):
         exact_sleep()
         settle()
-        self._address, self._lane, self._journal = address, HeldLane(), Journal()
-        self._contestants: dict[str, _OurProgram | TorchDualPipeV] = {}
+        self._address, self._lane, self._journal = address, HeldLane(), LaneRecord()
+        self._contestants: dict[str, _OverlapProgram | TorchDualPipeV] = {}
         self._exchanges: tuple[Tokens, BlockingExchange] | None = None
 
     def open(self, rank: int, layout: Layout, meeting: str) -> None:
@@ -170,15 +170,15 @@ class OverlapRank:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, tasks: dict[str, Ours | Torch], count: int, hidden: int, seconds: Seconds) -> None:
+    def prepare(self, tasks: dict[str, OverlapTask | Torch], count: int, hidden: int, seconds: Seconds) -> None:
         """Make the contestants of the steps to come, by name."""
         self._close_contestants()
         tokens, blocking = self._exchange(count, hidden)
         rank, lane, journal = self._place.rank, self._lane, self._journal
         self._tasks = tasks
         self._contestants = {
-            name: _OurProgram(rank, self._place.position, task, lane, journal, tokens, self._line, seconds)
-            if isinstance(task, Ours)
+            name: _OverlapProgram(rank, self._place.position, task, lane, journal, tokens, self._line, seconds)
+            if isinstance(task, OverlapTask)
             else TorchDualPipeV(rank, lane, blocking, journal, seconds, self._their_line, task.layers, task.microbatches,
                                 count * hidden)
             for name, task in tasks.items()}
@@ -194,16 +194,16 @@ class OverlapRank:
         self._next.prepare()
         gc.collect()
 
-    def go(self, start: float, traced: bool) -> Step:
+    def go(self, start: float, traced: bool) -> OverlapStep:
         """Run it from `start` on, the same for all ranks."""
         late = max(0.0, time.perf_counter() - start)
         sleep_until(start)
         self._next.run()
         end = time.perf_counter()
         spans, journal = self._next.spans(), self._journal
-        actions = self._task.program.actions if isinstance(self._task, Ours) else ()
-        return Step(end, late, self._complete(), len(journal.exchanges), zlib.crc32(repr(journal.exchanges).encode()),
-                    shares(spans, actions, start, end), spans if traced else [])
+        actions = self._task.program.actions if isinstance(self._task, OverlapTask) else ()
+        return OverlapStep(end, late, self._complete(), len(journal.exchanges), zlib.crc32(repr(journal.exchanges).encode()),
+                           shares(spans, actions, start, end), spans if traced else [])
 
     def close(self) -> None:
         self._close_contestants()
@@ -211,7 +211,7 @@ class OverlapRank:
 
     def _close_contestants(self) -> None:
         for contestant in self._contestants.values():
-            if isinstance(contestant, _OurProgram):
+            if isinstance(contestant, _OverlapProgram):
                 contestant.close()
         self._contestants = {}
 
@@ -223,7 +223,7 @@ class OverlapRank:
         at, wanted, sent = {}, Counter(), 0
         for index, action in enumerate(task.program.actions):
             for compute in action.computes if isinstance(action, Work) else ():
-                parts = "IW" if compute.kind is Kind.BACKWARD else str(compute.kind)
+                parts = "IW" if compute.kind is ActionKind.BACKWARD else str(compute.kind)
                 sent += 2 * task.layers * (parts != "W") * task.communicates
                 for part in parts:
                     at[part, compute.slot, compute.microbatch] = index
@@ -250,8 +250,8 @@ class OverlapRank:
                               nodes=tuple(layout.places[rank].node for rank in self._experts.ranks))
 
 
-class _OurProgram:
-    def __init__(self, rank: int, position: int, task: Ours, lane: HeldLane, journal: Journal, tokens: Tokens, line: Any,
+class _OverlapProgram:
+    def __init__(self, rank: int, position: int, task: OverlapTask, lane: HeldLane, journal: LaneRecord, tokens: Tokens, line: Any,
                  seconds: Seconds):
         stages, queue = task.stages, WeightGradients()
         self._program, self._line, self._tokens = task.program, line, tokens

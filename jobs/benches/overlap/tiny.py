@@ -53,7 +53,7 @@ def tiny(config: RunConfig, steps: int, megabits: float) -> dict[str, Any]:
                         lines.append(values)
 
                 with tempfile.TemporaryDirectory() as folder:
-                    sources = Sources(lambda step: _Fixed(batches[step:]), lambda: None)
+                    sources = Sources(lambda step: _FixedFeed(batches[step:]), lambda: None)
                     Trainer(way, layout, ranks, RunFolder(folder, "overlap"), sources, host=network.host, watch=watch).run()
                 losses[name] = [line["loss"] for line in lines]
                 found[name].append({key: statistics.median(line[key] for line in lines[_WARM_UP:]) for key in (
@@ -65,7 +65,7 @@ def tiny(config: RunConfig, steps: int, megabits: float) -> dict[str, Any]:
             "ratio": statistics.median(seconds["in turn"]) / statistics.median(seconds["overlap"])}
 
 
-class _Fixed:
+class _FixedFeed:
     def __init__(self, batches: list):
         self._batches = iter(batches)
 

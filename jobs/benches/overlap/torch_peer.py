@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import pipelining
 from torch.distributed.pipelining import schedules
 
-from jobs.benches.overlap.held import Journal, Seconds
+from jobs.benches.overlap.held import LaneRecord, Seconds
 from jobs.benches.schedule.torch_peer import HeldStage, _Loss
 from jobs.benches.shared.held_lane import HeldLane, entering
 from orchestrator.schedule.ir.spans import Lane, Span
@@ -42,7 +42,7 @@ class BlockingExchange:
 class _Layers:
     """The lane as a HeldStage knows it: holding it for F or I is to pass a stage's layers."""
 
-    def __init__(self, rank: int, lane: HeldLane, exchange: BlockingExchange, journal: Journal, seconds: Seconds, layers: int):
+    def __init__(self, rank: int, lane: HeldLane, exchange: BlockingExchange, journal: LaneRecord, seconds: Seconds, layers: int):
         self._rank, self._lane, self._exchange, self._journal = rank, lane, exchange, journal
         self._seconds, self._layers = seconds, layers
         self.spans: list[Span] = []
@@ -78,7 +78,7 @@ class _Layers:
 class TorchDualPipeV:
     """One rank's share. `line`: torch's group of its pipeline; layers: of each of its two stages; elements: of a message."""
 
-    def __init__(self, rank: int, lane: HeldLane, exchange: BlockingExchange, journal: Journal, seconds: Seconds,
+    def __init__(self, rank: int, lane: HeldLane, exchange: BlockingExchange, journal: LaneRecord, seconds: Seconds,
                  line: dist.ProcessGroup, layers: int, microbatches: int, elements: int):
         self._layers = _Layers(rank, lane, exchange, journal, seconds, layers)
         position, count = line.rank(), 2 * line.size()

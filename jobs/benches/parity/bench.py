@@ -139,7 +139,7 @@ def _train(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch]
             loads.append(values)
 
     with tempfile.TemporaryDirectory() as folder:
-        sources = Sources(lambda step: _Fixed(batches[step:]), lambda: None)
+        sources = Sources(lambda step: _BatchList(batches[step:]), lambda: None)
         Trainer(config, layout, ranks, RunFolder(folder, "parity"), sources, watch=watch).run()
         parameters = checkpoint.read_parameters(checkpoint.complete(f"{folder}/parity/checkpoints")[-1])
     hops = 2 if all(layout.two_hops(replica, config.layout.hops) for replica in range(len(layout.replicas))) else 1
@@ -147,7 +147,7 @@ def _train(base: RunConfig, name: str, ranks: ProcessRanks, batches: list[Batch]
                    [step["loss"] for step in steps], loads, parameters)
 
 
-class _Fixed:
+class _BatchList:
     def __init__(self, batches: list[Batch]):
         self._batches = iter(batches)
 

@@ -19,7 +19,7 @@ _LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class WorkerStep:
     """One step as one worker did it. `sequences`: that all workers together used for it; `size`: how many they were."""
 
     pid: int
@@ -32,7 +32,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class InjectedFault:
     """`kind`: rank, one process; node, all processes of one. `pids`: workers that it killed."""
 
     kind: str
@@ -65,18 +65,18 @@ class StepJournal:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def write(self, done: Done) -> None:
+    def write(self, done: WorkerStep) -> None:
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             os.write(handle, json.dumps(asdict(done)).encode() + b"\n")
         finally:
             os.close(handle)
 
-    def read(self) -> list[Done]:
+    def read(self) -> list[WorkerStep]:
         """All whole lines so far."""
         if not self.path.exists():
             return []
-        return [Done(**json.loads(line)) for line in self.path.read_bytes().split(b"\n")[:-1]]
+        return [WorkerStep(**json.loads(line)) for line in self.path.read_bytes().split(b"\n")[:-1]]
 
 
 def wait_for(condition: Callable[[], Found], seconds: float, what: str) -> Found:
@@ -89,7 +89,7 @@ def wait_for(condition: Callable[[], Found], seconds: float, what: str) -> Found
     return found
 
 
-def settled(lines: Iterable[Done], since: float, size: int, sequences: int, steps: int) -> tuple[int, ...] | None:
+def settled(lines: Iterable[WorkerStep], since: float, size: int, sequences: int, steps: int) -> tuple[int, ...] | None:
     """Pids of `size` workers that have each done at least `steps` steps of the whole batch that began after `since`; None: not
     yet."""
     counts: dict[int, int] = {}
@@ -100,7 +100,7 @@ def settled(lines: Iterable[Done], since: float, size: int, sequences: int, step
     return ready if len(ready) == size else None
 
 
-def recovery(lines: list[Done], fault: Fault, until: float, sequences: int) -> Recovery:
+def recovery(lines: list[WorkerStep], fault: InjectedFault, until: float, sequences: int) -> Recovery:
     """Of what was written until `until`. `sequences`: of a whole batch. Raises ValueError: no step before, or none after.
 
     A step that was under way at the fault counts as one after it if the workers that ended it are fewer or more than before.

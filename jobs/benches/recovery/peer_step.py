@@ -13,7 +13,7 @@ import yaml
 
 from actors.data.batching import Batch
 from actors.runtime.process_setup import settle
-from jobs.benches.recovery.journal import Done, StepJournal
+from jobs.benches.recovery.journal import StepJournal, WorkerStep
 from jobs.benches.shared.plain import PlainTraining
 from jobs.benches.shared.text import batches_of_text
 from orchestrator.config.run_config import parse
@@ -49,7 +49,7 @@ class PeerTraining:
         self._training.update(step)
 
     def done(self, step: int, began: float, rank: int, size: int, sequences: int) -> None:
-        self._journal.write(Done(os.getpid(), rank, size, step, sequences, began, time.monotonic()))
+        self._journal.write(WorkerStep(os.getpid(), rank, size, step, sequences, began, time.monotonic()))
 
     @property
     def sequences(self) -> int:

@@ -110,8 +110,8 @@ def ray_train(config: RunConfig, settings: PeerSettings, *, tuned: bool) -> Peer
         return PeerTimes(tuning, refused="this Ray has no Train v2: pip install 'ray[train]>=2.50'")
     faults = _faults(settings, settings.node_faults if tuned else settings.default_node_faults)
     with _folder() as folder:
-        spec = recovery_ray_train.Spec(_peer_config(config), folder, settings.nodes, settings.ranks_per_node, faults, tuned,
-                                       settings.seed, settings.wait_seconds)
+        spec = recovery_ray_train.RayTrainSpec(_peer_config(config), folder, settings.nodes, settings.ranks_per_node, faults, tuned,
+                                               settings.seed, settings.wait_seconds)
         Path(f"{folder}/spec.json").write_text(json.dumps(dataclasses.asdict(spec)))
         process = subprocess.Popen([sys.executable, "-m", "jobs.benches.recovery.ray_train", f"{folder}/spec.json"],
                                    env=_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -137,9 +137,9 @@ def torchft(config: RunConfig, settings: PeerSettings, *, tuned: bool) -> PeerTi
     with _folder() as folder:
         if lacking := _lacking_torchft(settings.torchft_python, folder):
             return PeerTimes(tuning, refused=lacking)
-        spec = recovery_torchft.Spec(_peer_config(config), folder, settings.torchft_nodes, settings.ranks_per_node,
-                                     _faults(settings, min(settings.node_faults, settings.torchft_nodes - 1)), tuned,
-                                     settings.seed, settings.wait_seconds)
+        spec = recovery_torchft.TorchftSpec(_peer_config(config), folder, settings.torchft_nodes, settings.ranks_per_node,
+                                            _faults(settings, min(settings.node_faults, settings.torchft_nodes - 1)), tuned,
+                                            settings.seed, settings.wait_seconds)
         recoveries: list[Recovery] = []
         try:
             recoveries.extend(recovery_torchft.recoveries(spec, settings.torchft_python, _environment(folder)))

@@ -1,6 +1,6 @@
 """A peer of the recovery bench: Ray Train (v2), elastic, on raylets of its own; a process of its own per run.
 
-`python -m jobs.benches.recovery.ray_train SPEC` reads a JSON `Spec` from that file and prints one JSON line per fault, its
+`python -m jobs.benches.recovery.ray_train SPEC` reads a JSON `RayTrainSpec` from that file and prints one JSON line per fault, its
 Recovery. A checkpoint is reported every step, so no step that has reached the controller is redone. Workers deal the whole batch
 among as many as they are. Whoever starts this process also ends what it leaves behind (marked by RAY_TMPDIR).
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from jobs.benches.recovery.journal import Fault, Recovery, StepJournal, recovery, settled, wait_for
+from jobs.benches.recovery.journal import InjectedFault, Recovery, StepJournal, recovery, settled, wait_for
 
 RESOURCE = "rank"
 STEPS_BETWEEN = 5
@@ -37,7 +37,7 @@ TUNED_RESIZE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Spec:
+class RayTrainSpec:
     """`config`: YAML. `faults`: kinds in order, rank or node; each waits until the recovery from the last is over."""
 
     config: str
@@ -84,7 +84,7 @@ def train(settings: dict[str, Any]) -> None:
 class Raylets:
     """A head without ranks and `nodes` raylets with some, on this machine."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: RayTrainSpec):
         from ray.cluster_utils import Cluster
 
         head: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": False}
@@ -124,7 +124,7 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def recoveries(spec: Spec) -> Iterator[Recovery]:
+def recoveries(spec: RayTrainSpec) -> Iterator[Recovery]:
     """One per fault, as they come. Raises TimeoutError; RuntimeError: the run ended by itself."""
     if spec.tuned:
         os.environ.update(TUNED_ENVIRONMENT)
@@ -146,10 +146,11 @@ def recoveries(spec: Spec) -> Iterator[Recovery]:
             at, killed = raylets.kill_one_of(workers, chance)
             size -= len(killed)
         workers = _settled(spec, journal, at, size, sequences, ended)
-        yield recovery(journal.read(), Fault(kind, at, killed), time.monotonic(), sequences)
+        yield recovery(journal.read(), InjectedFault(kind, at, killed), time.monotonic(), sequences)
 
 
-def _settled(spec: Spec, journal: StepJournal, since: float, size: int, sequences: int, ended: list[str]) -> tuple[int, ...]:
+def _settled(spec: RayTrainSpec, journal: StepJournal, since: float, size: int, sequences: int,
+             ended: list[str]) -> tuple[int, ...]:
     def look() -> tuple[int, ...] | None:
         if ended:
             raise RuntimeError(f"Ray Train ended the run: {ended[0]}")
@@ -158,7 +159,7 @@ def _settled(spec: Spec, journal: StepJournal, since: float, size: int, sequence
     return wait_for(look, spec.wait_seconds, f"{size} workers, {STEPS_BETWEEN} steps each")
 
 
-def _fit(spec: Spec, journal: StepJournal, ended: list[str]) -> None:
+def _fit(spec: RayTrainSpec, journal: StepJournal, ended: list[str]) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -182,6 +183,6 @@ def _sequences(config: str) -> int:
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text())
-    for found in recoveries(Spec(**given | {"faults": tuple(given["faults"])})):
+    for found in recoveries(RayTrainSpec(**given | {"faults": tuple(given["faults"])})):
         print(json.dumps(dataclasses.asdict(found)), flush=True)
     os._exit(0)  # the run's thread and Ray would take their time; whoever started this process ends what it leaves

@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import yaml
 
-from jobs.benches.recovery.journal import Fault, Recovery, StepJournal, recovery, settled, wait_for
+from jobs.benches.recovery.journal import InjectedFault, Recovery, StepJournal, recovery, settled, wait_for
 
 STEPS_BETWEEN = 5
 DEFAULT_LIGHTHOUSE = {"heartbeat_timeout_ms": 5000, "quorum_tick_ms": 100, "join_timeout_ms": 60_000}  # `torchft_lighthouse`'s
@@ -39,7 +39,7 @@ QUORUM_TIMEOUT_SECONDS = 60.0  # torchft's own; a worker that waits longer for t
 
 
 @dataclass(frozen=True)
-class Spec:
+class TorchftSpec:
     """`config`: YAML. `faults`: kinds in order, rank or node; each waits until the recovery from the last is over."""
 
     config: str
@@ -62,7 +62,7 @@ class Spec:
 
 # ---- inside the peer's processes
 
-def lighthouse(spec: Spec) -> None:
+def lighthouse(spec: TorchftSpec) -> None:
     """Serve until standard input ends. Prints its address."""
     from torchft.coordination import LighthouseServer
 
@@ -71,7 +71,7 @@ def lighthouse(spec: Spec) -> None:
     sys.stdin.read()
 
 
-def worker(spec: Spec, place: int, address: str) -> None:
+def worker(spec: TorchftSpec, place: int, address: str) -> None:
     """Replica group `place` of one process, until it is killed."""
     import torch.distributed as dist
     from torchft import Manager, ProcessGroupGloo
@@ -101,7 +101,7 @@ def worker(spec: Spec, place: int, address: str) -> None:
 class Launcher:
     """The processes of one run; a context manager that ends them."""
 
-    def __init__(self, spec: Spec, python: str, environment: dict[str, str]):
+    def __init__(self, spec: TorchftSpec, python: str, environment: dict[str, str]):
         self._spec, self._python, self._environment = spec, python, environment
         self._path = f"{spec.folder}/spec.json"
         Path(self._path).write_text(json.dumps(dataclasses.asdict(spec)))
@@ -125,7 +125,7 @@ class Launcher:
     def start_worker(self, place: int) -> subprocess.Popen[bytes]:
         return self._start("worker", str(place), self._address, stdout=self._log)
 
-    def kill(self, kind: str, chance: random.Random) -> Fault:
+    def kill(self, kind: str, chance: random.Random) -> InjectedFault:
         """A process, started again at once; or all those of a node, for good."""
         place = chance.choice(sorted(self._workers))
         each = self._spec.ranks_per_node
@@ -138,7 +138,7 @@ class Launcher:
             process.wait()
         if kind == "rank":
             self._workers[place] = self.start_worker(place)
-        return Fault(kind, at, tuple(process.pid for process in gone))
+        return InjectedFault(kind, at, tuple(process.pid for process in gone))
 
     @property
     def size(self) -> int:
@@ -156,7 +156,7 @@ class Launcher:
         return subprocess.Popen(command, env=self._environment, stderr=self._log, start_new_session=True, **streams)
 
 
-def recoveries(spec: Spec, python: str, environment: dict[str, str]) -> Iterator[Recovery]:
+def recoveries(spec: TorchftSpec, python: str, environment: dict[str, str]) -> Iterator[Recovery]:
     """One per fault, as they come. Raises TimeoutError; RuntimeError: a process ended by itself."""
     whole, chance = int(yaml.safe_load(spec.config)["training"]["batch_sequences"]), random.Random(spec.seed)
     journal = StepJournal(f"{spec.folder}/steps.jsonl")
@@ -182,7 +182,7 @@ def recoveries(spec: Spec, python: str, environment: dict[str, str]) -> Iterator
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[2]).read_text())
-    described = Spec(**given | {"faults": tuple(given["faults"])})
+    described = TorchftSpec(**given | {"faults": tuple(given["faults"])})
     with contextlib.suppress(KeyboardInterrupt):
         if sys.argv[1] == "lighthouse":
             lighthouse(described)

@@ -21,7 +21,7 @@ from actors.hosts.seated_answers import call
 from jobs.benches.routing.expected import Reach, limited, published_packing, unlimited
 from jobs.benches.routing.gate import measure, peer_is_here
 from jobs.benches.routing.move import MoveFound, MoveTask
-from jobs.benches.routing.rank import Found, Task, routing_rank
+from jobs.benches.routing.rank import RoutingReport, Task, routing_rank
 from orchestrator.config.run_config import ModelConfig, Real, RunConfig, Section, parse
 from orchestrator.layout.balance import in_order, unevenness
 from orchestrator.layout.layout import Layout, choose
@@ -95,7 +95,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
             "run_seconds": time.perf_counter() - started, "checks": checks, "valid": all(checks.values())}
 
 
-def crossing(settings: Settings, case: Case, found: list[Found]) -> dict[str, Any]:
+def crossing(settings: Settings, case: Case, found: list[RoutingReport]) -> dict[str, Any]:
     """Bytes a token that all ranks sent across nodes, against the expectation."""
     tokens, reach = settings.tokens * len(found), _reach(settings, case.limit)
     rows = reach.nodes if case.hops == 2 else reach.ranks
@@ -158,7 +158,7 @@ def _skewed(ranks: ProcessRanks, settings: Settings, layout: Layout,
             "ours/published": measured / published}, first, second
 
 
-def _max_over_mean(found: list[Found]) -> float:
+def _max_over_mean(found: list[RoutingReport]) -> float:
     rows = [one.received for one in found]
     return max(rows) * len(rows) / sum(rows)
 
@@ -195,7 +195,7 @@ def _layout(settings: Settings) -> Layout:
     return choose(virtual_nodes(settings.nodes, settings.ranks_per_node), config.layout, config.model, config.stages)
 
 
-def _route(ranks: ProcessRanks, task: Task) -> list[Found]:
+def _route(ranks: ProcessRanks, task: Task) -> list[RoutingReport]:
     return call(ranks, "route", [(task,)] * ranks.size, _TIMEOUT_SECONDS)
 
 

@@ -68,7 +68,7 @@ def move(task: MoveTask, rank: int, layout: Layout, world: Group) -> MoveFound:
     return MoveFound(plan_seconds, seconds, stream, there.bytes_moved, there.bytes_needed, right)
 
 
-def _streamed(plan: transfer.Plan, rank: int, world: Group) -> float:
+def _streamed(plan: transfer.TransferPlan, rank: int, world: Group) -> float:
     """Seconds of as many bytes between the same ranks, in buffers that are there: receives first, then sends."""
     lengths = {ends: message.length(0) for ends, message in plan.messages.items() if rank in ends}
     buffers = {ends: torch.zeros(length) for ends, length in lengths.items()}

@@ -42,7 +42,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Found:
+class RoutingReport:
     """What one rank did. crossings: pairs of a token and another node that it must reach. received: rows for its experts.
 
     right: combine brought back, for every token, what its experts' outputs add up to.
@@ -78,7 +78,7 @@ class RoutingRank:
     def abort(self) -> None:
         self._generation.abort()
 
-    def route(self, task: Task) -> Found:
+    def route(self, task: Task) -> RoutingReport:
         """Dispatch, experts that give back what they get, combine. Bytes are those of what was handed to the sockets."""
         model, size = task.model, self._layout.size
         place_of_expert = torch.empty(model.n_routed_experts, dtype=torch.int64)
@@ -94,9 +94,10 @@ class RoutingRank:
         sent = exchange.dispatch(x_th, expert_weights(affinity_te, choice_tk, model), choice_tk)
         dispatched = exchange.traffic.sent
         y_th = exchange.combine(sent.rows, sent.handle)
-        return Found(dispatched, exchange.traffic.sent - dispatched, self._crossings(choice_tk, task.experts), sum(sent.counts),
-                     torch.bincount(choice_tk.flatten(), minlength=model.n_routed_experts).tolist(),
-                     torch.equal(y_th, x_th * model.num_experts_per_tok))
+        return RoutingReport(dispatched, exchange.traffic.sent - dispatched,
+                             self._crossings(choice_tk, task.experts), sum(sent.counts),
+                             torch.bincount(choice_tk.flatten(), minlength=model.n_routed_experts).tolist(),
+                             torch.equal(y_th, x_th * model.num_experts_per_tok))
 
     def move(self, task: MoveTask) -> MoveFound:
         """The experts' state from one placement to another and back, timed."""

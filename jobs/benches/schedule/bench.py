@@ -21,7 +21,7 @@ from pydantic import Field
 from actors.hosts.processes import ProcessRanks
 from actors.hosts.seated_answers import call
 from actors.telemetry.trace import trace_json
-from jobs.benches.schedule.rank import Ours, Step, schedule_rank
+from jobs.benches.schedule.rank import HeldStep, ScheduleTask, schedule_rank
 from jobs.benches.schedule.torch_peer import CHUNKS
 from jobs.benches.shared.held_lane import expected_sums
 from orchestrator.config.run_config import Real, RunConfig, Section
@@ -175,19 +175,19 @@ def _measure(ranks: ProcessRanks, settings: Settings, block: Block,
     return seconds, late
 
 
-def _tasks(block: Block, ranks: int) -> list[dict[str, Ours | int]]:
+def _tasks(block: Block, ranks: int) -> list[dict[str, ScheduleTask | int]]:
     """By rank: what each contestant runs there."""
     programs = {name: lower(schedule) for name, schedule in block.ours.items()}
     for name, schedule in block.ours.items():
         check(schedule, programs[name])
-    return [{name: Ours(schedule.stages, block.microbatches, programs[name][rank]) for name, schedule in block.ours.items()}
+    return [{name: ScheduleTask(schedule.stages, block.microbatches, programs[name][rank]) for name, schedule in block.ours.items()}
             | dict.fromkeys(block.torch, block.microbatches) for rank in range(ranks)]
 
 
-def _step(ranks: ProcessRanks, block: Block, name: str, factor: float, traced: bool = False) -> tuple[float, list[Step]]:
+def _step(ranks: ProcessRanks, block: Block, name: str, factor: float, traced: bool = False) -> tuple[float, list[HeldStep]]:
     _everywhere(ranks, "ready", name, factor)
     start = time.perf_counter() + _LEAD_SECONDS
-    steps: list[Step] = _everywhere(ranks, "go", start, traced)
+    steps: list[HeldStep] = _everywhere(ranks, "go", start, traced)
     stages = ranks.size * CHUNKS[name] if name in CHUNKS else block.ours[name].stages.count
     entrances = 1 if name in CHUNKS else len(block.ours[name].stages.paths)
     sums = {kind: sum(step.sums[kind] for step in steps) for kind in ("F", "I")}
@@ -215,7 +215,7 @@ def _executor_costs(ranks: ProcessRanks, schedules: dict[str, Schedule]) -> dict
     """The executor's own seconds an action, by schedule: the median run of the first position, where nothing takes time."""
     found = {}
     for name, schedule in schedules.items():
-        task = Ours(schedule.stages, schedule.microbatches, lower(schedule)[0])
+        task = ScheduleTask(schedule.stages, schedule.microbatches, lower(schedule)[0])
         found[name] = statistics.median(call(ranks, "executor_cost", [(task, 30)], _TIMEOUT_SECONDS)[0])
     return found
 

@@ -21,7 +21,7 @@ from actors.runtime.process_setup import settle
 from jobs.benches.schedule.torch_peer import TorchSchedule
 from jobs.benches.shared.held_lane import HeldChunk, HeldLane, entering, exact_sleep, sleep_until
 from orchestrator.config.run_config import RunConfig
-from orchestrator.schedule.ir.actions import Kind, Program, Work
+from orchestrator.schedule.ir.actions import ActionKind, Program, Work
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.ir.stages import Stages
 
@@ -34,7 +34,7 @@ def schedule_rank(config: RunConfig) -> ScheduleRank:
 
 
 @dataclass(frozen=True)
-class Ours:
+class ScheduleTask:
     """A program of one position of ours."""
 
     stages: Stages
@@ -43,7 +43,7 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class Step:
+class HeldStep:
     """What one rank did: seconds on the common clock when it was done; how late it began; what it held, in order, and
     whether that is what its schedule says; sums as in HeldLane."""
 
@@ -55,7 +55,7 @@ class Step:
     spans: list[Span]
 
 
-class Contestant(Protocol):
+class TimedProgram(Protocol):
     def prepare(self) -> None:
         """What is done before the clock starts."""
 
@@ -73,7 +73,7 @@ class ScheduleRank:
         exact_sleep()
         settle()
         self._lane = HeldLane()
-        self._contestants: dict[str, Contestant] = {}
+        self._contestants: dict[str, TimedProgram] = {}
 
     def open(self, rank: int, ranks: int, port: int) -> None:
         """Connect with the other ranks: a group of ours, and torch's default one, both gloo on the loopback."""
@@ -123,9 +123,9 @@ class ScheduleRank:
                 stamps.append((0.0, time.perf_counter()))
         return stamps
 
-    def executor_cost(self, task: Ours, repeats: int) -> list[float]:
+    def executor_cost(self, task: ScheduleTask, repeats: int) -> list[float]:
         """Seconds an action, of runs of a program whose stages and transfers do nothing."""
-        contestant = _OurProgram(task, self._lane, _Instant(), 1, 0.0)
+        contestant = _HeldProgram(task, self._lane, _Instant(), 1, 0.0)
         self._lane.reset(0.0)
         found = []
         for _ in range(repeats):
@@ -137,10 +137,10 @@ class ScheduleRank:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, tasks: dict[str, Ours | int], elements: int, seconds: float) -> None:
+    def prepare(self, tasks: dict[str, ScheduleTask | int], elements: int, seconds: float) -> None:
         """Make the contestants of the steps to come, by name: our programs, and torch's schedules by microbatches."""
         self._contestants = {
-            name: _OurProgram(task, self._lane, self._group, elements, seconds) if isinstance(task, Ours)
+            name: _HeldProgram(task, self._lane, self._group, elements, seconds) if isinstance(task, ScheduleTask)
             else TorchSchedule(name, self._lane, self._rank, self._ranks, task, elements, seconds)
             for name, task in tasks.items()}
         gc.collect()
@@ -153,18 +153,18 @@ class ScheduleRank:
         self._next.prepare()
         gc.collect()
 
-    def go(self, start: float, traced: bool) -> Step:
+    def go(self, start: float, traced: bool) -> HeldStep:
         """Run it from `start` on, the same for all ranks."""
         late = max(0.0, time.perf_counter() - start)
         sleep_until(start)
         self._next.run()
         end = time.perf_counter()
-        spans = self._next.spans() if traced and isinstance(self._next, _OurProgram) else []
-        return Step(end, late, len(self._lane.log), self._lane.log == self._next.holds(), self._lane.sums, spans)
+        spans = self._next.spans() if traced and isinstance(self._next, _HeldProgram) else []
+        return HeldStep(end, late, len(self._lane.log), self._lane.log == self._next.holds(), self._lane.sums, spans)
 
 
-class _OurProgram:
-    def __init__(self, task: Ours, lane: HeldLane, group: Group, elements: int, seconds: float):
+class _HeldProgram:
+    def __init__(self, task: ScheduleTask, lane: HeldLane, group: Group, elements: int, seconds: float):
         stages, position, queue = task.stages, task.program.position, WeightGradients()
         self._stages, self._program, self._group, self._elements = stages, task.program, group, elements
         chunks = {slot: HeldChunk(lane, queue, stage, stages.count, seconds / stages.chunks)
@@ -190,7 +190,7 @@ class _OurProgram:
         for action in self._program.actions:
             if isinstance(action, Work):
                 for compute in action.computes:
-                    parts = "IW" if compute.kind is Kind.BACKWARD else str(compute.kind)
+                    parts = "IW" if compute.kind is ActionKind.BACKWARD else str(compute.kind)
                     found += [(held, compute.stage) for held in parts]
         return found
 

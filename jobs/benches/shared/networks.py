@@ -53,14 +53,14 @@ class Interface:
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class InterfaceTraffic:
     """Bytes that a node has sent and received through one interface, headers included, as the kernel counts them."""
 
     sent: int
     received: int
 
-    def since(self, earlier: Traffic) -> Traffic:
-        return Traffic(self.sent - earlier.sent, self.received - earlier.received)
+    def since(self, earlier: InterfaceTraffic) -> InterfaceTraffic:
+        return InterfaceTraffic(self.sent - earlier.sent, self.received - earlier.received)
 
 
 class Network:
@@ -101,9 +101,9 @@ class Network:
     def restore(self, interface: Interface) -> None:
         _run(["ip", "link", "set", interface.port, "up"])
 
-    def traffic(self) -> dict[tuple[int, int], Traffic]:
+    def traffic(self) -> dict[tuple[int, int], InterfaceTraffic]:
         """Of every interface, by (node, index), since it was made. A port receives what its node sends."""
-        return {(found.node, found.index): Traffic(_count(found.port, "rx_bytes"), _count(found.port, "tx_bytes"))
+        return {(found.node, found.index): InterfaceTraffic(_count(found.port, "rx_bytes"), _count(found.port, "tx_bytes"))
                 for found in self.interfaces}
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from actors.protocol.trainer import Trainer
 from actors.telemetry.exporter import Exporter, RunMetrics
 from jobs import corpus
 from jobs.benches.churn.bench import small
-from jobs.benches.churn.run import Rows, Said, train
+from jobs.benches.churn.run import Said, TokenizedBatches, train
 from jobs.benches.telemetry.rank import metered_rank
 from jobs.driver import session
 from orchestrator.config.run_config import Real, RunConfig, Section
@@ -60,7 +60,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
         "run.name=telemetry", f"data.path={data}", f"training.batch_sequences={2 * size}", "training.dtype=float32",
         "model.n_routed_experts=16", "elastic.silence_seconds=30"])
     layout = choose(virtual_nodes(settings.nodes, settings.ranks), config.layout, config.model, config.stages)
-    rows, metrics, ports = Rows(config, Dataset.open(data), 40), RunMetrics(), _free_ports(size)
+    rows, metrics, ports = TokenizedBatches(config, Dataset.open(data), 40), RunMetrics(), _free_ports(size)
     exporter = Exporter(metrics.registry, ("127.0.0.1",), 0)
     alternating = Alternating(settings, [exporter.port, *ports], metrics)
     own = [(settings.milliseconds / 1000, port) for port in ports]
@@ -73,7 +73,7 @@ def run(config: RunConfig, settings: Settings) -> dict[str, Any]:
 class Cycled:
     """Batches for ever: what is learnt is not the question."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: TokenizedBatches):
         self._rows, self.steps = rows, sys.maxsize
 
     def batch(self, step: int) -> Batch:

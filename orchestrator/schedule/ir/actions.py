@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.schedule.ir.pieces import Order
+from orchestrator.schedule.ir.operations import IssueOrder
 from orchestrator.schedule.ir.stages import FORWARD_ONLY, Place, Stages
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     FORWARD = "F"
     BACKWARD = "B"
     BACKWARD_INPUT = "I"
@@ -36,7 +36,7 @@ class Payload(StrEnum):
     GRADIENT = "gradient"
 
 
-_COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+_COMPUTE = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 _ACTION = re.compile(rf"([{''.join(_COMPUTE)}]){_NUMBER}\.{_NUMBER}")
 _SPLIT_MARK = "/2"
@@ -46,7 +46,7 @@ _SPLIT_MARK = "/2"
 class Compute:
     """One stage's work on one microbatch. Within a schedule, the four fields name one action on one position."""
 
-    kind: Kind
+    kind: ActionKind
     stage: int
     slot: int
     microbatch: int
@@ -75,7 +75,7 @@ class Pair:
 
     def __post_init__(self) -> None:
         kinds = [_COMPUTE.index(compute.kind) for compute in self.computes]
-        if kinds != sorted(kinds) or self.first.kind is Kind.BACKWARD_WEIGHT:
+        if kinds != sorted(kinds) or self.first.kind is ActionKind.BACKWARD_WEIGHT:
             raise ValueError(f"{self} is no pair: at least one of F, B, I, in this order, then W")
         if (self.first.slot, self.first.microbatch) == (self.second.slot, self.second.microbatch):
             raise ValueError(f"{self} is no pair: both of one microbatch")
@@ -84,8 +84,8 @@ class Pair:
         return f"{self.first}|{self.second}"
 
     @property
-    def kind(self) -> Kind:
-        return Kind.PAIR
+    def kind(self) -> ActionKind:
+        return ActionKind.PAIR
 
     @property
     def computes(self) -> tuple[Compute, ...]:
@@ -93,21 +93,21 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class SplitAction:
     """An F, B or I done as two half microbatches, whose compute and communication overlap; to others it is one action."""
 
     whole: Compute
 
     def __post_init__(self) -> None:
-        if self.whole.kind is Kind.BACKWARD_WEIGHT:
+        if self.whole.kind is ActionKind.BACKWARD_WEIGHT:
             raise ValueError(f"{self.whole} has no communication to hide, so it is not split")
 
     def __str__(self) -> str:
         return f"{self.whole}{_SPLIT_MARK}"
 
     @property
-    def kind(self) -> Kind:
-        return Kind.SPLIT
+    def kind(self) -> ActionKind:
+        return ActionKind.SPLIT
 
     @property
     def computes(self) -> tuple[Compute, ...]:
@@ -124,7 +124,7 @@ class Transfer:
     twice the number of slots times the microbatches of a slot.
     """
 
-    kind: Kind
+    kind: ActionKind
     payload: Payload
     peer: int
     stage: int
@@ -133,11 +133,11 @@ class Transfer:
     tag: int
 
     def __post_init__(self) -> None:
-        if self.kind not in (Kind.SEND, Kind.RECEIVE):
-            raise ValueError(f"{self.kind} is no transfer; these are: {Kind.SEND}, {Kind.RECEIVE}")
+        if self.kind not in (ActionKind.SEND, ActionKind.RECEIVE):
+            raise ValueError(f"{self.kind} is no transfer; these are: {ActionKind.SEND}, {ActionKind.RECEIVE}")
 
     def __str__(self) -> str:
-        way = "to" if self.kind is Kind.SEND else "from"
+        way = "to" if self.kind is ActionKind.SEND else "from"
         return f"{self.kind} {self.payload} {self.slot}.{self.microbatch} {way} {self.peer}"
 
 
@@ -146,21 +146,22 @@ class Reduce:
     """Reduction of all gradients of the position: the end of a training program."""
 
     @property
-    def kind(self) -> Kind:
-        return Kind.REDUCE
+    def kind(self) -> ActionKind:
+        return ActionKind.REDUCE
 
     def __str__(self) -> str:
         return str(self.kind)
 
 
-Work = Compute | Pair | Split
+Work = Compute | Pair | SplitAction
 """What a schedule consists of."""
 Action = Work | Transfer | Reduce
 Row = tuple[Work, ...]
 
 
-Form = tuple[tuple[Kind, int, int], ...]
-"""What the order of pieces in an action depends on: of each compute in it kind, slot, and how many parts its microbatch is in."""
+Form = tuple[tuple[ActionKind, int, int], ...]
+"""What the order of operations in an action depends on: of each compute in it kind, slot, and how many parts its
+microbatch is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ class Schedule:
     _input_only: frozenset[tuple[int, int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        inputs = (c for row in self.rows for a in row for c in a.computes if c.kind is Kind.BACKWARD_INPUT)
+        inputs = (c for row in self.rows for a in row for c in a.computes if c.kind is ActionKind.BACKWARD_INPUT)
         object.__setattr__(self, "_input_only", frozenset((c.stage, c.slot, c.microbatch) for c in inputs))
 
     @property
@@ -215,20 +216,21 @@ class Schedule:
     def backward(self, stage: int, slot: int, microbatch: int) -> Compute:
         """The action that yields this stage's input gradient: its I if the schedule has one, else its B."""
         split = (stage, slot, microbatch) in self._input_only
-        return Compute(Kind.BACKWARD_INPUT if split else Kind.BACKWARD, stage, slot, microbatch)
+        return Compute(ActionKind.BACKWARD_INPUT if split else ActionKind.BACKWARD, stage, slot, microbatch)
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """What the ranks of one position run in a step, in order. A function of the schedule and the position alone.
 
-    orders: in which order each form of action issues the pieces of its strands (pieces.py); forms that are left out alternate.
+    orders: in which order each form of action issues the operations of its streams (operations.py); forms that are left out
+        alternate.
     """
 
     position: int
     microbatches: int
     actions: tuple[Action, ...]
-    orders: tuple[tuple[Form, Order], ...] = ()
+    orders: tuple[tuple[Form, IssueOrder], ...] = ()
 
     @property
     def halved(self) -> frozenset[tuple[int, int]]:
@@ -238,17 +240,17 @@ class Program:
 
 def halved_of(actions: Iterable[Action]) -> frozenset[tuple[int, int]]:
     """(slot, microbatch) of those of which any action is split."""
-    return frozenset((action.whole.slot, action.whole.microbatch) for action in actions if isinstance(action, Split))
+    return frozenset((action.whole.slot, action.whole.microbatch) for action in actions if isinstance(action, SplitAction))
 
 
-BEFORE = {Kind.FORWARD: None, Kind.BACKWARD: Kind.FORWARD, Kind.BACKWARD_INPUT: Kind.FORWARD,
-          Kind.BACKWARD_WEIGHT: Kind.BACKWARD_INPUT}
+BEFORE = {ActionKind.FORWARD: None, ActionKind.BACKWARD: ActionKind.FORWARD, ActionKind.BACKWARD_INPUT: ActionKind.FORWARD,
+          ActionKind.BACKWARD_WEIGHT: ActionKind.BACKWARD_INPUT}
 """What the same stage must have done with the same microbatch."""
-_WAY = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.BACKWARD_INPUT: -1, Kind.BACKWARD_WEIGHT: 0}
+_WAY = {ActionKind.FORWARD: 1, ActionKind.BACKWARD: -1, ActionKind.BACKWARD_INPUT: -1, ActionKind.BACKWARD_WEIGHT: 0}
 """Along the stages: activations go forward, gradients back, and weights stay."""
 
 
-def input_stage(kind: Kind, stage: int, stages: int) -> int | None:
+def input_stage(kind: ActionKind, stage: int, stages: int) -> int | None:
     """The stage, of so many, that makes what an action takes in: the one before for F, the one after for B and I.
 
     None: it is none, for a pipeline begins or ends here, or W.
@@ -256,7 +258,7 @@ def input_stage(kind: Kind, stage: int, stages: int) -> int | None:
     return _neighbour(stage, -_WAY[kind], stages)
 
 
-def output_stage(kind: Kind, stage: int, stages: int) -> int | None:
+def output_stage(kind: ActionKind, stage: int, stages: int) -> int | None:
     """The stage, of so many, that takes in what an action makes. None: there is none."""
     return _neighbour(stage, _WAY[kind], stages)
 
@@ -279,7 +281,7 @@ def dependencies(action: Work, schedule: Schedule) -> tuple[Compute, ...]:
     if (maker := input_stage(kind, stage, len(route))) is None:
         return needed
     place = maker, route[maker][1], microbatch
-    return *needed, Compute(kind, *place) if kind is Kind.FORWARD else schedule.backward(*place)
+    return *needed, Compute(kind, *place) if kind is ActionKind.FORWARD else schedule.backward(*place)
 
 
 def to_csv(schedule: Schedule) -> str:
@@ -308,7 +310,7 @@ def _parse_action(text: str, kind: str, stages: Stages, position: int) -> Work:
         if len(words) == 2:
             return Pair(*(_parse_compute(word, kind, stages, position) for word in words))
         compute = _parse_compute(text.removesuffix(_SPLIT_MARK), kind, stages, position)
-        return Split(compute) if text.endswith(_SPLIT_MARK) else compute
+        return SplitAction(compute) if text.endswith(_SPLIT_MARK) else compute
     except ValueError as error:
         raise ValueError(f"position {position}: {text!r}: {error}") from None
 
@@ -321,4 +323,4 @@ def _parse_compute(text: str, kind: str, stages: Stages, position: int) -> Compu
     stage = stages.stage_at(position, slot)
     if stage is None:
         raise ValueError(f"{kind} with {stages.positions} positions has no slot {slot} here")
-    return Compute(Kind(match[1]), stage, slot, int(match[3]))
+    return Compute(ActionKind(match[1]), stage, slot, int(match[3]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from orchestrator.schedule.ir.actions import Action, Kind, Program, Reduce, Schedule, Transfer, Work
+from orchestrator.schedule.ir.actions import Action, ActionKind, Program, Reduce, Schedule, Transfer, Work
 from orchestrator.schedule.ir.deadlock import POST, SEND, WORK, Arrival, Link, Step, refuse_deadlock
 from orchestrator.schedule.ir.graph import Graph, compiled
 from orchestrator.schedule.ir.grid import ScheduleError, failure
@@ -18,8 +18,8 @@ from orchestrator.schedule.ir.grid import ScheduleError, failure
 __all__ = ["ScheduleError", "check", "peak_activations", "relative_activations"]
 
 _ALLOWED = ("FB", "FIW")
-_BIT = {Kind.FORWARD: 1, Kind.BACKWARD: 2, Kind.BACKWARD_INPUT: 4, Kind.BACKWARD_WEIGHT: 8}
-_RELEASES = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+_BIT = {ActionKind.FORWARD: 1, ActionKind.BACKWARD: 2, ActionKind.BACKWARD_INPUT: 4, ActionKind.BACKWARD_WEIGHT: 8}
+_RELEASES = (ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)
 
 
 def check(schedule: Schedule | Graph, programs: Sequence[Program], *, most_activations: int | None = None,
@@ -71,7 +71,7 @@ def _live(schedule: Schedule, position: int) -> list[int]:
     live, during = 0, []
     for action in schedule.rows[position]:
         kinds = [compute.kind for compute in action.computes]
-        forwards = kinds.count(Kind.FORWARD)
+        forwards = kinds.count(ActionKind.FORWARD)
         live += forwards
         during.append(live)
         live -= sum(kind in _RELEASES for kind in kinds) if schedule.trains else forwards
@@ -91,7 +91,7 @@ def _check_complete(graph: Graph) -> None:
         for compute in action.computes:
             done[position][compute.slot * each + compute.microbatch] |= _BIT[compute.kind]
     allowed = _ALLOWED if schedule.trains else ("F",)
-    right = {sum(_BIT[Kind(kind)] for kind in kinds) for kinds in allowed}
+    right = {sum(_BIT[ActionKind(kind)] for kind in kinds) for kinds in allowed}
     for position, row in enumerate(schedule.rows):
         slots = {place[1] for path in schedule.stages.paths for place in path if place[0] == position}
         wrong = (place for place, bits in enumerate(done[position]) if bits not in right and place // each in slots)
@@ -154,7 +154,7 @@ def _matched(graph: Graph, programs: Sequence[Program]) -> dict[tuple[int, int],
         index = 0
         for action in program.actions:
             if isinstance(action, Transfer):
-                send = action.kind is Kind.SEND
+                send = action.kind is ActionKind.SEND
                 way = (program.position, action.peer) if send else (action.peer, program.position)
                 if action.peer == program.position or not 0 <= action.peer < len(programs):
                     raise failure(f"position {program.position}, action {index}: {action}, which is no other position", rows,
@@ -218,7 +218,7 @@ class _Order:
                 number += 1
             elif isinstance(action, Reduce):
                 steps.append((WORK, 0, ()))             # it is last, and the program is complete
-            elif action.kind is Kind.SEND:
+            elif action.kind is ActionKind.SEND:
                 if self._maker[position].get(action, number) >= number:
                     raise self._refusal(position, number - start, action,
                                         "but no action before has made this tensor for that position")

@@ -36,7 +36,7 @@ class Link:
     receives: list[Placed] = field(default_factory=list)
 
 
-class Run:
+class TransportSimulation:
     """outstanding: receives that a position can have posted whose tensor is not there; room: tensors that a link holds whose
     receive is not posted. None: any number."""
 
@@ -82,7 +82,7 @@ class Run:
 def refuse_deadlock(schedule: Schedule, programs: Sequence[Program], steps: Sequence[Sequence[Step]], links: Sequence[Link],
                     outstanding: int | None, room: int | None) -> None:
     """Raises ScheduleError: the programs do not come to their end."""
-    run = Run(steps, links, outstanding, room)
+    run = TransportSimulation(steps, links, outstanding, room)
     if run.go():
         return
     stuck = {p: program.actions[run.at[p]] for p, program in enumerate(programs) if run.at[p] < len(program.actions)}

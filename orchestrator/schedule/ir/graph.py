@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Payload, Schedule, Split, Transfer, Work, dependencies
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Payload, Schedule, SplitAction, Transfer, Work, dependencies
 from orchestrator.schedule.ir.grid import ScheduleError, failure
 
 Numbers = tuple[int, ...]
@@ -84,7 +84,7 @@ class Graph:
         sorts: list[Sort] = []
         of = []
         for position, action in zip(self.position, self.actions, strict=True):
-            key = (position, type(action) is Split, *((compute.kind, compute.stage) for compute in action.computes))
+            key = (position, type(action) is SplitAction, *((compute.kind, compute.stage) for compute in action.computes))
             number = found.setdefault(key, len(sorts))
             if number == len(sorts):
                 sorts.append(Sort(position, action))
@@ -92,14 +92,14 @@ class Graph:
         return tuple(sorts), tuple(of)
 
     def _crossing(self, maker: int, made: Compute, user: int, used: Compute) -> Crossing:
-        forward = used.kind is Kind.FORWARD
+        forward = used.kind is ActionKind.FORWARD
         payload = Payload.ACTIVATION if forward else Payload.GRADIENT
         tag = 2 * (used.microbatch * self.schedule.slots + used.slot) + (not forward)
         sender, receiver = self.position[maker], self.position[user]
         return Crossing(
             maker, user,
-            Transfer(Kind.SEND, payload, receiver, used.stage, made.slot, made.microbatch, tag),
-            Transfer(Kind.RECEIVE, payload, sender, used.stage, used.slot, used.microbatch, tag),
+            Transfer(ActionKind.SEND, payload, receiver, used.stage, made.slot, made.microbatch, tag),
+            Transfer(ActionKind.RECEIVE, payload, sender, used.stage, used.slot, used.microbatch, tag),
         )
 
 

@@ -20,7 +20,7 @@ from orchestrator.schedule.ir.grid import failure
 
 
 @dataclass(frozen=True, slots=True)
-class Receive:
+class ReceiveWindow:
     """A receive of one position. index: the compute action before which it is posted; last: before which it must be, if those
     of its sender are posted in the order of the sends; user: that which uses the tensor. All are places in the row."""
 
@@ -81,22 +81,22 @@ def add_sends(actions: Sequence[Action], sends: Iterable[tuple[int, Transfer]]) 
     return result
 
 
-def post_early(arriving: Sequence[tuple[int, Transfer]], lookahead: int) -> list[Receive]:
+def post_early(arriving: Sequence[tuple[int, Transfer]], lookahead: int) -> list[ReceiveWindow]:
     """When each receive is posted: `lookahead` compute actions before the one that uses the tensor, or with a later one of its
     sender that is posted earlier.
 
     arriving: (index of the user, receive), each sender's in the order of its sends. Returns them in the order of posting.
     """
-    receives: list[Receive] = []
+    receives: list[ReceiveWindow] = []
     last: dict[int, int] = {}                           # by sender: before which action the next one sent is posted
     for user, transfer in reversed(arriving):
         last[transfer.peer] = min(user, last.get(transfer.peer, user))
-        receives.append(Receive(max(0, last[transfer.peer] - lookahead), last[transfer.peer], user, transfer))
+        receives.append(ReceiveWindow(max(0, last[transfer.peer] - lookahead), last[transfer.peer], user, transfer))
     receives.reverse()
     return sorted(receives, key=lambda receive: receive.last)
 
 
-def add_receives(actions: Sequence[Action], receives: Sequence[Receive]) -> list[Action]:
+def add_receives(actions: Sequence[Action], receives: Sequence[ReceiveWindow]) -> list[Action]:
     """Each receive before the compute action with its index."""
     before: dict[int, list[Transfer]] = defaultdict(list)
     for receive in receives:
@@ -115,13 +115,13 @@ def add_reduce(actions: Sequence[Action]) -> list[Action]:
     return [*actions, Reduce()]
 
 
-def _post_later(receives: Iterable[Receive], most: int, position: int, graph: Graph) -> list[Receive]:
+def _post_later(receives: Iterable[ReceiveWindow], most: int, position: int, graph: Graph) -> list[ReceiveWindow]:
     """The receives with at most `most` of them outstanding at once.
 
     They are posted in the order of `last`, so whoever is posted early is in nobody's way: it must be outstanding at the `last`
     of all that come after it, unless it is used before.
     """
-    later: list[Receive] = []
+    later: list[ReceiveWindow] = []
     users: list[int] = []                               # of the outstanding ones, the earliest first
     for receive in receives:
         index = receive.index
@@ -132,5 +132,5 @@ def _post_later(receives: Iterable[Receive], most: int, position: int, graph: Gr
             raise failure(f"position {position}, action {receive.last}: {action} needs {receive.transfer} posted, one more than "
                           f"{most} outstanding", graph.schedule.rows, {position: receive.last})
         heappush(users, receive.user)
-        later.append(Receive(index, receive.last, receive.user, receive.transfer))
+        later.append(ReceiveWindow(index, receive.last, receive.user, receive.transfer))
     return later

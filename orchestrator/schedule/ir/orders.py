@@ -1,7 +1,7 @@
-"""In which order the actions of a program issue the pieces of their strands: a pass over programs, and its check.
+"""In which order the actions of a program issue the operations of their streams: a pass over programs, and its check.
 
-An action has a strand for each part of each of its computes: a microbatch of which any action is split is in two parts, any
-other in one. The order is planned once for each form of action at a position, so it is a function
+An action has an operation stream for each part of each of its computes: a microbatch of which any action is split is in two
+parts, any other in one. The order is planned once for each form of action at a position, so it is a function
 of schedule, position and the stages there: all ranks of an EP group have the same.
 """
 
@@ -10,42 +10,43 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.schedule.ir.actions import Action, Form, Kind, Program, Work, halved_of
+from orchestrator.schedule.ir.actions import Action, ActionKind, Form, Program, Work, halved_of
 from orchestrator.schedule.ir.grid import failure
-from orchestrator.schedule.ir.pieces import Piece, Strand, planned, timed
+from orchestrator.schedule.ir.operations import Operation, OperationStream, planned, timed
 
 
 @dataclass(frozen=True, slots=True)
-class StageStrands:
-    """What a stage does with one microbatch. Each piece of compute of `backward` releases weight gradients, maybe none."""
+class StageOperations:
+    """What a stage does with one microbatch. Each operation of compute of `backward` releases weight gradients, maybe none."""
 
-    forward: tuple[Piece, ...]
-    backward: tuple[Piece, ...]
+    forward: tuple[Operation, ...]
+    backward: tuple[Operation, ...]
 
-    def strands(self, kind: Kind, parts: int) -> tuple[Strand, ...]:
-        """Of one compute action: a strand for each part; weight gradients alone are one strand without pieces."""
-        if kind is Kind.BACKWARD_WEIGHT:
-            return Strand(released=parts * tuple(piece.weights for piece in self.backward if piece.weights is not None)),
-        pieces = self.forward if kind is Kind.FORWARD else self.backward
-        if kind is Kind.BACKWARD_INPUT:
-            pieces = tuple(replace(piece, weights=None) for piece in pieces)
-        return (Strand(pieces).scaled(1 / parts, 1 / parts),) * parts
+    def streams(self, kind: ActionKind, parts: int) -> tuple[OperationStream, ...]:
+        """Of one compute action: a stream for each part; weight gradients alone are one stream without operations."""
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            weights = tuple(operation.weights for operation in self.backward if operation.weights is not None)
+            return OperationStream(released=parts * weights),
+        operations = self.forward if kind is ActionKind.FORWARD else self.backward
+        if kind is ActionKind.BACKWARD_INPUT:
+            operations = tuple(replace(operation, weights=None) for operation in operations)
+        return (OperationStream(operations).scaled(1 / parts, 1 / parts),) * parts
 
 
-def with_orders(programs: Sequence[Program], stages: Sequence[StageStrands], hosted: Sequence[Sequence[int]]
+def with_orders(programs: Sequence[Program], stages: Sequence[StageOperations], hosted: Sequence[Sequence[int]]
                 ) -> tuple[Program, ...]:
     """The programs with the order of every form of action that they have.
 
     Args: stages: by stage. hosted: by position, its stages by slot.
     """
     return tuple(
-        replace(program, orders=tuple((form, planned(strands_of(form, stages, hosted[program.position])).order)
+        replace(program, orders=tuple((form, planned(streams_of(form, stages, hosted[program.position])).order)
                                       for form in dict.fromkeys(form for _, form in forms(program.actions))))
         for program in programs)
 
 
-def check_orders(programs: Sequence[Program], stages: Sequence[StageStrands], hosted: Sequence[Sequence[int]]) -> None:
-    """Every action has an order that issues every piece of its strands once, and no weight gradient before it is released.
+def check_orders(programs: Sequence[Program], stages: Sequence[StageOperations], hosted: Sequence[Sequence[int]]) -> None:
+    """Every action has an order that issues every operation of its streams once, and no weight gradient before it is released.
 
     Raises ScheduleError, with the first action for which that is not so.
     """
@@ -57,7 +58,7 @@ def check_orders(programs: Sequence[Program], stages: Sequence[StageStrands], ho
                 continue
             checked.add(form)
             try:
-                timed(strands_of(form, stages, hosted[program.position]), orders[form])
+                timed(streams_of(form, stages, hosted[program.position]), orders[form])
             except (KeyError, ValueError) as error:
                 reason = "has no order" if isinstance(error, KeyError) else str(error)
                 row = [[a for a in p.actions if isinstance(a, Work)] for p in programs]
@@ -74,6 +75,6 @@ def forms(actions: Iterable[Action]) -> Iterator[tuple[Work, Form]]:
                             for compute in action.computes)
 
 
-def strands_of(form: Form, stages: Sequence[StageStrands], hosted: Sequence[int]) -> tuple[Strand, ...]:
+def streams_of(form: Form, stages: Sequence[StageOperations], hosted: Sequence[int]) -> tuple[OperationStream, ...]:
     """Those of an action at a position that hosts the stages `hosted`, by slot."""
-    return tuple(strand for kind, slot, parts in form for strand in stages[hosted[slot]].strands(kind, parts))
+    return tuple(stream for kind, slot, parts in form for stream in stages[hosted[slot]].streams(kind, parts))

@@ -7,7 +7,7 @@ Source: DeepSeek-V3 report, section 3.2.1; the order of steps and their counts a
 
 from __future__ import annotations
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, Row
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.kinds.writer import RowWriter
 
@@ -80,6 +80,6 @@ def eight_steps(row: RowWriter, half: int, depth: int, near: int, each: int) -> 
 
 
 def _single_row(microbatches: int) -> Row:
-    forwards = [Compute(Kind.FORWARD, 0, 0, m) for m in range(microbatches)]
-    backwards = [Compute(Kind.BACKWARD, 0, 0, m) for m in range(microbatches)]
+    forwards = [Compute(ActionKind.FORWARD, 0, 0, m) for m in range(microbatches)]
+    backwards = [Compute(ActionKind.BACKWARD, 0, 0, m) for m in range(microbatches)]
     return (forwards[0], *map(Pair, forwards[1:], backwards), backwards[-1])

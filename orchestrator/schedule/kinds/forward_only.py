@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.ir.actions import Compute, Kind, Schedule
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Schedule
 from orchestrator.schedule.ir.stages import FORWARD_ONLY, LOOP, Stages
 from orchestrator.schedule.kinds.interleaved import groups
 
@@ -35,7 +35,7 @@ def forward_only(stages: Stages, microbatches: int) -> Schedule:
         for microbatch, enters, pause in _entries(stages, microbatches // len(stages.paths)):
             for stage, (position, slot) in enumerate(path):
                 time = enters + stage + pause * (stage // _period(stages))
-                rows[position].append((time, Compute(Kind.FORWARD, stage, slot, microbatch)))
+                rows[position].append((time, Compute(ActionKind.FORWARD, stage, slot, microbatch)))
     in_order = (sorted(row, key=lambda timed: timed[0]) for row in rows)
     return Schedule(FORWARD_ONLY, stages, microbatches, tuple(tuple(action for _, action in row) for row in in_order))
 

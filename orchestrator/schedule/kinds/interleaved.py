@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Row, Work
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, Row, Work
 from orchestrator.schedule.ir.stages import Stages
 
 
@@ -42,8 +42,8 @@ def groups(microbatches: int, positions: int) -> tuple[range, ...]:
 def _row(stages: Stages, position: int, microbatches: int, *, merged: bool) -> Row:
     grouped, stage = groups(microbatches, stages.positions), stages.hosted(position)
     chunks = range(stages.chunks)
-    forwards = [Compute(Kind.FORWARD, stage[c], c, m) for group in grouped for c in chunks for m in group]
-    backwards = [Compute(Kind.BACKWARD, stage[c], c, m) for group in grouped for c in reversed(chunks) for m in group]
+    forwards = [Compute(ActionKind.FORWARD, stage[c], c, m) for group in grouped for c in chunks for m in group]
+    backwards = [Compute(ActionKind.BACKWARD, stage[c], c, m) for group in grouped for c in reversed(chunks) for m in group]
     ahead = (stages.chunks - 1) * len(grouped[0]) + 2 * (stages.positions - 1 - position) + merged
     row: list[Work] = [*forwards[:ahead]]
     for forward, backward in zip(forwards[ahead:], backwards, strict=False):

@@ -6,7 +6,7 @@ Sources: GPipe (arXiv 1811.06965); 1F1B: PipeDream-Flush (arXiv 2006.09503), sec
 
 from __future__ import annotations
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Row
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Row
 from orchestrator.schedule.ir.stages import Stages
 
 
@@ -22,9 +22,9 @@ def one_f_one_b(stages: Stages, microbatches: int) -> tuple[Row, ...]:
 
 def _row(position: int, microbatches: int, ahead: int) -> Row:
     """ahead: forwards before the first backward."""
-    forwards = [Compute(Kind.FORWARD, position, 0, m) for m in range(microbatches)]
+    forwards = [Compute(ActionKind.FORWARD, position, 0, m) for m in range(microbatches)]
     row = forwards[:ahead]
     for microbatch in range(microbatches):
-        row.append(Compute(Kind.BACKWARD, position, 0, microbatch))
+        row.append(Compute(ActionKind.BACKWARD, position, 0, microbatch))
         row += forwards[ahead + microbatch:ahead + microbatch + 1]
     return tuple(row)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from orchestrator.schedule.ir.actions import Compute, Kind
+from orchestrator.schedule.ir.actions import ActionKind, Compute
 from orchestrator.schedule.ir.spans import Interval, union
-from orchestrator.schedule.pictures.geometry import BAR, STRIP, Rows, Scale, fitting_size, outline, px, rectangle
+from orchestrator.schedule.pictures.geometry import BAR, STRIP, RowHeights, Scale, fitting_size, outline, px, rectangle
 
 LIGHT = ("#b9d6f2", "#fbd59b", "#c3e4ba", "#e3c6ea", "#b3e2de", "#f6c5cf")
 MIDDLE = ("#6fa8df", "#ee9a42", "#78bd72", "#b67fc3", "#56b5ae", "#df7d92")
@@ -24,7 +24,7 @@ PALE = 'fill-opacity="0.45" pointer-events="none"'
 _EDGE = 1.6
 _GAP = 1.5
 """Pixels: nearer pieces of an action are drawn as one."""
-FILLS = {Kind.FORWARD: LIGHT, Kind.BACKWARD_INPUT: MIDDLE, Kind.BACKWARD: DARK}
+FILLS = {ActionKind.FORWARD: LIGHT, ActionKind.BACKWARD_INPUT: MIDDLE, ActionKind.BACKWARD: DARK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Bar:
     reduce: tuple[Interval, ...] = ()
 
 
-def draw(bar: Bar, position: int, index: int, scale: Scale, rows: Rows) -> Iterator[str]:
+def draw(bar: Bar, position: int, index: int, scale: Scale, rows: RowHeights) -> Iterator[str]:
     """The `index`-th bar of a rank."""
     y = rows.y(position, index)
     yield rectangle(scale.left, y, scale.width(scale.makespan), BAR, IDLE)
@@ -85,10 +85,11 @@ def without(intervals: Iterable[Interval], covers: Iterable[Interval]) -> Iterat
             yield start, end
 
 
-def action_box(kind: Kind, slot: int, x: float, y: float, width: float, height: float, *, halves: bool = False) -> Iterator[str]:
+def action_box(kind: ActionKind, slot: int, x: float, y: float, width: float, height: float, *,
+               halves: bool = False) -> Iterator[str]:
     """A box of this kind and slot; as two halves side by side with notches between them, if it is split."""
     hue = slot % len(DARK)
-    if kind is Kind.BACKWARD_WEIGHT:
+    if kind is ActionKind.BACKWARD_WEIGHT:
         border = f'stroke="{DARK[hue]}" stroke-width="1.5"'
         yield rectangle(x + 0.75, y + 0.75, max(width - 1.5, 0.5), height - 1.5, "white", border)
     elif not halves:
@@ -100,8 +101,8 @@ def action_box(kind: Kind, slot: int, x: float, y: float, width: float, height: 
         yield (f'<path d="M{middle} {px(y)}v{notch}M{middle} {px(y + height)}v-{notch}" stroke="{ink(kind)}"/>')
 
 
-def ink(kind: Kind) -> str:
-    return "white" if kind is Kind.BACKWARD else INK
+def ink(kind: ActionKind) -> str:
+    return "white" if kind is ActionKind.BACKWARD else INK
 
 
 def label(text: str, x: float, y: float, width: float, height: float, colour: str) -> Iterator[str]:

@@ -48,7 +48,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowHeights:
     """Heights. strip: whether communication is drawn; bars: of each rank (simulated, measured)."""
 
     top: float

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from orchestrator.schedule.ir.actions import Kind, Pair, Schedule, Split
+from orchestrator.schedule.ir.actions import ActionKind, Pair, Schedule, SplitAction
 from orchestrator.schedule.ir.stages import BOTH, V
 from orchestrator.schedule.pictures.bars import EXPOSED, HIDDEN, IDLE, REDUCE, action_box, ink, label
 from orchestrator.schedule.pictures.geometry import MARGIN, px, rectangle, text_width
 
 SIZE, LINE_HEIGHT, SPACE = 17, 25, 14
 NAMES = {
-    Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.BACKWARD_INPUT: "backward, input only",
-    Kind.BACKWARD_WEIGHT: "backward, weights only",
+    ActionKind.FORWARD: "forward", ActionKind.BACKWARD: "backward", ActionKind.BACKWARD_INPUT: "backward, input only",
+    ActionKind.BACKWARD_WEIGHT: "backward, weights only",
 }
 SLOTS = {BOTH: "direction", V: "leg"}
 """What a slot is in a placement; else a chunk."""
@@ -24,7 +24,7 @@ class Sample:
     """Boxes (kind, slot, text) side by side, one above the other, or in halves, or a plain colour; and what it is."""
 
     label: str
-    boxes: tuple[tuple[Kind, int, str], ...] = ()
+    boxes: tuple[tuple[ActionKind, int, str], ...] = ()
     stacked: bool = False
     halves: bool = False
     colour: str = ""
@@ -48,14 +48,15 @@ def samples(schedule: Schedule, *, exchange: bool, reduced: bool) -> list[Sample
     for kind, name in NAMES.items():
         slots = sorted(slot for k, slot in present if k is kind)
         if slots and schedule.slots > 1:
-            found.append(Sample(f"{name}; number: {word}" if kind is Kind.FORWARD else name,
+            found.append(Sample(f"{name}; number: {word}" if kind is ActionKind.FORWARD else name,
                                 tuple((kind, slot, str(slot)) for slot in slots)))
         elif slots:
             found.append(Sample(name, ((kind, 0, ""),)))
     pairs = sorted(computes for shape, computes in actions if shape is Pair)
-    splits = sorted(computes for shape, computes in actions if shape is Split)
+    splits = sorted(computes for shape, computes in actions if shape is SplitAction)
     if pairs:
-        usual = max(pairs, key=lambda pair: ((pair[0][0], pair[1][0]) == (Kind.FORWARD, Kind.BACKWARD), pair[0][1] != pair[1][1]))
+        usual = max(pairs, key=lambda pair: ((pair[0][0], pair[1][0]) == (ActionKind.FORWARD, ActionKind.BACKWARD),
+                                             pair[0][1] != pair[1][1]))
         found.append(Sample("pair", tuple((kind, slot, "") for kind, slot in usual), stacked=True))
     if splits:
         found.append(Sample("split in two halves", (splits[0][0] + ("",),), halves=True))

@@ -11,14 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from orchestrator.schedule.ir.actions import Schedule, Split
+from orchestrator.schedule.ir.actions import Schedule, SplitAction
 from orchestrator.schedule.ir.check import peak_activations
 from orchestrator.schedule.ir.spans import Figures, Interval, Lane, Span, figures
 from orchestrator.schedule.kinds.registry import has_chosen_placement
 from orchestrator.schedule.pictures import legend
 from orchestrator.schedule.pictures.bars import INK, Bar, Box, draw
-from orchestrator.schedule.pictures.geometry import BAR, MARGIN, RIGHT, Rows, Scale, px, rectangle, text_width
-from orchestrator.schedule.timing.measured import Measured
+from orchestrator.schedule.pictures.geometry import BAR, MARGIN, RIGHT, RowHeights, Scale, px, rectangle, text_width
+from orchestrator.schedule.timing.measured import MeasuredStep
 from orchestrator.schedule.timing.simulate import Timeline
 
 PALE_INK, LINE = "#55606c", "#c4cbd2"
@@ -27,7 +27,7 @@ WIDEST_LEGEND = 1500                                        # it is to be seen w
 _STAGES_SHOWN = 4
 
 
-def svg(schedule: Schedule, timeline: Timeline, measured: Measured | None = None) -> str:
+def svg(schedule: Schedule, timeline: Timeline, measured: MeasuredStep | None = None) -> str:
     """The picture as an SVG document. `timeline`: a simulation of `schedule`; in milliseconds, if there is a measured step."""
     bars = [simulated_bars(schedule, timeline)] + ([measured_bars(schedule, measured)] if measured else [])
     exchanges = any(bar.exchange for kind in bars for bar in kind)
@@ -39,7 +39,7 @@ def svg(schedule: Schedule, timeline: Timeline, measured: Measured | None = None
     width = round(scale.x(scale.makespan) + RIGHT)
     lines = legend.lines(legend.samples(schedule, exchange=exchanges, reduced=any(bar.reduce for bar in bars[-1])),
                                  min(width, WIDEST_LEGEND) - MARGIN - RIGHT)
-    rows = Rows(LEGEND_TOP + len(lines) * legend.LINE_HEIGHT + 14, schedule.positions, exchanges, len(bars))
+    rows = RowHeights(LEGEND_TOP + len(lines) * legend.LINE_HEIGHT + 14, schedule.positions, exchanges, len(bars))
     height = round(rows.bottom) + 34
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"',
@@ -65,13 +65,13 @@ def simulated_bars(schedule: Schedule, timeline: Timeline) -> list[Bar]:
             computes = action.computes
             stages = ", ".join(f"stage {compute.stage}" for compute in computes)
             title = f"{action} ({stages}), {span.start:.6g} to {span.end:.6g}"
-            boxes += [Box(compute, title, ((span.start, span.end),), (index, len(computes)), isinstance(action, Split))
+            boxes += [Box(compute, title, ((span.start, span.end),), (index, len(computes)), isinstance(action, SplitAction))
                       for index, compute in enumerate(computes)]
         bars.append(Bar(tuple(boxes), **_lanes(lanes)))
     return bars
 
 
-def measured_bars(schedule: Schedule, measured: Measured) -> list[Bar]:
+def measured_bars(schedule: Schedule, measured: MeasuredStep) -> list[Bar]:
     """What the ranks did. The two of a pair are above each other, each at its own times."""
     bars = []
     for position, row in enumerate(schedule.rows):
@@ -80,12 +80,12 @@ def measured_bars(schedule: Schedule, measured: Measured) -> list[Bar]:
             for index, compute in enumerate(action.computes):
                 if pieces := tuple(measured.pieces(position, compute)):
                     title = f"{compute} (stage {compute.stage}), measured {pieces[0][0]:.6g} to {pieces[-1][1]:.6g} ms"
-                    boxes.append(Box(compute, title, pieces, (index, len(action.computes)), isinstance(action, Split)))
+                    boxes.append(Box(compute, title, pieces, (index, len(action.computes)), isinstance(action, SplitAction)))
         bars.append(Bar(tuple(boxes), **_lanes(measured.rows[position])))
     return bars
 
 
-def as_json(schedule: Schedule, timeline: Timeline, measured: Measured | None = None) -> str:
+def as_json(schedule: Schedule, timeline: Timeline, measured: MeasuredStep | None = None) -> str:
     """One JSON object: kind, placement, ranks, chunks, microbatches, makespan, figures by rank, rows, and spans.
 
     rows: by rank, actions as text. spans: by rank, [start, end] of each action, in the simulation's units; exchange: the same
@@ -121,7 +121,7 @@ def _by_rank(found: Sequence[Figures], makespan: float) -> dict[str, list[float]
             "exposed_communication": [_rounded(one.exposed_communication_seconds) for one in found]}
 
 
-def _measured_figures(measured: Measured) -> list[Figures]:
+def _measured_figures(measured: MeasuredStep) -> list[Figures]:
     return [figures((span for span in row if span.lane != Lane.REDUCE), 0.0, measured.makespan) for row in measured.rows]
 
 
@@ -142,7 +142,7 @@ def _title(schedule: Schedule) -> str:
     return f"{schedule.kind}: {ranks}{chunks}{placed}, {schedule.microbatches} microbatch{'es' * (schedule.microbatches > 1)}"
 
 
-def _subtitle(timeline: Timeline, measured: Measured | None) -> str:
+def _subtitle(timeline: Timeline, measured: MeasuredStep | None) -> str:
     found = timeline.figures()
     if measured is None:
         return f"makespan {timeline.makespan:.5g}, {_figures(found, timeline.makespan, '')}"
@@ -168,7 +168,7 @@ def _range(values: Sequence[float], whole: float, unit: str) -> str:
     return f"{absolute}{unit} ({share} %)"
 
 
-def _names(schedule: Schedule, position: int, rows: Rows, left: float, measured: bool) -> Iterator[str]:
+def _names(schedule: Schedule, position: int, rows: RowHeights, left: float, measured: bool) -> Iterator[str]:
     """A rank's name, the stages it hosts, and which bar is which."""
     stages = [str(stage) for stage in schedule.stages.hosted(position) if stage is not None]
     if len(stages) > _STAGES_SHOWN:
@@ -180,7 +180,7 @@ def _names(schedule: Schedule, position: int, rows: Rows, left: float, measured:
         yield f'<text x="{px(left - 6)}" y="{px(rows.y(position, index) + BAR / 2 + 4)}" text-anchor="end" {pale}>{name}</text>'
 
 
-def _axis(scale: Scale, rows: Rows, unit: str) -> Iterator[str]:
+def _axis(scale: Scale, rows: RowHeights, unit: str) -> Iterator[str]:
     y = px(rows.bottom + 16)
     yield f'<text x="{px(scale.left - 14)}" y="{y}" text-anchor="end" fill="{PALE_INK}">{unit}</text>'
     for number in range(int(scale.makespan / scale.tick + 1e-9) + 1):

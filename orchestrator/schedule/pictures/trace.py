@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from orchestrator.schedule.ir.spans import Lane, Span
-from orchestrator.schedule.timing.measured import Measured
+from orchestrator.schedule.timing.measured import MeasuredStep
 
 _ROWS = {lane.value: row for row, lane in enumerate(Lane)}
 
@@ -29,7 +29,7 @@ def trace_text(events: Iterable[dict]) -> str:
     return json.dumps({"traceEvents": list(events), "displayTimeUnit": "ms"})
 
 
-def schedule_trace(simulated: Iterable[Iterable[Span]], measured: Measured | None = None) -> str:
+def schedule_trace(simulated: Iterable[Iterable[Span]], measured: MeasuredStep | None = None) -> str:
     """A simulated step, one unit of time as a millisecond; and the measured one under it, rank by rank, both from time 0.
 
     simulated: spans by rank. The name of a process tells which of the two it is.

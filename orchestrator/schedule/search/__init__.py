@@ -3,7 +3,7 @@
 May import: schedule.ir, schedule.kinds, schedule.timing.
 """
 
-from orchestrator.schedule.search.portfolio import Found, Options, options_for, search, searched
+from orchestrator.schedule.search.portfolio import Options, SearchResult, options_for, search, searched
 from orchestrator.schedule.search.problem import most_kept
 
-__all__ = ["Found", "Options", "most_kept", "options_for", "search", "searched"]
+__all__ = ["Options", "SearchResult", "most_kept", "options_for", "search", "searched"]

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.schedule.ir.stages import BOTH
-from orchestrator.schedule.search.board import Board, differing
-from orchestrator.schedule.search.problem import NEVER, B, I, Move, Part, Problem, Rows, W
+from orchestrator.schedule.search.evaluator import IncrementalEvaluator, differing
+from orchestrator.schedule.search.problem import NEVER, B, I, Part, Problem, Rows, SearchAction, W
 
 _STEPS = (-1, -1, -1, -2, -2, -3, -4, 1, 1, 2, 3, 5, 8)
 _NEAR = 5
@@ -35,23 +35,23 @@ class Cooling:
 def anneal(problem: Problem, rows: Rows, cooling: Cooling, seed: int) -> tuple[float, Rows]:
     """(makespan, rows) of the best schedule met."""
     chance = random.Random(seed)
-    board = Board(problem, rows)
+    evaluator = IncrementalEvaluator(problem, rows)
     both_at_once = is_mirrored(problem, rows)
-    best, best_rows = board.makespan, list(board.rows)
+    best, best_rows = evaluator.makespan, list(evaluator.rows)
     for step in range(cooling.evaluations):
         temperature = problem.unit * cooling.start * (cooling.end / cooling.start) ** (step / cooling.evaluations)
-        position, changed = _propose(problem, board, chance, cooling.critical)
+        position, changed = _propose(problem, evaluator, chance, cooling.critical)
         if changed is None:
             break
         changes = {position: changed}
         if both_at_once:
             other = problem.positions - 1 - position
-            changes[other] = _mirror_change(problem, other, board.rows[position], changed, board.rows[other])
-        trial = board.attempt(changes, board.makespan - temperature * math.log(1.0 - chance.random()))
+            changes[other] = _mirror_change(problem, other, evaluator.rows[position], changed, evaluator.rows[other])
+        trial = evaluator.attempt(changes, evaluator.makespan - temperature * math.log(1.0 - chance.random()))
         if trial is not None:
-            board.accept(trial)
-            if board.makespan < best - 1e-9:
-                best, best_rows = board.makespan, list(board.rows)
+            evaluator.accept(trial)
+            if evaluator.makespan < best - 1e-9:
+                best, best_rows = evaluator.makespan, list(evaluator.rows)
     return best, best_rows
 
 
@@ -72,39 +72,42 @@ def mirrored(problem: Problem, rows: Rows) -> Rows | None:
     return twin if len(twin) == len(rows) and problem.makespan(twin) < NEVER else None
 
 
-def _mirror(problem: Problem, position: int, row: list[Move]) -> list[Move]:
+def _mirror(problem: Problem, position: int, row: list[SearchAction]) -> list[SearchAction]:
     return [problem.move(position, tuple((kind, 1 - slot, m) for kind, slot, m in move.parts), move.split) for move in row]
 
 
-def _mirror_change(problem: Problem, position: int, old: list[Move], new: list[Move], image: list[Move]) -> list[Move]:
+def _mirror_change(problem: Problem, position: int, old: list[SearchAction], new: list[SearchAction],
+                   image: list[SearchAction]) -> list[SearchAction]:
     """The mirror image of `new`, made of `image`, that of `old`."""
     first, common = differing(old, new)
     return [*image[:first], *_mirror(problem, position, new[first:len(new) - common]), *image[len(image) - common:]]
 
 
-def _propose(problem: Problem, board: Board, chance: random.Random, critical: float) -> tuple[int, list[Move] | None]:
+def _propose(problem: Problem, evaluator: IncrementalEvaluator,
+             chance: random.Random, critical: float) -> tuple[int, list[SearchAction] | None]:
     """A row that may take the place of a position's row; None: none was found in many tries."""
     for _ in range(_TRIES):
-        position, changed = _try(problem, board, chance, critical)
-        if changed is not None and board.allows(position, changed):
+        position, changed = _try(problem, evaluator, chance, critical)
+        if changed is not None and evaluator.allows(position, changed):
             return position, changed
     return 0, None
 
 
-def _try(problem: Problem, board: Board, chance: random.Random, critical: float) -> tuple[int, list[Move] | None]:
+def _try(problem: Problem, evaluator: IncrementalEvaluator,
+         chance: random.Random, critical: float) -> tuple[int, list[SearchAction] | None]:
     if chance.random() < critical:
-        position, index = chance.choice(board.critical)
+        position, index = chance.choice(evaluator.critical)
     else:
         position = chance.randrange(problem.positions)
-        index = chance.randrange(len(board.rows[position]))
-    row = board.rows[position]
+        index = chance.randrange(len(evaluator.rows[position]))
+    row = evaluator.rows[position]
     change = shift if chance.random() < 0.35 else chance.choice(OF_PAIRS if len(row[index].parts) == 2 else OF_SINGLES)
     return position, change(problem, position, row, index, chance)
 
 
 # --- changes: each gives a new row, or None where it does not apply -----------------------------------------------------
 
-def shift(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move] | None:
+def shift(problem: Problem, position: int, row: list[SearchAction], index: int, chance: random.Random) -> list[SearchAction] | None:
     """Another place for one action."""
     target = index + chance.choice(_STEPS)
     if not 0 <= target < len(row):
@@ -114,14 +117,15 @@ def shift(problem: Problem, position: int, row: list[Move], index: int, chance: 
     return changed
 
 
-def _toggle_split(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move] | None:
+def _toggle_split(problem: Problem, position: int, row: list[SearchAction], index: int,
+                  chance: random.Random) -> list[SearchAction] | None:
     move = row[index]
     if not problem.splits or move.parts[0][0] == W:
         return None
     return [*row[:index], problem.move(position, move.parts, not move.split), *row[index + 1:]]
 
 
-def _unpair(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move]:
+def _unpair(problem: Problem, position: int, row: list[SearchAction], index: int, chance: random.Random) -> list[SearchAction]:
     """Two actions in place of a pair, in either order; a B among them now and then as I, with its W later."""
     parts = list(row[index].parts)
     chance.shuffle(parts)
@@ -137,7 +141,8 @@ def _unpair(problem: Problem, position: int, row: list[Move], index: int, chance
     return changed
 
 
-def _pair_up(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move] | None:
+def _pair_up(problem: Problem, position: int, row: list[SearchAction], index: int,
+             chance: random.Random) -> list[SearchAction] | None:
     """A pair of this action and a lone one near it, at the place of either."""
     part = row[index].parts[0]
     near = range(max(0, index - _NEAR), min(len(row), index + _NEAR + 1))
@@ -158,7 +163,8 @@ def _paired(one: Part, other: Part) -> tuple[Part, Part] | None:
     return (first, second) if first[0] != W and first[1:] != second[1:] else None
 
 
-def _repair(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move] | None:
+def _repair(problem: Problem, position: int, row: list[SearchAction], index: int,
+            chance: random.Random) -> list[SearchAction] | None:
     """A lone action near a pair takes the place of one of its parts, which is then alone."""
     near = range(max(0, index - _NEAR), min(len(row), index + _NEAR + 1))
     lone = [i for i in near if len(row[i].parts) == 1]
@@ -174,7 +180,8 @@ def _repair(problem: Problem, position: int, row: list[Move], index: int, chance
     return changed
 
 
-def _defer(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move] | None:
+def _defer(problem: Problem, position: int, row: list[SearchAction], index: int,
+           chance: random.Random) -> list[SearchAction] | None:
     """I in place of B, alone or in a pair, and its W some actions later."""
     whole = next((part for part in row[index].parts if part[0] == B), None)
     if whole is None:
@@ -186,7 +193,8 @@ def _defer(problem: Problem, position: int, row: list[Move], index: int, chance:
     return changed
 
 
-def _rejoin(problem: Problem, position: int, row: list[Move], index: int, chance: random.Random) -> list[Move] | None:
+def _rejoin(problem: Problem, position: int, row: list[SearchAction], index: int,
+            chance: random.Random) -> list[SearchAction] | None:
     """B in place of I, alone or in a pair; its W goes."""
     inputs = next((part for part in row[index].parts if part[0] == I), None)
     if inputs is None:
@@ -206,6 +214,6 @@ def _rejoin(problem: Problem, position: int, row: list[Move], index: int, chance
     return changed
 
 
-_Change = Callable[[Problem, int, list[Move], int, random.Random], list[Move] | None]
+_Change = Callable[[Problem, int, list[SearchAction], int, random.Random], list[SearchAction] | None]
 OF_PAIRS: tuple[_Change, ...] = (_unpair, _unpair, _repair, _defer, _rejoin)
 OF_SINGLES: tuple[_Change, ...] = (_toggle_split, _pair_up, _pair_up, _pair_up, _defer, _rejoin)

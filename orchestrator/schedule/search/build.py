@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import product
 
 from orchestrator.schedule.ir.stages import BOTH
-from orchestrator.schedule.search.problem import NEVER, B, F, I, Move, Part, Problem, Rows, W
+from orchestrator.schedule.search.problem import NEVER, B, F, I, Part, Problem, Rows, SearchAction, W
 
 _SOON = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class BuildRules:
     """patience: how long, in forwards, a position waits for the missing half of a pair. share: how many of the kept
     activations may be of a stage early in the pipeline, as a factor on its share of a microbatch's way.
     whole: lone backwards are B, not I. doubles: two forwards, or two backwards, make a pair.
@@ -31,21 +31,21 @@ class Rules:
     doubles: bool = True
 
 
-def rules(problem: Problem) -> Iterator[Rules]:
+def rules(problem: Problem) -> Iterator[BuildRules]:
     """A few, very different from each other."""
     shares = (0.85, 1.0) if problem.stages.placement == BOTH and problem.slots > 1 else (1.0,)
     others = ((False, True), (False, False)) if problem.splits else ((False, True), (True, False))
     for patience, share, (whole, doubles) in product((0.0, 0.25, 1.0, 2.0), shares, others):
-        yield Rules(patience / problem.stages.chunks, share, whole, doubles)
+        yield BuildRules(patience / problem.stages.chunks, share, whole, doubles)
 
 
-def build(problem: Problem, chosen: Rules) -> Rows | None:
+def build(problem: Problem, chosen: BuildRules) -> Rows | None:
     """Rows by these rules; None: they lead nowhere."""
     return _Builder(problem, chosen).run()
 
 
 class _Builder:
-    def __init__(self, problem: Problem, chosen: Rules):
+    def __init__(self, problem: Problem, chosen: BuildRules):
         self._problem, self._rules = problem, chosen
         positions, slots = range(problem.positions), problem.slots
         self._rows: Rows = [[] for _ in positions]
@@ -75,7 +75,7 @@ class _Builder:
 
     # --- choices -------------------------------------------------------------------------------------------------
 
-    def _choose(self, position: int, now: float) -> tuple[Move | None, float]:
+    def _choose(self, position: int, now: float) -> tuple[SearchAction | None, float]:
         """What to run now; else how long to wait at most for something that is on its way."""
         forwards, f_soon = self._candidates(position, F, now)
         backwards, b_soon = self._candidates(position, I, now)
@@ -96,7 +96,7 @@ class _Builder:
                 return filler, NEVER
         return self._alone(position, forwards or backwards, weight), NEVER
 
-    def _alone(self, position: int, found: list[Part], weight: Part | None) -> Move:
+    def _alone(self, position: int, found: list[Part], weight: Part | None) -> SearchAction:
         """Only forwards, or only backwards, are there."""
         kind, slot, microbatch = found[0]
         if kind == I and self._rules.whole:
@@ -149,7 +149,7 @@ class _Builder:
 
     # --- effects -------------------------------------------------------------------------------------------------
 
-    def _perform(self, position: int, move: Move, now: float) -> None:
+    def _perform(self, position: int, move: SearchAction, now: float) -> None:
         problem, end = self._problem, now + move.duration
         self._rows[position].append(move)
         self._free[position] = end

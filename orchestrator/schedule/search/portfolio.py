@@ -16,7 +16,7 @@ from orchestrator.schedule.kinds.registry import KINDS, TABLE
 from orchestrator.schedule.search.anneal import Cooling, anneal, mirrored
 from orchestrator.schedule.search.bound import lower_bound
 from orchestrator.schedule.search.build import build, rules
-from orchestrator.schedule.search.problem import Move, Problem, Rows, W
+from orchestrator.schedule.search.problem import Problem, Rows, SearchAction, W
 from orchestrator.schedule.timing.durations import Durations, per_chunk
 
 EFFORT = 36_000_000
@@ -40,7 +40,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """lower_bound: no schedule of the same options is below it. published: the best published kind that fits, and its
     makespan; None where no one fits."""
 
@@ -87,7 +87,7 @@ def options_for(positions: int, microbatches: int, layers: int, most_activations
 
 
 def searched(stages: Stages, microbatches: int, durations: Durations, most_activations: float | None = None, *,
-             splits: bool = True, effort: int = EFFORT) -> Found:
+             splits: bool = True, effort: int = EFFORT) -> SearchResult:
     """The shortest schedule found for one placement; `durations` by its stages.
 
     Raises ConfigError: too few activations; microbatches that the placement's entrances cannot share evenly.
@@ -97,7 +97,7 @@ def searched(stages: Stages, microbatches: int, durations: Durations, most_activ
     return _search([Problem(stages, microbatches, durations, kept, splits=splits)], effort)
 
 
-def search(microbatches: int, durations: Durations, options: Options, *, effort: int = EFFORT) -> Found:
+def search(microbatches: int, durations: Durations, options: Options, *, effort: int = EFFORT) -> SearchResult:
     """The shortest schedule found; `durations` are of a whole rank, single numbers. Raises ConfigError as `searched` does."""
     for stages in options.stages:
         _refuse_microbatches(microbatches, stages)
@@ -105,13 +105,13 @@ def search(microbatches: int, durations: Durations, options: Options, *, effort:
                     for stages in options.stages], effort)
 
 
-def _search(problems: Sequence[Problem], effort: int) -> Found:
+def _search(problems: Sequence[Problem], effort: int) -> SearchResult:
     starts = [start for problem in problems for start in (*_published(problem), *_built(problem))]
     if not starts:
         raise ConfigError("most_activations", problems[0].most_activations, "more: no schedule keeps so few")
     known = min((start for start in starts if start.kind), key=lambda start: start.makespan, default=None)
     makespan, rows, problem = _improve(starts, effort)
-    return Found(problem.schedule(rows), makespan, min(map(lower_bound, problems)), known and (known.kind, known.makespan))
+    return SearchResult(problem.schedule(rows), makespan, min(map(lower_bound, problems)), known and (known.kind, known.makespan))
 
 
 def _refuse_microbatches(microbatches: int, stages: Stages) -> None:
@@ -158,7 +158,7 @@ def _published(problem: Problem) -> Iterator[_Start]:
                 yield _Start(problem.makespan(rows), problem, rows, None)
 
 
-def _split(problem: Problem, position: int, move: Move) -> Move:
+def _split(problem: Problem, position: int, move: SearchAction) -> SearchAction:
     """In halves, if it is a lone action and shorter so."""
     if len(move.parts) > 1 or move.parts[0][0] == W:
         return move

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.schedule.ir import actions
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Work, input_stage, output_stage
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, Schedule, SplitAction, Work, input_stage, output_stage
 from orchestrator.schedule.ir.stages import SEARCHED, Place, Stages
 from orchestrator.schedule.timing.durations import Durations, at
 
 F, B, I, W = range(4)
-KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+KINDS = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 BEFORE = {number: _NUMBER.get(actions.BEFORE[kind]) for kind, number in _NUMBER.items()}
 """What of the same microbatch comes directly before."""
@@ -28,7 +28,7 @@ NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class SearchAction:
     """An action of a row. needs: tensors from the stage before (F) or after (B, I). makes: (tensor, way to its user)."""
 
     parts: tuple[Part, ...]
@@ -38,7 +38,7 @@ class Move:
     makes: tuple[tuple[int, float], ...]
 
 
-Rows = list[list[Move]]
+Rows = list[list[SearchAction]]
 
 
 def most_kept(stages: Stages, microbatches: int, most_activations: float | None) -> int:
@@ -67,7 +67,7 @@ class Problem:
                           for position, kind, slot in self.user}
         self.tensors = 2 * self.count * microbatches
         self.unit = self._forward_of_a_rank()
-        self._moves: list[dict[tuple, Move]] = [{} for _ in range(stages.positions)]
+        self._moves: list[dict[tuple, SearchAction]] = [{} for _ in range(stages.positions)]
         self.most_activations, self.limit = most_activations, self.within(most_activations).limit
 
     def within(self, most_activations: float) -> Problem:
@@ -78,7 +78,7 @@ class Problem:
 
     # --- actions -------------------------------------------------------------------------------------------------
 
-    def move(self, position: int, parts: tuple[Part, ...], split: bool = False) -> Move:
+    def move(self, position: int, parts: tuple[Part, ...], split: bool = False) -> SearchAction:
         """The action on `position` that consists of `parts`; one object for each."""
         key = (parts, split)
         found = self._moves[position].get(key)
@@ -88,7 +88,7 @@ class Problem:
 
     def work(self, position: int, parts: tuple[Part, ...], split: bool = False) -> Work:
         computes = [Compute(KINDS[kind], self.stage_at[position][slot], slot, m) for kind, slot, m in parts]
-        return Split(computes[0]) if split else computes[0] if len(computes) == 1 else Pair(*computes)
+        return SplitAction(computes[0]) if split else computes[0] if len(computes) == 1 else Pair(*computes)
 
     def tensor(self, kind: int, stage: int, slot: int, microbatch: int) -> int:
         """Number of the input of F, or of the output's gradient of B and I, at a stage."""
@@ -99,7 +99,7 @@ class Problem:
         stage = output_stage(KINDS[kind], self.stage_at[position][slot], self.count)
         return None if stage is None else self.stages.route(slot)[stage]
 
-    def _make(self, position: int, parts: tuple[Part, ...], split: bool) -> Move:
+    def _make(self, position: int, parts: tuple[Part, ...], split: bool) -> SearchAction:
         needs, makes = [], []
         for kind, slot, microbatch in parts:
             if self._takes_in[position, kind, slot]:
@@ -108,7 +108,7 @@ class Problem:
                 way = self.durations.arrival(position, user[0])
                 makes.append((self.tensor(kind, self.stage_at[user[0]][user[1]], slot, microbatch), way))
         duration = self.durations.of(self.work(position, parts, split), position)
-        return Move(parts, split, duration, tuple(needs), tuple(makes))
+        return SearchAction(parts, split, duration, tuple(needs), tuple(makes))
 
     def _forward_of_a_rank(self) -> float:
         """Mean compute of a forward through a position's stages: the unit of what the search's rules measure."""
@@ -119,7 +119,7 @@ class Problem:
 
     def rows(self, schedule: Schedule) -> Rows:
         return [[self.move(position, tuple((_NUMBER[c.kind], c.slot, c.microbatch) for c in action.computes),
-                           isinstance(action, Split)) for action in row] for position, row in enumerate(schedule.rows)]
+                           isinstance(action, SplitAction)) for action in row] for position, row in enumerate(schedule.rows)]
 
     def schedule(self, rows: Rows) -> Schedule:
         return Schedule(SEARCHED, self.stages, self.microbatches, tuple(
@@ -165,11 +165,11 @@ class Problem:
             return NEVER
         return max(free)
 
-    def allows(self, row: Sequence[Move]) -> bool:
+    def allows(self, row: Sequence[SearchAction]) -> bool:
         """Whether each microbatch's F, I (or B) and W come in this order, and activations stay within the bound."""
         return self.live_after(row, 0, _NOTHING) is not None
 
-    def live_after(self, moves: Sequence[Move], live: int, before: Mapping[int, int | None] = BEFORE) -> int | None:
+    def live_after(self, moves: Sequence[SearchAction], live: int, before: Mapping[int, int | None] = BEFORE) -> int | None:
         """Activations kept after `moves`, with `live` of them before; None: these are not allowed.
 
         before: what a microbatch of which the first of them is a part of each kind is taken to have had: by default what it must.

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Split, Work
-from orchestrator.schedule.ir.orders import StageStrands
-from orchestrator.schedule.ir.pieces import Cost, Template, overlapped, planned, strand, timed
+from orchestrator.schedule.ir.actions import ActionKind, Compute, SplitAction, Work
+from orchestrator.schedule.ir.operations import Cost, Template, overlapped, planned, stream_of, timed
+from orchestrator.schedule.ir.orders import StageOperations
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import Stages
 
@@ -27,13 +27,13 @@ class Durations:
         input has the same: the gradient of combine is sent like a dispatch, that of dispatch like a combine (report, 3.2.1).
     layers: of a stage. Each is attention, dispatch, experts, combine; attention and experts share the compute evenly.
     backward, pair: of a lone B, of F|B (by the forward's stage), if they are known as a whole, where no position is slow: their
-        pieces are stretched to it; None: what the pieces give.
+        operations are stretched to it; None: what the operations give.
     halves: compute of both halves of a split action, as a factor on the whole one: small products may run less efficiently.
     hop: from one position to another, for every tensor; `links` has those (from, to) that differ.
     slowdown, exchange_slowdown: factors on the compute and on the communication of each position; empty: all alike. Two positions
         that host the same stages have EP groups, and so links, of their own.
     jitter: relative standard deviation of an action's duration, drawn for each from `seed`.
-    stages: by stage, the pieces that it really has: what happens inside actions is planned from them, as in the programs; none:
+    stages: by stage, the operations that it really has: what happens inside actions is planned from them, as in the programs; none:
         from the durations above, in uniform layers. These stay what a search weighs actions by.
     Raises ValueError: a duration is negative, layers or a slowdown not positive.
     """
@@ -53,7 +53,7 @@ class Durations:
     links: Mapping[tuple[int, int], float] = field(default_factory=dict)
     jitter: float = 0.0
     seed: int = 0
-    stages: tuple[StageStrands, ...] = ()
+    stages: tuple[StageOperations, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward_input", "backward_weight", "backward", "pair", "hop", "dispatch", "combine", "jitter"):
@@ -72,7 +72,7 @@ class Durations:
         """What happens on each lane during `action`, from its start."""
         kinds = tuple(compute.kind for compute in action.computes)
         slow = self.factors(position)
-        key = (type(action) is Split, kinds, *(compute.stage for compute in action.computes), slow)
+        key = (type(action) is SplitAction, kinds, *(compute.stage for compute in action.computes), slow)
         if (found := self._templates.get(key)) is None:
             found = self._templates[key] = self._template(action, kinds, slow)
         return found
@@ -88,40 +88,40 @@ class Durations:
             return 0.0
         return self.links.get((origin, target), self.hop) if self.links else self.hop
 
-    def strands(self, stage: int) -> StageStrands:
+    def operations(self, stage: int) -> StageOperations:
         """What the stage does with one microbatch at a position that is not slow."""
         if self.stages:
             return self.stages[stage]
-        forward, backward = (self._cost(Compute(kind, stage, 0, 0), _ALIKE) for kind in (Kind.FORWARD, Kind.BACKWARD))
-        return StageStrands(strand(forward).pieces, tuple(
-            replace(piece, weights=piece.weights or 0.0) if piece.lane is Lane.COMPUTE else piece
-            for piece in strand(backward).pieces))
+        forward, backward = (self._cost(Compute(kind, stage, 0, 0), _ALIKE) for kind in (ActionKind.FORWARD, ActionKind.BACKWARD))
+        return StageOperations(stream_of(forward).operations, tuple(
+            replace(operation, weights=operation.weights or 0.0) if operation.lane is Lane.COMPUTE else operation
+            for operation in stream_of(backward).operations))
 
     @cached_property
     def _templates(self) -> dict[tuple, Template]:
         return {}
 
-    def _template(self, action: Work, kinds: tuple[Kind, ...], slow: Factors) -> Template:
+    def _template(self, action: Work, kinds: tuple[ActionKind, ...], slow: Factors) -> Template:
         if self.stages:
             return self._planned(action, slow)
-        template = self._pieces(action, slow)
-        known = {(Kind.FORWARD, Kind.BACKWARD): self.pair, (Kind.BACKWARD,): self.backward}.get(kinds)
-        if known is None or isinstance(action, Split):
+        template = self._from_operations(action, slow)
+        known = {(ActionKind.FORWARD, ActionKind.BACKWARD): self.pair, (ActionKind.BACKWARD,): self.backward}.get(kinds)
+        if known is None or isinstance(action, SplitAction):
             return template
-        whole, usual = at(known, action.computes[0].stage), self._pieces(action, _ALIKE).duration
+        whole, usual = at(known, action.computes[0].stage), self._from_operations(action, _ALIKE).duration
         return template.stretched(whole * (template.duration / usual) if usual else slow[0] * whole)
 
-    def _pieces(self, action: Work, slow: Factors) -> Template:
+    def _from_operations(self, action: Work, slow: Factors) -> Template:
         costs = [self._cost(compute, slow) for compute in action.computes]
-        return overlapped([costs[0].halved(self.halves)] * 2 if isinstance(action, Split) else costs)
+        return overlapped([costs[0].halved(self.halves)] * 2 if isinstance(action, SplitAction) else costs)
 
     def _planned(self, action: Work, slow: Factors) -> Template:
         """In the order that a program has at a position that is not slow."""
-        parts = 2 if isinstance(action, Split) else 1
-        strands = tuple(strand for compute in action.computes
-                        for strand in self.stages[compute.stage].strands(compute.kind, parts))
-        order = planned(strands).order
-        return timed([strand.scaled(slow[0] * (self.halves if parts > 1 else 1.0), slow[1]) for strand in strands], order)
+        parts = 2 if isinstance(action, SplitAction) else 1
+        streams = tuple(stream for compute in action.computes
+                        for stream in self.stages[compute.stage].streams(compute.kind, parts))
+        order = planned(streams).order
+        return timed([stream.scaled(slow[0] * (self.halves if parts > 1 else 1.0), slow[1]) for stream in streams], order)
 
     def _cost(self, compute: Compute, slow: Factors) -> Cost:
         stage = compute.stage
@@ -129,10 +129,10 @@ class Durations:
             slow[0] * at(d, stage) for d in (self.forward, self.backward_input, self.backward_weight))
         sent = (slow[1] * at(self.dispatch, stage), slow[1] * at(self.combine, stage))
         return {
-            Kind.FORWARD: Cost(self.layers, forward, *sent),
-            Kind.BACKWARD: Cost(self.layers, backward_input, *sent, weights=backward_weight, backward=True),
-            Kind.BACKWARD_INPUT: Cost(self.layers, backward_input, *sent, backward=True),
-            Kind.BACKWARD_WEIGHT: Cost(self.layers, 0.0, weights=backward_weight),
+            ActionKind.FORWARD: Cost(self.layers, forward, *sent),
+            ActionKind.BACKWARD: Cost(self.layers, backward_input, *sent, weights=backward_weight, backward=True),
+            ActionKind.BACKWARD_INPUT: Cost(self.layers, backward_input, *sent, backward=True),
+            ActionKind.BACKWARD_WEIGHT: Cost(self.layers, 0.0, weights=backward_weight),
         }[compute.kind]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Schedule, Work
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Schedule, Work
 from orchestrator.schedule.ir.spans import Interval, Lane, Span, measure, union
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.timing.durations import Durations
@@ -28,7 +28,7 @@ _UNEVEN = 1.2
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStep:
     """One step. rows: by position, the spans of one rank at it, in order of their starts."""
 
     step: int
@@ -84,7 +84,7 @@ def _names(label: str) -> Iterator[str]:
             yield word.removesuffix("/2")
 
 
-def read_trace(text: str, positions: int, step: int | None = None) -> Measured:
+def read_trace(text: str, positions: int, step: int | None = None) -> MeasuredStep:
     """The step of a run's trace (the last one, unless told), as `trace_json` wrote it.
 
     Where events name their rank's place, the ranks of row 0 and width 0 are read; else rank and position are the same.
@@ -106,7 +106,7 @@ def read_trace(text: str, positions: int, step: int | None = None) -> Measured:
     if sorted(rows) != list(range(positions)):
         raise ValueError(f"the trace of a pipeline of {positions} ranks; this one has {len(rows)}")
     zero = min(span.start for row in rows.values() for span in row)
-    return Measured(step, tuple(tuple(_shifted(rows[position], zero)) for position in range(positions)))
+    return MeasuredStep(step, tuple(tuple(_shifted(rows[position], zero)) for position in range(positions)))
 
 
 def _shifted(row: Iterable[Span], zero: float) -> Iterator[Span]:
@@ -114,11 +114,11 @@ def _shifted(row: Iterable[Span], zero: float) -> Iterator[Span]:
         yield Span(span.rank, span.lane, span.label, span.start - zero, span.end - zero)
 
 
-def refuse_another_schedule(measured: Measured, schedule: Schedule) -> None:
+def refuse_another_schedule(measured: MeasuredStep, schedule: Schedule) -> None:
     """Raises ValueError, with what is wanted: the step did not run this schedule."""
     for position, row in enumerate(schedule.rows):
         known = {str(compute) for action in row for compute in action.computes}
-        wanted = {name for name in known if not name.startswith(Kind.BACKWARD_WEIGHT)}  # it may have had nothing to do
+        wanted = {name for name in known if not name.startswith(ActionKind.BACKWARD_WEIGHT)}  # it may have had nothing to do
         ran = {name for name, spans in measured.actions[position].items() if any(span.lane in _WORK for span in spans)}
         for names, words in ((sorted(wanted - ran), "did not run"), (sorted(ran - known), "ran")):
             if names:
@@ -126,7 +126,7 @@ def refuse_another_schedule(measured: Measured, schedule: Schedule) -> None:
                                  f"rank {position} {words} {names[0]}")
 
 
-def measured_durations(measured: Measured, schedule: Schedule, hop: float = 0.0) -> Durations:
+def measured_durations(measured: MeasuredStep, schedule: Schedule, hop: float = 0.0) -> Durations:
     """Means by kind and stage, in milliseconds: with them a simulation of `schedule` is comparable with what was measured.
 
     A lone action lasts as long as it did, from its first span to its last, without waits for other positions; likewise F|B,
@@ -138,20 +138,20 @@ def measured_durations(measured: Measured, schedule: Schedule, hop: float = 0.0)
     def means(of: str) -> list[float]:
         return [_mean(samples[of, stage]) for stage in stages]
 
-    def compute(kind: Kind, sent: Sequence[float]) -> list[float]:
+    def compute(kind: ActionKind, sent: Sequence[float]) -> list[float]:
         alone, inside = means(kind), means(f"inside {kind}")
         return [max(length - s, _LEAST * length) if length else part for length, s, part in zip(alone, sent, inside, strict=True)]
 
     dispatch, combine = means("dispatch"), means("combine")
     sent = [d + c for d, c in zip(dispatch, combine, strict=True)]
-    backward, pair = means(Kind.BACKWARD), means(Kind.PAIR)
+    backward, pair = means(ActionKind.BACKWARD), means(ActionKind.PAIR)
     return Durations(
-        forward=compute(Kind.FORWARD, sent), backward_input=compute(Kind.BACKWARD_INPUT, sent),
-        backward_weight=compute(Kind.BACKWARD_WEIGHT, [0.0] * len(stages)), hop=hop, dispatch=dispatch, combine=combine,
+        forward=compute(ActionKind.FORWARD, sent), backward_input=compute(ActionKind.BACKWARD_INPUT, sent),
+        backward_weight=compute(ActionKind.BACKWARD_WEIGHT, [0.0] * len(stages)), hop=hop, dispatch=dispatch, combine=combine,
         backward=backward if any(backward) else None, pair=pair if any(pair) else None, layers=layers)
 
 
-def durations_to_plan_with(measured: Measured, schedule: Schedule, hop: float = 0.0) -> Durations:
+def durations_to_plan_with(measured: MeasuredStep, schedule: Schedule, hop: float = 0.0) -> Durations:
     """The same means in a form that gives a duration to any action, also to those that the step had none of: as its pieces say.
 
     Where two positions host the same stages, and one communicates more slowly by more than a fifth, it is told apart.
@@ -167,7 +167,7 @@ def durations_to_plan_with(measured: Measured, schedule: Schedule, hop: float = 
     return replace(found, dispatch=dispatch, combine=combine, exchange_slowdown=slow)
 
 
-def _exchange_slowdown(measured: Measured, schedule: Schedule) -> tuple[float, ...]:
+def _exchange_slowdown(measured: MeasuredStep, schedule: Schedule) -> tuple[float, ...]:
     """By position, against the other one with the same stages; empty if none is slow."""
     sent = [sum(span.end - span.start for action in row for compute in action.computes
                 for span in measured.spans(position, compute, Lane.EXCHANGE)) for position, row in enumerate(schedule.rows)]
@@ -178,7 +178,7 @@ def _exchange_slowdown(measured: Measured, schedule: Schedule) -> tuple[float, .
     return tuple(factors) if max(factors) > 1 else ()
 
 
-def _samples(measured: Measured, schedule: Schedule) -> tuple[dict[tuple[str, int], list[float]], int]:
+def _samples(measured: MeasuredStep, schedule: Schedule) -> tuple[dict[tuple[str, int], list[float]], int]:
     """Everything to take a mean of, by what it is and stage; and the layers of a stage that communicate, at least 1.
 
     What: a kind (alone, or PAIR for F|B), `inside F`, `inside I`, `inside W` (compute wherever it was done; a B is one I and
@@ -188,7 +188,7 @@ def _samples(measured: Measured, schedule: Schedule) -> tuple[dict[tuple[str, in
     for position, row in enumerate(schedule.rows):
         for action in row:
             kinds = tuple(compute.kind for compute in action.computes)
-            if action.kind in kinds or kinds == (Kind.FORWARD, Kind.BACKWARD):
+            if action.kind in kinds or kinds == (ActionKind.FORWARD, ActionKind.BACKWARD):
                 samples[action.kind, action.computes[0].stage].append(measured.length(position, action))
             for compute in action.computes:
                 for part, length in _parts(compute.kind, measured.spans(position, compute)).items():
@@ -198,20 +198,21 @@ def _samples(measured: Measured, schedule: Schedule) -> tuple[dict[tuple[str, in
     return samples, layers
 
 
-def _parts(kind: Kind, spans: Iterable[Span]) -> dict[str, float]:
-    if kind is Kind.BACKWARD:
-        parts = dict.fromkeys((f"inside {Kind.BACKWARD_INPUT}", f"inside {Kind.BACKWARD_WEIGHT}"), 0.0)
+def _parts(kind: ActionKind, spans: Iterable[Span]) -> dict[str, float]:
+    if kind is ActionKind.BACKWARD:
+        parts = dict.fromkeys((f"inside {ActionKind.BACKWARD_INPUT}", f"inside {ActionKind.BACKWARD_WEIGHT}"), 0.0)
     else:
         parts = {f"inside {kind}": 0.0}
-    if kind is not Kind.BACKWARD_WEIGHT:
+    if kind is not ActionKind.BACKWARD_WEIGHT:
         parts |= {"dispatch": 0.0, "combine": 0.0}
     for span in spans:
         segment = span.label.partition(" ")[2]
         if span.lane == Lane.EXCHANGE:
-            first = segment.startswith("dispatch" if kind is Kind.FORWARD else "combine")
+            first = segment.startswith("dispatch" if kind is ActionKind.FORWARD else "combine")
             part = "dispatch" if first else "combine"
         else:
-            part = f"inside {kind if kind is not Kind.BACKWARD else Kind.BACKWARD_INPUT if segment else Kind.BACKWARD_WEIGHT}"
+            inside = ActionKind.BACKWARD_INPUT if segment else ActionKind.BACKWARD_WEIGHT
+            part = f"inside {inside if kind is ActionKind.BACKWARD else kind}"
         parts[part] = parts.get(part, 0.0) + span.end - span.start
     return parts
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from runtime import LAYOUTS, configured
 
-from actors.calls.messages import Apply
+from actors.calls.messages import PendingUpdate
 from actors.data.batching import Batch, Dealer
 from orchestrator.config.run_config import ConfigError, CostsSection, parse
 from orchestrator.plan import scheduling
 from orchestrator.plan.scheduling import durations_of, programs_for, smallest_microbatches
-from orchestrator.schedule.ir.actions import Compute, Kind, Schedule, Split
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Schedule, SplitAction
 from orchestrator.schedule.ir.check import ScheduleError
 from orchestrator.schedule.ir.stages import Stages
-from orchestrator.schedule.search import Found
+from orchestrator.schedule.search import SearchResult
 from orchestrator.schedule.timing.durations import Durations
 
 LENGTH = 8
@@ -32,7 +32,7 @@ def batch_of(rows):
 @pytest.mark.parametrize("training", [True, False])
 def test_each_sequence_goes_down_one_pipeline(name, rows, training):
     config, layout = configured(name, "training.microbatch_sequences=2")
-    batch, apply = batch_of(rows), Apply(2, 0.1)
+    batch, apply = batch_of(rows), PendingUpdate(2, 0.1)
     requests = Dealer(config, layout).requests(batch, apply, training=training, keep_spans=True)
     assert len(requests) == layout.size and len({request.microbatches for request in requests}) == 1
     entered, left = [], []
@@ -93,9 +93,9 @@ def test_programs_run_each_microbatch_once_and_reduce_at_the_end_of_training(kin
     config = parse({}, ["layout.pipeline=1", f"schedule.kind={kind}"])
     for position, program in enumerate(programs_for(config, stages, microbatches, training=training)):
         assert (program.position, program.microbatches) == (position, microbatches)
-        assert (program.actions[-1].kind is Kind.REDUCE) is training
+        assert (program.actions[-1].kind is ActionKind.REDUCE) is training
         computes = [compute for action in program.actions if hasattr(action, "computes") for compute in action.computes]
-        assert len([compute for compute in computes if compute.kind is Kind.FORWARD]) == microbatches * stages.chunks
+        assert len([compute for compute in computes if compute.kind is ActionKind.FORWARD]) == microbatches * stages.chunks
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def searched(monkeypatch):
 
     def found(stages, microbatches, durations, most_activations=None, splits=True):
         asked.append((stages, microbatches, durations, most_activations, splits))
-        forward, backward = Compute(Kind.FORWARD, 0, 0, 0), Compute(Kind.BACKWARD, 0, 0, 0)
-        return Found(Schedule("searched", stages, microbatches, ((Split(forward), backward),)), 3.0, 3.0, None)
+        forward, backward = Compute(ActionKind.FORWARD, 0, 0, 0), Compute(ActionKind.BACKWARD, 0, 0, 0)
+        return SearchResult(Schedule("searched", stages, microbatches, ((SplitAction(forward), backward),)), 3.0, 3.0, None)
 
     monkeypatch.setattr(scheduling, "searched", found)
     scheduling._searched.cache_clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from faults import KILL, STEPS, Fault
 
-from orchestrator.protocol.commands import Append, Call, Command, CutLine, EndRun, Fence, Form, Lane, Step, StepLine, lane_of
+from orchestrator.protocol.commands import Append, Call, CallLane, Command, CutLine, EndRun, Fence, Form, Step, StepLine, lane_of
 from orchestrator.protocol.events import Answered, CallId, Ending, Event, Failed, Started, Stored
 from orchestrator.protocol.membership import Member
 from orchestrator.protocol.run import Run
@@ -49,7 +49,7 @@ class Ruled:
             case Call(number, member, _, request):
                 assert number.epoch == self.epoch, "one coordinator calls as itself"
                 self.calls[number] = command
-                if lane_of(request) is Lane.COMPUTE:
+                if lane_of(request) is CallLane.COMPUTE:
                     assert member not in self.fenced, "who was given up is not called"
                     assert member not in self.open, f"{member} is called for {request} while it runs {self.open.get(member)}"
                     self.open[member] = command

@@ -18,7 +18,7 @@ from actors.hosts import processes
 from actors.hosts.processes import ProcessRanks
 from actors.hosts.seated_answers import RankFailed, call
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import (
     CallId,
     Ended,
@@ -206,7 +206,7 @@ class Line:
         ranks.enlist(MEMBERS)
         ranks.listen(self.posted.put)
 
-    def send(self, member, method, *arguments, lane=Lane.COMPUTE, generation=3, epoch=1):
+    def send(self, member, method, *arguments, lane=CallLane.COMPUTE, generation=3, epoch=1):
         self._number += 1
         made = CallId(epoch, self._number)
         self.ranks.send(made, member, generation, method, arguments, lane)
@@ -244,8 +244,8 @@ def test_failures_and_refusals_are_posted(line):
 
 
 def test_control_and_files_are_served_while_the_compute_lane_is_busy(line):
-    written, blocked = line.send(MEMBERS[0], "saved", lane=Lane.FILES), line.send(MEMBERS[0], "stay")
-    asked = line.send(MEMBERS[0], "echo", 1, lane=Lane.CONTROL)
+    written, blocked = line.send(MEMBERS[0], "saved", lane=CallLane.FILES), line.send(MEMBERS[0], "stay")
+    asked = line.send(MEMBERS[0], "echo", 1, lane=CallLane.CONTROL)
     assert line.next() == Arrived(asked, MEMBERS[0], (3, (1,)))
     line.ranks.abort()
     assert line.next() == Arrived(written, MEMBERS[0], (3, "written"))

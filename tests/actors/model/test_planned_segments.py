@@ -10,7 +10,7 @@ from actors.model.segment import Lane, Segment
 from actors.model.tape import Microbatch
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.model.parameters import stage_layers
-from orchestrator.model.segments import LayerCosts, stage_strands
+from orchestrator.model.segments import LayerCosts, stage_operations
 
 MODELS = {
     "tiny": ModelConfig(),
@@ -32,7 +32,7 @@ def test_segments_are_those_that_were_planned(name, stages):
     model = MODELS[name]
     pipeline = Pipeline(model, torch.float32, stages=stages)
     for number, (chunk, layers) in enumerate(zip(pipeline.chunks, stage_layers(model, stages), strict=True)):
-        planned = stage_strands(model, layers, first=number == 0, last=number == stages - 1, length=6, costs=COSTS)
+        planned = stage_operations(model, layers, first=number == 0, last=number == stages - 1, length=6, costs=COSTS)
         tape = Microbatch(sequences=0, length=6)
         assert facts(chunk.forward(tape)) == facts(planned.forward)
         assert facts(chunk.backward(tape)) == facts(planned.backward)
@@ -43,16 +43,16 @@ def test_only_compute_of_a_backward_leaves_weight_gradients_and_where_work_was_p
     model = MODELS[name]
     pipeline = Pipeline(model)
     chunk, layers = pipeline.chunks[0], range(model.num_hidden_layers)
-    planned = stage_strands(model, layers, first=True, last=True, length=6, costs=COSTS)
+    planned = stage_operations(model, layers, first=True, last=True, length=6, costs=COSTS)
     tape = Microbatch(sequences=2, length=6, tokens=random_tokens(model, 2, 6))
     for segment in chunk.forward(tape):
         segment.run()
         assert not len(pipeline.queue)
-    for segment, piece in zip(chunk.backward(tape), planned.backward, strict=True):
+    for segment, operation in zip(chunk.backward(tape), planned.backward, strict=True):
         segment.run()
         left = len(pipeline.queue.take())
         assert not left or segment.lane is Lane.COMPUTE
-        assert left or not piece.weights
+        assert left or not operation.weights
 
 
 def test_what_need_not_wait_may_run_before_the_exchange_it_passes():

@@ -1,5 +1,5 @@
-"""Lifelines between real processes: what the coordinator sees of one that ends, freezes, is cut off, comes again; what a member
-sees of a coordinator that ends; who is let in.
+"""Heartbeat connections between real processes: what the coordinator sees of one that ends, freezes, is cut off, comes again; what
+a member sees of a coordinator that ends; who is let in.
 
 The cut needs root, like the network namespaces that it is made in.
 """
@@ -16,19 +16,19 @@ import threading
 import time
 
 import pytest
-from lifeline_tools import BEAT, REPOSITORY, RUN, Process, beats_on, expect, heard
+from heartbeat_tools import BEAT, REPOSITORY, RUN, Process, beats_on, expect, heard
 
 from actors.protocol import heartbeat_wire
-from actors.protocol.heartbeat_client import Lifeline
-from actors.protocol.heartbeat_server import End, Lifelines
-from actors.protocol.heartbeat_wire import Wire
+from actors.protocol.heartbeat_client import HeartbeatClient
+from actors.protocol.heartbeat_server import End, HeartbeatServer
+from actors.protocol.heartbeat_wire import LineSocket
 from jobs.benches.shared.networks import Network
 from orchestrator.protocol.membership import Member
 
 
 @pytest.fixture
 def server():
-    with Lifelines("127.0.0.1", run=RUN) as found:
+    with HeartbeatServer("127.0.0.1", run=RUN) as found:
         yield found
 
 
@@ -142,8 +142,8 @@ def test_when_a_member_ends_it_is_no_longer_waited_for(server, begin):
 SERVER = """
 import sys
 import time
-from actors.protocol.heartbeat_server import Lifelines
-server = Lifelines("127.0.0.1", int(sys.argv[1]), run="a run")
+from actors.protocol.heartbeat_server import HeartbeatServer
+server = HeartbeatServer("127.0.0.1", int(sys.argv[1]), run="a run")
 print(server.address[1], flush=True)
 while not (hello := server.beats()):
     time.sleep(0.01)
@@ -196,7 +196,7 @@ def test_whoever_moves_leaves_the_coordinator_and_is_not_orphaned(server, begin)
     member = Member("a", 0)
     child = begin(server.address, member)
     expect(server, server.hello)
-    with Lifelines("127.0.0.1", run=RUN) as other:
+    with HeartbeatServer("127.0.0.1", run=RUN) as other:
         child.say(f"move {other.address[1]}")
         expect(other, other.hello)
         assert [(lost, how) for lost, _, how in expect(server, server.ended)] == [(member, End.EOF)]
@@ -205,14 +205,14 @@ def test_whoever_moves_leaves_the_coordinator_and_is_not_orphaned(server, begin)
         assert child.told() == "closed" and expect(other, other.ended)[0][0] == member
 
 
-def test_an_abort_that_fails_is_not_answered_and_the_lifeline_lives(server):
+def test_an_abort_that_fails_is_not_answered_and_the_heartbeat_lives(server):
     member = Member("a", 0)
 
     def fail(generation):
         if generation == 1:
             raise RuntimeError("no")
 
-    with Lifeline(server.address, member, fail, BEAT, run=RUN):
+    with HeartbeatClient(server.address, member, fail, BEAT, run=RUN):
         expect(server, server.hello)
         server.abort([member], 1)
         assert server.aborted([member], 1, 0.3) == {}
@@ -222,8 +222,8 @@ def test_an_abort_that_fails_is_not_answered_and_the_lifeline_lives(server):
 
 def test_closing_leaves_nothing_behind():
     before, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
-    server = Lifelines("127.0.0.1", run=RUN)
-    lines = [Lifeline(server.address, Member("a", n), print, BEAT, run=RUN) for n in range(3)]
+    server = HeartbeatServer("127.0.0.1", run=RUN)
+    lines = [HeartbeatClient(server.address, Member("a", n), print, BEAT, run=RUN) for n in range(3)]
     while len(heard(server)) < 3:
         expect(server, server.hello)
     lines[0].close()
@@ -236,7 +236,7 @@ def test_closing_leaves_nothing_behind():
 def test_a_link_that_is_cut_is_silence_and_the_server_goes_on(begin):
     """One member on each of two nodes; the link of one is cut, for longer than the kernel tries, then restored."""
     near, far = Member("near", 0), Member("far", 0)
-    with Network(2, 100.0) as network, Lifelines(network.host, run=RUN) as server:
+    with Network(2, 100.0) as network, HeartbeatServer(network.host, run=RUN) as server:
         processes = [begin(server.address, member, within=("ip", "netns", "exec", namespace))
                      for member, namespace in zip((near, far), network.namespaces)]
         while heard(server).keys() != {near, far}:
@@ -261,7 +261,7 @@ def test_a_beat_that_does_not_fit_is_left_out():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with socket.create_connection(listener.getsockname()) as mine:
-            wire = Wire(mine)
+            wire = LineSocket(mine)
             with contextlib.suppress(BlockingIOError):
                 while True:
                     mine.send(bytes(4096))

@@ -1,4 +1,4 @@
-"""The coordinator's end of lifelines, to which a test talks as members and as strangers do."""
+"""The coordinator's end of heartbeat connections, to which a test talks as members and as strangers do."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import threading
 import time
 
 import pytest
-from lifeline_tools import BEAT, RUN, beats_on, expect, heard
+from heartbeat_tools import BEAT, RUN, beats_on, expect, heard
 
 from actors.protocol import heartbeat_server, heartbeat_wire
-from actors.protocol.heartbeat_client import Lifeline
-from actors.protocol.heartbeat_server import End, Lifelines
+from actors.protocol.heartbeat_client import HeartbeatClient
+from actors.protocol.heartbeat_server import End, HeartbeatServer
 from orchestrator.protocol.events import LetGo
 from orchestrator.protocol.membership import Member
 
 
 @pytest.fixture
 def server():
-    with Lifelines("127.0.0.1", run=RUN) as found:
+    with HeartbeatServer("127.0.0.1", run=RUN) as found:
         yield found
 
 
@@ -75,7 +75,7 @@ def test_a_stranger_is_dropped_without_harm(server, text):
 def test_who_says_nothing_is_dropped(monkeypatch):
     monkeypatch.setattr(heartbeat_server, "INTRODUCTION_SECONDS", 0.2)
     monkeypatch.setattr(heartbeat_server, "_TICK_SECONDS", 0.1)
-    with Lifelines("127.0.0.1", run=RUN) as server, connect(server) as silent, introduced(server, Member("a", 0)) as member:
+    with HeartbeatServer("127.0.0.1", run=RUN) as server, connect(server) as silent, introduced(server, Member("a", 0)) as member:
         assert answer(member) == {"welcome": 2, "epoch": 0} and closed(silent) and heard(server).keys() == {Member("a", 0)}
 
 
@@ -88,7 +88,7 @@ def test_a_member_that_talks_nonsense_is_dropped_and_told_of(server):
 
 
 @pytest.mark.parametrize("line", [b'{"aborted": Infinity, "seconds": 0}\n', b'{"aborted": 1, "seconds": 1' + b"0" * 400 + b"}\n"])
-def test_numbers_that_are_none_end_one_lifeline_and_no_other(server, line):
+def test_numbers_that_are_none_end_one_connection_and_no_other(server, line):
     bad, good = Member("a", 0), Member("b", 0)
     with introduced(server, good) as other, introduced(server, bad) as peer:
         peer.sendall(line)
@@ -143,7 +143,7 @@ def test_other_runs_members_are_refused_and_do_not_come_again(caplog):
     def reasons():
         return [record.getMessage() for record in caplog.records if record.name == "actors.protocol.heartbeat_client"]
 
-    with Lifelines("127.0.0.1", run="other") as other, Lifeline(other.address, Member("a", 0), print, BEAT, run=RUN):
+    with HeartbeatServer("127.0.0.1", run="other") as other, HeartbeatClient(other.address, Member("a", 0), print, BEAT, run=RUN):
         expect(other, reasons)
         time.sleep(0.5)
         assert reasons() == ["refused by the coordinator: this is run 'other'"] and other.hello() == []
@@ -152,7 +152,7 @@ def test_other_runs_members_are_refused_and_do_not_come_again(caplog):
 def test_who_does_not_read_is_dropped_and_holds_up_nobody(server, monkeypatch):
     monkeypatch.setattr(heartbeat_wire, "_UNACKNOWLEDGED_SECONDS", 100.0)  # which would drop it too
     reader, deaf = Member("a", 0), Member("a", 1)
-    with socket.socket() as peer, Lifeline(server.address, reader, lambda generation: None, BEAT, run=RUN):
+    with socket.socket() as peer, HeartbeatClient(server.address, reader, lambda generation: None, BEAT, run=RUN):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.connect(server.address)
         peer.sendall(json.dumps(hello(deaf)).encode() + b"\n")
@@ -169,8 +169,8 @@ def test_who_does_not_read_is_dropped_and_holds_up_nobody(server, monkeypatch):
 
 def test_what_comes_together_with_the_welcome_is_not_lost():
     told = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listener, Lifeline(listener.getsockname(), Member("a", 0),
-                                                                      lambda generation: told.set(), BEAT):
+    with socket.create_server(("127.0.0.1", 0)) as listener, HeartbeatClient(listener.getsockname(), Member("a", 0),
+                                                                             lambda generation: told.set(), BEAT):
         peer, _ = listener.accept()
         with peer, peer.makefile() as lines:
             assert json.loads(lines.readline())["member"] == ["a", 0, 0]
@@ -204,14 +204,14 @@ def test_a_member_tells_what_it_has_finished_and_never_less(server):
             asked.set()
         return 0 if count is None else count
 
-    with Lifeline(server.address, member, lambda generation: None, BEAT, run=RUN, finished=finished):
+    with HeartbeatClient(server.address, member, lambda generation: None, BEAT, run=RUN, finished=finished):
         expect(server, server.hello)
         assert asked.wait(10) and server.beats()[member].operation == 8
 
 
 def test_whoever_wants_to_know_is_told_of_hellos_answers_and_ends():
     told, member = queue.SimpleQueue(), Member("a", 0)
-    with Lifelines("127.0.0.1", run=RUN, told=lambda: told.put(None)) as server:
+    with HeartbeatServer("127.0.0.1", run=RUN, told=lambda: told.put(None)) as server:
         with introduced(server, member) as peer:
             told.get(timeout=10)
             assert [found for found, _ in server.hello()] == [member] and server.let_go() == []
@@ -225,8 +225,8 @@ def test_whoever_wants_to_know_is_told_of_hellos_answers_and_ends():
 @pytest.mark.parametrize("theirs, known, obeyed", [(2, 1, True), (2, 2, True), (1, 2, False)])
 def test_an_older_coordinator_is_not_obeyed(theirs, known, obeyed):
     aborted = []
-    with (Lifelines("127.0.0.1", run=RUN, epoch=theirs) as server,
-          Lifeline(server.address, Member("a", 0), aborted.append, BEAT, run=RUN, epoch=lambda: known)):
+    with (HeartbeatServer("127.0.0.1", run=RUN, epoch=theirs) as server,
+          HeartbeatClient(server.address, Member("a", 0), aborted.append, BEAT, run=RUN, epoch=lambda: known)):
         expect(server, server.hello)
         server.abort([Member("a", 0)], 5)
         found = server.aborted([Member("a", 0)], 5, 10.0 if obeyed else 5 * BEAT)

@@ -8,7 +8,7 @@ import pytest
 
 from actors.protocol.planning import RealPlanner
 from actors.protocol.tables import Tables
-from orchestrator.protocol.events import Base, Plan
+from orchestrator.protocol.events import Base, WorkerAssignment
 from orchestrator.protocol.membership import Member
 from orchestrator.state import transfer
 from orchestrator.topology import Node
@@ -29,7 +29,7 @@ def nodes_of(layout) -> tuple[Node, ...]:
     return tuple(Node(node, sum(place.node == node for place in layout.places)) for node in layout.nodes)
 
 
-def held(tables: Tables, found: Base | Plan) -> tuple:
+def held(tables: Tables, found: Base | WorkerAssignment) -> tuple:
     return tables.config(found.layout), tables.layout(found.layout), tables.placement(found.placement)
 
 

@@ -12,7 +12,7 @@ from actors.files.storage import StorageError
 from actors.protocol.clerk import Clerk
 from actors.protocol.tables import Tables
 from actors.protocol.telling import Telling
-from actors.telemetry.live_state import Board
+from actors.telemetry.live_state import LiveStatus
 from orchestrator.protocol.commands import FormedRef, LoadedRef, PlannedRef, StepLost
 from orchestrator.told.kinds import RanksLost, Resumed, UnknownEvent
 from orchestrator.told.lines import Told, to_json
@@ -134,7 +134,7 @@ def test_lines_that_are_damaged_cost_nothing_else(desk, tmp_path):
     good = [to_json(Told(time, UnknownEvent(name, {}))) for time, name in ((1, "a"), (2, "b"))]
     lines = [json.dumps(good[0]), "\0\0\0", '"generation"}', "0", json.dumps({"event": "lost"}), json.dumps(good[1])]
     (tmp_path / "run" / "events.jsonl").write_text("\n".join(lines) + "\n")
-    board = Board(desk.config, lambda: None)
+    board = LiveStatus(desk.config, lambda: None)
     desk.telling._watch = lambda kind, values: board.recall(values["steps"], values["events"])
     desk.telling.undone(2)
     desk.clerk.chore("metrics.jsonl", lambda: desk.telling._write_metrics(metrics(2)))

@@ -18,9 +18,9 @@ from actors.files.storage import StorageError
 from actors.protocol.trainer import TrainingFailed
 from actors.state import checkpoint
 from orchestrator.data.ledger import read
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import Ending
-from orchestrator.schedule.ir.actions import Kind
+from orchestrator.schedule.ir.actions import ActionKind
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def break_backward(host):
     def broken(action, work):
         raise ValueError("no such thing")
 
-    host._executor._handlers[Kind.BACKWARD] = broken
+    host._executor._handlers[ActionKind.BACKWARD] = broken
 
 
 def test_an_error_that_all_ranks_have_ends_the_run_and_is_told(stage):
@@ -279,7 +279,7 @@ class SlowDisk(Counting):
 
     def send(self, call, member, generation, method, arguments, lane):
         with self._lock:
-            if lane is Lane.FILES and self._waiting is not None:
+            if lane is CallLane.FILES and self._waiting is not None:
                 self._waiting.append((call, member, generation, method, arguments, lane))
                 return
         self.ranks.send(call, member, generation, method, arguments, lane)

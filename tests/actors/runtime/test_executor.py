@@ -13,9 +13,9 @@ from actors.model.weights import WeightGradients
 from actors.runtime import executor as executor_module
 from actors.runtime.exchange_lane import ExchangeLane
 from actors.runtime.executor import ActionFailed, Executor, StepWork
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Payload, Program, Reduce, Split, Transfer
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, Payload, Program, Reduce, SplitAction, Transfer
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 
 
 class Done:
@@ -86,7 +86,8 @@ def transfer(kind, payload, microbatch=0, tag=8):
 
 
 def test_a_kind_without_a_handler_is_refused_when_the_rank_starts(monkeypatch):
-    monkeypatch.setattr(executor_module, "Kind", StrEnum("Kind", {**{kind.name: kind.value for kind in Kind}, "PREFETCH": "P"}))
+    more = {**{kind.name: kind.value for kind in ActionKind}, "PREFETCH": "P"}
+    monkeypatch.setattr(executor_module, "ActionKind", StrEnum("ActionKind", more))
     with pytest.raises(ValueError, match="no handler for .*PREFETCH"):
         Executor(0, 1, {}, WeightGradients())
 
@@ -105,7 +106,7 @@ def test_a_failure_names_where_it_happened(broken, position_in_program, overlap,
         raise RuntimeError("connection closed by peer")
 
     bench = Bench(reduce=fail, exchanges=lane if overlap else None)
-    actions = [transfer(Kind.RECEIVE, Payload.ACTIVATION), compute(F), Reduce()]
+    actions = [transfer(ActionKind.RECEIVE, Payload.ACTIVATION), compute(F), Reduce()]
     if broken == "F":
         bench.executor._chunks[0].forward = lambda tape: [Segment(Lane.EXCHANGE, "dispatch", 0, fail)]
     with pytest.raises(ActionFailed) as caught:
@@ -120,13 +121,13 @@ def test_a_failure_names_where_it_happened(broken, position_in_program, overlap,
 def test_forward_and_backward_pass_tensors_on():
     bench = Bench()
     bench.run(
-        transfer(Kind.RECEIVE, Payload.ACTIVATION, tag=0), transfer(Kind.RECEIVE, Payload.GRADIENT, tag=1))
+        transfer(ActionKind.RECEIVE, Payload.ACTIVATION, tag=0), transfer(ActionKind.RECEIVE, Payload.GRADIENT, tag=1))
     bench.group.posted[0].fill_(4)
     bench.group.posted[1].fill_(8)
     arrived, gradient = torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
     bench.group.posted |= {10: arrived, 11: gradient}
-    bench.run(compute(F), transfer(Kind.SEND, Payload.ACTIVATION, tag=10), compute(B),
-              transfer(Kind.SEND, Payload.GRADIENT, tag=11))
+    bench.run(compute(F), transfer(ActionKind.SEND, Payload.ACTIVATION, tag=10), compute(B),
+              transfer(ActionKind.SEND, Payload.GRADIENT, tag=11))
     assert torch.equal(arrived, torch.full((2, 4, 3), 5.0)) and torch.equal(gradient, torch.full((2, 4, 3), 16.0))
     assert bench.links.bytes_sent == 2 * arrived.numel() * 4
     assert bench.tapes[0, 0].output is None and bench.tapes[0, 0].input_gradient is None  # sent is let go
@@ -137,7 +138,7 @@ def test_forward_and_backward_pass_tensors_on():
 
 def test_weight_gradients_wait_for_their_own_action():
     bench = Bench()
-    receives = [transfer(Kind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
+    receives = [transfer(ActionKind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
     bench.run(*receives, compute(F), compute(I), compute(F, 1), compute(I, 1), compute(W, 1), compute(W))
     assert bench.log == [("F", 2), ("I1", 2), ("I2", 2), ("F", 0), ("I1", 0), ("I2", 0),
                          ("W1", 0), ("W2", 0), ("W1", 2), ("W2", 2)]
@@ -146,7 +147,7 @@ def test_weight_gradients_wait_for_their_own_action():
 
 def test_a_pair_alternates():
     bench = Bench()
-    bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)))
+    bench.run(transfer(ActionKind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)))
     assert bench.log == [("F", 0), ("I1", 2), ("W1", 2), ("I2", 2), ("W2", 2)]
 
 
@@ -155,7 +156,7 @@ def test_a_pair_alternates():
 def test_a_pair_runs_in_the_programs_order(order, names):
     bench = Bench()
     form = (F, 0, 1), (B, 0, 1)
-    bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)), orders=((form, order),))
+    bench.run(transfer(ActionKind.RECEIVE, Payload.GRADIENT), Pair(compute(F, 1), compute(B)), orders=((form, order),))
     assert [name for name, _ in bench.log] == names
 
 
@@ -163,19 +164,19 @@ def test_the_order_of_halves_is_their_own_also_for_weight_gradients_that_come_la
     bench = Bench()
     arriving(bench)
     orders = ((((F, 0, 2),), (1, 0)), (((I, 0, 2),), (1, 1, 0, 0)), (((W, 0, 2),), (~0,) * 4))
-    bench.run(Split(compute(F)), compute(I), compute(W), orders=orders)
+    bench.run(SplitAction(compute(F)), compute(I), compute(W), orders=orders)
     assert [name for name, _ in bench.log] == ["F", "F", "I1", "I2", "I1", "I2", "W1", "W2", "W1", "W2"]
 
 
 def test_an_order_that_leaves_something_out_fails_in_its_action():
     bench = Bench()
     with pytest.raises(ActionFailed, match="action B0.0: ValueError: the program's order .* is not one of B0.0 with 2 segments"):
-        bench.run(transfer(Kind.RECEIVE, Payload.GRADIENT), compute(B), orders=((((B, 0, 1),), (0, 0, ~0)),))
+        bench.run(transfer(ActionKind.RECEIVE, Payload.GRADIENT), compute(B), orders=((((B, 0, 1),), (0, 0, ~0)),))
 
 
 def test_each_of_two_backwards_keeps_its_own_weight_gradients():
     bench = Bench()
-    receives = [transfer(Kind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
+    receives = [transfer(ActionKind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
     bench.run(*receives, compute(F), compute(F, 1), Pair(compute(B, 1), compute(I)))
     assert bench.log[2:] == [("I1", 0), ("W1", 0), ("I1", 2), ("I2", 0), ("W2", 0), ("I2", 2)]
     bench.log.clear()
@@ -185,26 +186,26 @@ def test_each_of_two_backwards_keeps_its_own_weight_gradients():
 
 def test_weight_gradients_fill_the_other_half_of_a_pair():
     bench = Bench()
-    receives = [transfer(Kind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
+    receives = [transfer(ActionKind.RECEIVE, payload, tag=tag) for tag, payload in enumerate(Payload)]
     bench.run(*receives, compute(F), compute(I), compute(F, 1), Pair(compute(B, 1), compute(W)))
     assert bench.log[4:] == [("I1", 0), ("W1", 0), ("W1", 2), ("I2", 0), ("W2", 0), ("W2", 2)]
 
 
 def arriving(bench):
     """Microbatch 0's activation and gradient arrive; returns what is to be sent of it."""
-    bench.run(transfer(Kind.RECEIVE, Payload.ACTIVATION, tag=0), transfer(Kind.RECEIVE, Payload.GRADIENT, tag=1))
+    bench.run(transfer(ActionKind.RECEIVE, Payload.ACTIVATION, tag=0), transfer(ActionKind.RECEIVE, Payload.GRADIENT, tag=1))
     for tag in (0, 1):
         bench.group.posted[tag].copy_(torch.arange(24.0).view(2, 4, 3) + tag)
     bench.group.posted |= {10: torch.zeros(2, 4, 3), 11: torch.zeros(2, 4, 3)}
     return bench.group.posted[10], bench.group.posted[11]
 
 
-SENDS = transfer(Kind.SEND, Payload.ACTIVATION, tag=10), transfer(Kind.SEND, Payload.GRADIENT, tag=11)
+SENDS = transfer(ActionKind.SEND, Payload.ACTIVATION, tag=10), transfer(ActionKind.SEND, Payload.GRADIENT, tag=11)
 
 
-@pytest.mark.parametrize("forward", [compute(F), Split(compute(F)), Pair(compute(F), compute(F, 1))], ids=str)
+@pytest.mark.parametrize("forward", [compute(F), SplitAction(compute(F)), Pair(compute(F), compute(F, 1))], ids=str)
 @pytest.mark.parametrize("backward", [
-    (compute(B),), (Split(compute(B)),), (compute(I), compute(W)), (Split(compute(I)), compute(W)),
+    (compute(B),), (SplitAction(compute(B)),), (compute(I), compute(W)), (SplitAction(compute(I)), compute(W)),
     (Pair(compute(B), compute(B, 1)),)], ids=lambda actions: ",".join(map(str, actions)))
 def test_halves_send_what_a_whole_microbatch_sends(forward, backward):
     bench = Bench()
@@ -215,14 +216,14 @@ def test_halves_send_what_a_whole_microbatch_sends(forward, backward):
     assert torch.equal(activation, rows + 1) and torch.equal(gradient, 2 * (rows + 1))
     assert not bench.work.parts and not bench.work.deferred
     mine = [name for name, sequences in bench.log if sequences]
-    each = 1 + any(isinstance(action, Split) for action in (forward, *backward))  # all of a microbatch's work, if any
+    each = 1 + any(isinstance(action, SplitAction) for action in (forward, *backward))  # all of a microbatch's work, if any
     assert {name: mine.count(name) for name in mine} == dict.fromkeys(["F", "I1", "I2", "W1", "W2"], each)
 
 
 def test_halves_alternate():
     bench = Bench()
     arriving(bench)
-    bench.run(Split(compute(F)), compute(B))
+    bench.run(SplitAction(compute(F)), compute(B))
     assert [name for name, _ in bench.log] == ["F", "F", "I1", "W1", "I1", "W1", "I2", "W2", "I2", "W2"]
     assert all(sequences == 1 for _, sequences in bench.log)
 
@@ -249,7 +250,7 @@ def test_a_slot_is_handed_what_another_slot_of_the_rank_has_made():
     bench.group.posted[12] = returned = torch.zeros(2, 4, 3)
     after = Compute(F, 2, 1, 0)
     bench.links._posted[Payload.GRADIENT, 1, 0] = bench.links._posted.pop((Payload.GRADIENT, 0, 0))
-    onward = Transfer(Kind.SEND, Payload.ACTIVATION, 2, 3, 1, 0, 12)
+    onward = Transfer(ActionKind.SEND, Payload.ACTIVATION, 2, 3, 1, 0, 12)
     bench.run(compute(F), after, onward, Compute(B, 2, 1, 0), compute(B), SENDS[1])
     rows = torch.arange(24.0).view(2, 4, 3)
     assert torch.equal(returned, rows + 2) and torch.equal(bench.group.posted[11], 4 * (rows + 1))
@@ -260,8 +261,9 @@ def test_a_slot_is_handed_what_another_slot_of_the_rank_has_made():
 
 def test_empty_microbatches_send_nothing():
     bench = Bench()
-    bench.run(*(transfer(Kind.RECEIVE, payload, 1) for payload in Payload), compute(F, 1),
-              transfer(Kind.SEND, Payload.ACTIVATION, 1), compute(B, 1), transfer(Kind.SEND, Payload.GRADIENT, 1), Reduce())
+    bench.run(*(transfer(ActionKind.RECEIVE, payload, 1) for payload in Payload), compute(F, 1),
+              transfer(ActionKind.SEND, Payload.ACTIVATION, 1), compute(B, 1),
+              transfer(ActionKind.SEND, Payload.GRADIENT, 1), Reduce())
     assert bench.group.log == [] and bench.links.bytes_sent == 0
     assert [name for name, _ in bench.log] == ["F", "I1", "W1", "I2", "W2"]
 
@@ -271,4 +273,4 @@ def test_a_tensor_that_should_be_there_is_missed():
     with pytest.raises(ActionFailed, match="action F0.0: KeyError"):
         Bench().run(compute(F))
     with pytest.raises(ActionFailed, match="action SEND activation 0.0 to 2: ValueError"):
-        Bench().run(transfer(Kind.SEND, Payload.ACTIVATION))
+        Bench().run(transfer(ActionKind.SEND, Payload.ACTIVATION))

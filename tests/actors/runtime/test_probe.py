@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from lifeline_tools import REPOSITORY
+from heartbeat_tools import REPOSITORY
 
 from actors.runtime.probe import ProbeListener, Prober
 from jobs.benches.shared.networks import Network

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 import runtime
-from lifeline_tools import expect
+from heartbeat_tools import expect
 from runtime import batch_of, configured, meeting_place, placement_of
 
-from actors.calls.messages import Apply, Assignment, Standing, StepReport
+from actors.calls.messages import Assignment, PendingUpdate, RankState, StepReport
 from actors.calls.rank_calls import Arrived
 from actors.data.batching import Dealer
 from actors.hosts.processes import ProcessRanks
-from actors.protocol.heartbeat_server import Lifelines
+from actors.protocol.heartbeat_server import HeartbeatServer
 from orchestrator.plan.scheduling import programs_for
-from orchestrator.protocol.commands import Lane
+from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Failed, FailKind
 from orchestrator.protocol.membership import Member
 
@@ -34,14 +34,14 @@ class Coordinator:
         self._ranks, self._epoch, self._number = ranks, epoch, 0
         self._posted: queue.SimpleQueue = queue.SimpleQueue()
         ranks.listen(self._posted.put)
-        self.lines = Lifelines("127.0.0.1", run=RUN, epoch=epoch)
+        self.lines = HeartbeatServer("127.0.0.1", run=RUN, epoch=epoch)
         for member in MEMBERS:
             ranks.attach(member, self.lines.address, 0.05, RUN, epoch)
         self.about = {}
         while len(self.about) < len(MEMBERS):
             self.about |= dict(expect(self.lines, self.lines.hello, SECONDS))
 
-    def send(self, member: Member, method: str, *arguments, generation: int = 0, lane: Lane = Lane.COMPUTE) -> CallId:
+    def send(self, member: Member, method: str, *arguments, generation: int = 0, lane: CallLane = CallLane.COMPUTE) -> CallId:
         self._number += 1
         call = CallId(self._epoch, self._number)
         self._ranks.send(call, member, generation, method, arguments, lane)
@@ -56,7 +56,7 @@ class Coordinator:
             found[event.call] = event.value if isinstance(event, Arrived) else event
         return [found[call] for call in calls]
 
-    def all(self, method: str, *arguments, generation: int = 0, lane: Lane = Lane.COMPUTE) -> list:
+    def all(self, method: str, *arguments, generation: int = 0, lane: CallLane = CallLane.COMPUTE) -> list:
         return self.answers(*(self.send(member, method, *arguments, generation=generation, lane=lane) for member in MEMBERS))
 
     def form(self, generation: int) -> list:
@@ -67,10 +67,10 @@ class Coordinator:
                               for member, assignment in zip(MEMBERS, assignments)))
 
     def recall(self, seconds: float) -> list:
-        return self.all("recall", seconds, lane=Lane.CONTROL)
+        return self.all("recall", seconds, lane=CallLane.CONTROL)
 
 
-def requests(step: int, apply: Apply | None = None) -> list:
+def requests(step: int, apply: PendingUpdate | None = None) -> list:
     found = Dealer(CONFIG, LAYOUT).requests(batch_of(CONFIG, step), apply, training=True)
     programs = programs_for(CONFIG, LAYOUT.folding, found[0].microbatches, training=True)
     return [replace(request, program=programs[place.position]) for request, place in zip(found, LAYOUT.places)]
@@ -86,7 +86,8 @@ def ranks():
 def test_from_the_first_coordinator_to_the_next(ranks):
     one = Coordinator(ranks, 1)
     probes = {member: tuple(about["probe"]) for member, about in one.about.items()}
-    assert one.answers(one.send(FIRST, "probe", probes | {Member("nobody", 0): ("127.0.0.1", 1)}, SECONDS, lane=Lane.CONTROL)) == [
+    assert one.answers(one.send(FIRST, "probe", probes | {Member("nobody", 0): ("127.0.0.1", 1)}, SECONDS,
+                                lane=CallLane.CONTROL)) == [
         (Member("nobody", 0),)]
     one.form(1)
     assert [found.held[0][1] for found in one.recall(SECONDS)] == [None, None]
@@ -96,24 +97,24 @@ def test_from_the_first_coordinator_to_the_next(ranks):
     assert [(found.held[0][1], found.reduced, found.busy) for found in one.recall(SECONDS)] == [(0, 0, None)] * 2
 
     # the first does not come: the second is blocked, but answers, lets go, and says what became of its call
-    blocked, deadline = one.send(SECOND, "step", requests(1, Apply(0, RATE))[1], generation=1), time.monotonic() + SECONDS
-    while one.answers(one.send(SECOND, "recall", 0.0, lane=Lane.CONTROL))[0].busy != blocked:
+    blocked, deadline = one.send(SECOND, "step", requests(1, PendingUpdate(0, RATE))[1], generation=1), time.monotonic() + SECONDS
+    while one.answers(one.send(SECOND, "recall", 0.0, lane=CallLane.CONTROL))[0].busy != blocked:
         assert time.monotonic() < deadline
-    recalled, = one.answers(one.send(SECOND, "recall", 0.3, lane=Lane.CONTROL))
+    recalled, = one.answers(one.send(SECOND, "recall", 0.3, lane=CallLane.CONTROL))
     assert recalled.busy == blocked
     one.lines.abort([FIRST, SECOND], 1)
     assert one.lines.aborted([FIRST, SECOND], 1, SECONDS).keys() == {FIRST, SECOND}
     failed, = one.answers(blocked)
     assert isinstance(failed, Failed) and failed.kind is FailKind.ABORTED
-    after, = one.answers(one.send(SECOND, "recall", SECONDS, lane=Lane.CONTROL))
+    after, = one.answers(one.send(SECOND, "recall", SECONDS, lane=CallLane.CONTROL))
     assert after.busy is None and after.fault.kind is FailKind.ABORTED
-    late, = one.answers(one.send(FIRST, "step", requests(1, Apply(0, RATE))[0], generation=1))
+    late, = one.answers(one.send(FIRST, "step", requests(1, PendingUpdate(0, RATE))[0], generation=1))
     assert late.kind is FailKind.ABORTED and "generation 1 was given up" in late.text
 
     # each completes the step alone, once
-    standings = one.all("finish", Apply(0, RATE), 1)
+    standings = one.all("finish", PendingUpdate(0, RATE), 1)
     assert [(found.generation, found.applied, found.published) for found in standings] == [(1, 1, False)] * 2
-    assert isinstance(standings[0], Standing)
+    assert isinstance(standings[0], RankState)
 
     two = Coordinator(ranks, 2)
     refused, = of_an_older(ranks, two)
@@ -128,7 +129,7 @@ def test_from_the_first_coordinator_to_the_next(ranks):
 
 def of_an_older(ranks: ProcessRanks, newer: Coordinator) -> list:
     call = CallId(1, 999)
-    ranks.send(call, FIRST, 0, "finish", (None, 1), Lane.COMPUTE)
+    ranks.send(call, FIRST, 0, "finish", (None, 1), CallLane.COMPUTE)
     return newer.answers(call)
 
 

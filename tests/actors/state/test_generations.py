@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from runtime import TIMEOUT_SECONDS, batch_of, configured, form, meeting_place, on_all, same, state
 
-from actors.calls.messages import Apply, Assignment, Former, Standing
+from actors.calls.messages import Assignment, Former, PendingUpdate, RankState
 from actors.comm.waiting import Aborted, OutOfStep
 from actors.data.batching import Dealer
 from orchestrator.plan.scheduling import programs_for
@@ -41,7 +41,7 @@ def applied(ranks) -> list[list[tuple[int, int | None]]]:
     return [[(place.generation, updates) for place, updates in found.held] for found in everywhere(ranks, "recall")]
 
 
-def step(ranks, number: int, apply: Apply | None = None) -> None:
+def step(ranks, number: int, apply: PendingUpdate | None = None) -> None:
     requests = Dealer(CONFIG, LAYOUT).requests(batch_of(CONFIG, number), apply, training=True)
     programs = programs_for(CONFIG, LAYOUT.folding, requests[0].microbatches, training=True)
     on_each(ranks, "step", [(replace(request, program=programs[place.position]),)
@@ -103,7 +103,7 @@ def test_no_step_is_taken_on_state_of_another(formed):
     everywhere(formed, "initialise")
     assert "step 1 on a state after 0 updates" in refuses_step(formed, 1)[0]
     step(formed, 0)
-    step(formed, 1, Apply(0, RATE))
+    step(formed, 1, PendingUpdate(0, RATE))
     assert applied(formed) == [[(40, 1)]] * 4
 
 
@@ -113,12 +113,12 @@ def refuses_step(ranks, number: int) -> list[str]:
 
 def test_an_update_is_applied_once_and_in_turn(formed):
     everywhere(formed, "initialise")
-    refuses(formed, "apply", Apply(0, RATE))  # nothing has been computed
+    refuses(formed, "apply", PendingUpdate(0, RATE))  # nothing has been computed
     step(formed, 0)
-    refuses(formed, "apply", Apply(1, RATE))
-    everywhere(formed, "apply", Apply(0, RATE))
+    refuses(formed, "apply", PendingUpdate(1, RATE))
+    everywhere(formed, "apply", PendingUpdate(0, RATE))
     before = state(formed, LAYOUT)
-    assert "update of step 0 on a state after 1 updates" in refuses(formed, "apply", Apply(0, RATE))[0]
+    assert "update of step 0 on a state after 1 updates" in refuses(formed, "apply", PendingUpdate(0, RATE))[0]
     assert same(state(formed, LAYOUT), before) and applied(formed) == [[(40, 1)]] * 4
 
 
@@ -126,8 +126,8 @@ def test_finish_completes_what_is_due_and_does_it_once(formed):
     everywhere(formed, "initialise")
     step(formed, 0)
     for _ in range(2):
-        assert everywhere(formed, "finish", Apply(0, RATE), 40) == [Standing(40, 1, 0, False)] * 4
-    assert everywhere(formed, "finish", Apply(1, RATE), 40) == [Standing(40, 1, 0, False)] * 4
+        assert everywhere(formed, "finish", PendingUpdate(0, RATE), 40) == [RankState(40, 1, 0, False)] * 4
+    assert everywhere(formed, "finish", PendingUpdate(1, RATE), 40) == [RankState(40, 1, 0, False)] * 4
 
 
 def test_finish_goes_back_to_the_base(formed):
@@ -136,7 +136,7 @@ def test_finish_goes_back_to_the_base(formed):
     before = state(formed, LAYOUT)
     again(formed, 41, former_of(formed, 40, 0))
     assert applied(formed) == [[(40, 0), (41, 0)]] * 4
-    assert everywhere(formed, "finish", None, 40) == [Standing(40, 0, None, False)] * 4
+    assert everywhere(formed, "finish", None, 40) == [RankState(40, 0, None, False)] * 4
     assert applied(formed) == [[(40, 0)]] * 4 and same(state(formed, LAYOUT), before)
     again(formed, 42, former_of(formed, 40, 0))
     assert everywhere(formed, "finish", None, 42)[0].generation == 42
@@ -144,7 +144,7 @@ def test_finish_goes_back_to_the_base(formed):
 
 def test_who_does_not_have_the_base_has_nothing(formed):
     everywhere(formed, "initialise")
-    assert everywhere(formed, "finish", Apply(3, RATE), 39) == [Standing(None, None, None, False)] * 4
+    assert everywhere(formed, "finish", PendingUpdate(3, RATE), 39) == [RankState(None, None, None, False)] * 4
     assert applied(formed) == [[]] * 4
 
 

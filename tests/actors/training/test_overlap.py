@@ -12,7 +12,7 @@ from runtime import TIMEOUT_SECONDS, batch_of, configured, form, on_all, same, s
 
 from actors.data.batching import Dealer
 from orchestrator.plan.scheduling import programs_for
-from orchestrator.schedule.ir.actions import Split
+from orchestrator.schedule.ir.actions import SplitAction
 
 STEPS = "training.steps=3", "training.batch_sequences=25", "training.microbatch_sequences=3"
 
@@ -40,12 +40,12 @@ def test_overlap_changes_no_bit(ranks, tmp_path, name, further):
 
 
 def test_overlap_changes_no_bit_of_halves_and_pairs_of_all_kinds(ranks, tmp_path, monkeypatch):
-    """The order of pieces is the program's, so the sums of gradients are the same also with split microbatches."""
+    """The order of operations is the program's, so the sums of gradients are the same also with split microbatches."""
     used = draw_schedules(monkeypatch)
     further = "schedule.kind=searched", "schedule.placement=both", "training.batch_sequences=61"
     (one, weights), (other, others) = both_ways(ranks, tmp_path, "PP2xEP2", *further)
     assert one.losses == other.losses and same(weights, others)
-    assert any(isinstance(action, Split) for row in used[0].rows for action in row)
+    assert any(isinstance(action, SplitAction) for row in used[0].rows for action in row)
 
 
 def lanes_of(host):

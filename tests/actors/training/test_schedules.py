@@ -14,7 +14,7 @@ from actors.data.batching import Dealer
 from actors.state.checkpoint import MASTER
 from jobs.benches.shared import plain
 from orchestrator.plan import scheduling
-from orchestrator.schedule.ir.actions import Split
+from orchestrator.schedule.ir.actions import SplitAction
 from orchestrator.schedule.kinds.registry import KINDS
 
 STEPS = 3
@@ -82,7 +82,7 @@ def test_what_a_search_finds_trains_as_one_plain_process_does(ranks, tmp_path, p
     assert_as_plain(run, ranks, layout, *UNEVEN)
     microbatches = Dealer(config, layout).requests(batch_of(config, 0), None, training=True)[0].microbatches
     found = scheduling.schedule_of(config, layout.folding, microbatches, training=True)
-    assert any(isinstance(action, Split) for row in found.rows for action in row)  # so the run had some
+    assert any(isinstance(action, SplitAction) for row in found.rows for action in row)  # so the run had some
 
 
 @pytest.mark.parametrize("name, sequences, placement", [

@@ -20,16 +20,16 @@ from actors.model.segment import Lane
 from actors.model.weights import WeightGradients
 from jobs.benches.overlap import bench as overlap
 from jobs.benches.overlap.bench import Settings
-from jobs.benches.overlap.cluster import Alone, Payload, Shape
-from jobs.benches.overlap.compare import Contestant, compare, expected_bytes, verdicts
+from jobs.benches.overlap.cluster import Alone, ClusterShape, TokenPayload
+from jobs.benches.overlap.compare import OverlapCase, compare, expected_bytes, verdicts
 from jobs.benches.overlap.figures import shares
-from jobs.benches.overlap.held import Journal, LayeredChunk, Seconds, Tape, Tokens
+from jobs.benches.overlap.held import LaneRecord, LayeredChunk, Seconds, Tape, Tokens
 from jobs.benches.overlap.plan import durations_of, task_of
 from jobs.benches.shared.held_lane import HeldLane
 from orchestrator.config.run_config import ConfigError, RunConfig, parse
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair
-from orchestrator.schedule.ir.orders import StageStrands, forms, strands_of
-from orchestrator.schedule.ir.pieces import timed
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair
+from orchestrator.schedule.ir.operations import timed
+from orchestrator.schedule.ir.orders import StageOperations, forms, streams_of
 from orchestrator.schedule.ir.spans import Span
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import Durations
@@ -162,9 +162,9 @@ def test_wrong_numbers_are_found_where_they_arrive(wrong):
         through(tokens(wrong), layers=1)
 
 
-def through(sent: Tokens, layers: int, stages: int = 1) -> tuple[Journal, Tape]:
+def through(sent: Tokens, layers: int, stages: int = 1) -> tuple[LaneRecord, Tape]:
     """A microbatch forward and backward through stages of one rank, one after the other."""
-    journal, lane, queue = Journal(), HeldLane(), WeightGradients()
+    journal, lane, queue = LaneRecord(), HeldLane(), WeightGradients()
     lane.reset(0.0)
     chunks = [LayeredChunk(lane, queue, sent, journal, Seconds(1.0, 1.0, 1.0), slot=stage, layers=layers, entered=stage * layers,
                            total=stages * layers) for stage in range(stages)]
@@ -197,14 +197,14 @@ def test_tokens_need_a_power_of_two():
 
 
 def test_shares_of_a_pair_leave_out_what_is_around_it():
-    forward, backward = Compute(Kind.FORWARD, 0, 0, 2), Compute(Kind.BACKWARD, 1, 1, 0)
+    forward, backward = Compute(ActionKind.FORWARD, 0, 0, 2), Compute(ActionKind.BACKWARD, 1, 1, 0)
     spans = [Span(0, Lane.EXCHANGE, "F0.9 dispatch 0", 0.0, 5.0), Span(0, Lane.COMPUTE, "F0.2 attention 0", 10.0, 12.0),
              Span(0, Lane.EXCHANGE, "B1.0 combine 3", 10.0, 13.0), Span(0, Lane.COMPUTE, "B1.0", 14.0, 18.0),
              Span(0, Lane.PIPELINE, "F0.2", 8.0, 10.0)]
     found = shares(spans, [Pair(forward, backward)], 0.0, 20.0)
     assert found.pair_seconds == 8.0 and found.pairs.exposed_communication_seconds == 1.0
     assert found.pairs.bubble_ratio == pytest.approx(1 / 8) and found.step.exposed_communication_seconds == 6.0
-    assert shares(spans, [Pair(forward, replace(backward, kind=Kind.BACKWARD_INPUT))], 0.0, 20.0).pairs is None
+    assert shares(spans, [Pair(forward, replace(backward, kind=ActionKind.BACKWARD_INPUT))], 0.0, 20.0).pairs is None
 
 
 def alone(dispatch: tuple[float, float]) -> Alone:
@@ -224,24 +224,24 @@ def test_durations_are_of_a_position():
 def test_programs_are_in_the_order_that_is_predicted(kind):
     """Where one position communicates slowly, its order is another, and takes as long as the simulation says."""
     durations = Durations(8.0, 8.0, 8.0, dispatch=4.0, combine=3.0, layers=4, exchange_slowdown=(10.0, 1.0))
-    contestant = Contestant(generate(kind, 2, 8), durations)
+    contestant = OverlapCase(generate(kind, 2, 8), durations)
     stages, staged = contestant.schedule.stages, contestant.predicted.durations
     orders = []
     for position in range(2):
         program, (_, slow) = task_of(contestant, position, 4).program, staged.factors(position)
-        strands = [StageStrands(*(tuple(piece.scaled(1.0, slow) for piece in pieces) for pieces in (
-            staged.strands(stage).forward, staged.strands(stage).backward))) for stage in range(stages.count)]
+        operations = [StageOperations(*(tuple(operation.scaled(1.0, slow) for operation in way) for way in (
+            staged.operations(stage).forward, staged.operations(stage).backward))) for stage in range(stages.count)]
         orders.append(dict(program.orders))
         for action, form in forms(program.actions):
-            template = timed(strands_of(form, strands, stages.hosted(position)), orders[-1][form])
+            template = timed(streams_of(form, operations, stages.hosted(position)), orders[-1][form])
             assert template.duration == pytest.approx(staged.of(action, position))
     assert any(orders[0][form] != orders[1][form] for form in orders[0].keys() & orders[1])
 
 
 @pytest.mark.parametrize("width, peer, copies", [(1, False, 3), (1, True, 3), (2, False, 3), (2, True, 6)])
 def test_tokens_cross_once_to_a_node_and_the_peers_to_each_rank(width, peer, copies):
-    shape = Shape(nodes=4, pipeline=2, width=width)
-    assert expected_bytes(shape, Payload(count=8, hidden=10), layers=3, peer=peer) == 4 * 3 * copies * 8 * 10 * 4
+    shape = ClusterShape(nodes=4, pipeline=2, width=width)
+    assert expected_bytes(shape, TokenPayload(count=8, hidden=10), layers=3, peer=peer) == 4 * 3 * copies * 8 * 10 * 4
 
 
 def measured(seconds: float, sent: int = 1000, exposed: float = 0.0):
@@ -254,11 +254,11 @@ def measured(seconds: float, sent: int = 1000, exposed: float = 0.0):
 def judged(**changes) -> dict[str, bool]:
     """Verdicts on contestants that pass, but for what is changed."""
     schedule = generate("dualpipe", 2, 4)
-    contestants = {"dualpipe": Contestant(schedule, Durations(1.0, 1.0, 1.0))}
+    contestants = {"dualpipe": OverlapCase(schedule, Durations(1.0, 1.0, 1.0))}
     predicted = contestants["dualpipe"].predicted.makespan
-    contestants |= {"searched": Contestant(schedule, Durations(0.9, 0.9, 0.9)),
-                    "overlap off": Contestant(None, Durations(1.0, 1.0, 1.0)),
-                    "ScheduleDualPipeV": Contestant(None, Durations(1.0, 1.0, 1.0))}
+    contestants |= {"searched": OverlapCase(schedule, Durations(0.9, 0.9, 0.9)),
+                    "overlap off": OverlapCase(None, Durations(1.0, 1.0, 1.0)),
+                    "ScheduleDualPipeV": OverlapCase(None, Durations(1.0, 1.0, 1.0))}
     seconds = {"dualpipe": predicted, "searched": 0.9 * predicted, "overlap off": 1.4 * predicted,
                "ScheduleDualPipeV": 1.4 * predicted}
     steps = {name: [measured(taken)] for name, taken in seconds.items()}
@@ -289,9 +289,9 @@ def test_searched_must_win():
 
 def test_without_overlap_communication_is_predicted_in_full():
     schedule, durations = generate("dualpipe", 2, 4), Durations(8.0, 8.0, 8.0, dispatch=2.0, combine=3.0)
-    off = Contestant(schedule, durations, overlap=False).predicted.makespan
-    longer = Contestant(schedule, Durations(13.0, 13.0, 8.0)).predicted.makespan
-    assert math.isclose(off, longer) and off > Contestant(schedule, durations).predicted.makespan
+    off = OverlapCase(schedule, durations, overlap=False).predicted.makespan
+    longer = OverlapCase(schedule, Durations(13.0, 13.0, 8.0)).predicted.makespan
+    assert math.isclose(off, longer) and off > OverlapCase(schedule, durations).predicted.makespan
 
 
 @pytest.mark.parametrize("arguments, line", [

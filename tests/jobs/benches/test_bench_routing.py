@@ -11,7 +11,7 @@ from jobs.benches.routing import gate as routing_gate
 from jobs.benches.routing import rank as routing_rank
 from jobs.benches.routing.bench import Case, Settings
 from jobs.benches.routing.expected import limited, published_packing, unlimited
-from jobs.benches.routing.rank import Found
+from jobs.benches.routing.rank import RoutingReport
 from orchestrator.config.run_config import RunConfig
 
 
@@ -95,7 +95,7 @@ def test_published_packing():
 
 def case_of(across, combined, pairs, right=True):
     """A rank's report of 10 tokens with a row of 64 bytes and headers of 64 slots."""
-    return Found(routing_rank.Sent(across, 5), routing_rank.Sent(combined, 7), pairs, 30, [10] * 8, right)
+    return RoutingReport(routing_rank.Sent(across, 5), routing_rank.Sent(combined, 7), pairs, 30, [10] * 8, right)
 
 
 def test_verdicts():

@@ -12,7 +12,7 @@ import pytest
 
 from jobs.benches.chaos import bench as chaos
 from jobs.benches.chaos.bench import Settings, episode
-from jobs.benches.chaos.company import COPIES, Ended, Kind, Strike
+from jobs.benches.chaos.company import COPIES, FaultKind, RunEnded, Strike
 from orchestrator.told.lines import to_json
 from tests.told_events import told
 
@@ -22,7 +22,8 @@ FAST = Settings(least_seconds=0.0, most_seconds=0.02, at_once=3)
 class Toy:
     """Five nodes; a loss is got over (or not) a little later. most: nodes whose loss was not got over, at most."""
 
-    kinds = {"node killed": Kind(1, 1), "link cut": Kind(2, 1), "coordinator killed": Kind(0, 0), "more than copies": Kind(3, 3)}
+    kinds = {"node killed": FaultKind(1, 1), "link cut": FaultKind(2, 1), "coordinator killed": FaultKind(0, 0),
+             "more than copies": FaultKind(3, 3)}
 
     def __init__(self, folder: Path, goes_on: bool = True):
         self.folder, self.goes_on, self.strikes, self.most, self.closed = folder, goes_on, [], 0, False
@@ -113,6 +114,6 @@ def test_a_node_that_does_not_come_back_is_told(tmp_path, monkeypatch):
 def test_what_the_company_says_is_the_end_ends_the_episode(tmp_path):
     class Dead(Toy):
         def nodes(self) -> Sequence[str]:
-            raise Ended("exit code 1")
+            raise RunEnded("exit code 1")
     toy = Dead(tmp_path)
     assert episode(lambda name: toy, "toy", FAST, 5.0, 1).ended == "exit code 1" and toy.closed

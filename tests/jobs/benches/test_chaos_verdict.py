@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jobs.benches.chaos.company import Strike
-from jobs.benches.chaos.verdict import EXPLAINED_SECONDS, Journal, Verdict, gaps, lost_steps, needless, restarted
+from jobs.benches.chaos.verdict import EXPLAINED_SECONDS, JsonLines, Verdict, gaps, lost_steps, needless, restarted
 from orchestrator.data.ledger import chained, line_hash
 from orchestrator.told.lines import Told
 from tests.told_events import told
@@ -88,7 +88,7 @@ def test_losses_are_compared_step_by_step():
 
 def test_a_journal_is_read_as_it_grows_and_when_it_is_written_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    journal = Journal(path, lambda values: values["step"])
+    journal = JsonLines(path, lambda values: values["step"])
     assert journal.read() == []
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
     assert journal.read() == [0, 1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.benches.shared import networks
-from jobs.benches.shared.networks import Network, NetworkRefused, Traffic, enter
+from jobs.benches.shared.networks import InterfaceTraffic, Network, NetworkRefused, enter
 
 MEGABITS = 40.0
 BYTES = 1_000_000
@@ -134,7 +134,7 @@ def test_bytes_are_counted_where_they_pass(network):
     headers = 1.05
     assert BYTES <= passed[0, 1].sent == passed[1, 1].received <= headers * BYTES
     assert passed[0, 1].received == passed[1, 1].sent < 0.05 * BYTES  # acknowledgements
-    assert passed[0, 0] == passed[1, 0] == Traffic(0, 0)
+    assert passed[0, 0] == passed[1, 0] == InterfaceTraffic(0, 0)
 
 
 def test_a_cut_link_lets_nothing_through_until_it_is_restored(network):

@@ -1,4 +1,4 @@
-"""What happens to hosts, seen by Ray and over lifelines; process trees; nothing is left behind. Needs root, like namespaces."""
+"""What happens to hosts, seen by Ray and over heartbeats; process trees; nothing is left behind. Needs root, like namespaces."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_every_node_has_its_raylet_its_address_and_its_ranks(cluster, driver):
     assert set(driver.next()["alive"]) == set(cluster.addresses)
 
 
-def test_a_killed_node_is_noticed_at_once_by_its_lifeline_and_later_by_ray(cluster, driver):
+def test_a_killed_node_is_noticed_at_once_by_its_heartbeat_connection_and_later_by_ray(cluster, driver):
     address, before = cluster.addresses[1], time.monotonic()
     cluster.kill(1)
     driver.until(lambda look: address in driver.ended)
     when, how = driver.ended[address]
     assert when - before < 0.5 and how in ("EOF", "reset") and not cluster.pids(1)
     look = driver.until(lambda look: address not in look["alive"])
-    print(f"killed: lifeline {when - before:.3f} s, Ray {look['now'] - before:.2f} s")
+    print(f"killed: heartbeat {when - before:.3f} s, Ray {look['now'] - before:.2f} s")
 
 
 @pytest.mark.parametrize("node, happen, over", [(2, "cut", "restore"), (3, "freeze", "thaw")])

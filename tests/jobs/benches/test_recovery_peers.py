@@ -15,44 +15,44 @@ import pytest
 
 from jobs.benches.recovery import peers as recovery_peers
 from jobs.benches.recovery import ray_train as recovery_ray_train
-from jobs.benches.recovery.journal import Done, Fault, Recovery, StepJournal, recovery, settled, wait_for
+from jobs.benches.recovery.journal import InjectedFault, Recovery, StepJournal, WorkerStep, recovery, settled, wait_for
 from jobs.benches.recovery.peers import NODE, RANK, PeerSettings, PeerTimes
 from orchestrator.config.run_config import parse
 from tests.cluster import eventually
 
 
-def steps(pids, numbers, start: float, size: int | None = None, sequences: int = 64) -> list[Done]:
+def steps(pids, numbers, start: float, size: int | None = None, sequences: int = 64) -> list[WorkerStep]:
     """Each step takes a second; the workers end it at the same time."""
-    return [Done(pid, rank, size or len(pids), step, sequences, start + index, start + index + 1)
+    return [WorkerStep(pid, rank, size or len(pids), step, sequences, start + index, start + index + 1)
             for index, step in enumerate(numbers) for rank, pid in enumerate(pids)]
 
 
 def test_every_worker_restarts_and_redoes_steps():
     """As Ray Train has it: killed 3.5 s after the start, back 10 s later, from the checkpoint of step 2."""
     lines = steps([1, 2, 3], range(3), 0.0) + steps([4, 5, 6], range(2, 6), 13.0)
-    found = recovery(lines, Fault(RANK, 3.5, (2,)), 20.0, 64)
+    found = recovery(lines, InjectedFault(RANK, 3.5, (2,)), 20.0, 64)
     assert found == Recovery(RANK, 3, 3, 10.5, 10.5, 1, 2)
 
 
 def test_survivors_go_on_with_a_smaller_batch_until_the_lost_one_is_back():
     """As torchft has it. The step that was under way at the fault ends without the killed worker: it counts."""
     lines = steps([1, 2, 3], range(3), 0.0)
-    lines += [Done(pid, 0, 2, 3, 42, 3.0, 6.0) for pid in (1, 2)] + steps([1, 2], [4, 5], 6.0, 2, 42)
+    lines += [WorkerStep(pid, 0, 2, 3, 42, 3.0, 6.0) for pid in (1, 2)] + steps([1, 2], [4, 5], 6.0, 2, 42)
     lines += steps([1, 2, 9], [6, 7], 11.0)
-    assert recovery(lines, Fault(RANK, 3.5, (3,)), 20.0, 64) == Recovery(RANK, 3, 2, 2.5, 8.5, 0, 0)
-    assert recovery(lines, Fault(NODE, 3.5, (3,)), 9.0, 64) == Recovery(NODE, 3, 2, 2.5, None, 0, 0)
+    assert recovery(lines, InjectedFault(RANK, 3.5, (3,)), 20.0, 64) == Recovery(RANK, 3, 2, 2.5, 8.5, 0, 0)
+    assert recovery(lines, InjectedFault(NODE, 3.5, (3,)), 9.0, 64) == Recovery(NODE, 3, 2, 2.5, None, 0, 0)
 
 
 def test_a_step_that_the_fault_did_not_touch_does_not_count():
     """All workers had summed their gradients when one was killed: the others end that step, then wait."""
-    lines = steps([1, 2], range(2), 0.0) + [Done(1, 0, 2, 2, 64, 2.0, 2.6)] + steps([1], [3], 7.0, 1, 32)
-    assert recovery(lines, Fault(RANK, 2.5, (2,)), 9.0, 64).first_step_seconds == 5.5
+    lines = steps([1, 2], range(2), 0.0) + [WorkerStep(1, 0, 2, 2, 64, 2.0, 2.6)] + steps([1], [3], 7.0, 1, 32)
+    assert recovery(lines, InjectedFault(RANK, 2.5, (2,)), 9.0, 64).first_step_seconds == 5.5
 
 
 @pytest.mark.parametrize("lines, words", [([], "no step before"), (steps([1], [0], 0.0), "no step after")])
 def test_nothing_before_or_after(lines, words):
     with pytest.raises(ValueError, match=words):
-        recovery(lines, Fault(RANK, 2.0, (1,)), 9.0, 64)
+        recovery(lines, InjectedFault(RANK, 2.0, (1,)), 9.0, 64)
 
 
 def test_when_workers_have_settled():

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from actors.telemetry.exporter import Exporter, json_route
-from actors.telemetry.live_state import Board
+from actors.telemetry.live_state import LiveStatus
 from jobs import cli, status
 from jobs.driver.live import ask, lines
 from orchestrator.config.run_config import parse
@@ -25,7 +25,7 @@ STEP = {"step": 3, "time": 100.0, "loss": 2.5, "tokens_per_second": 1234.5, "sec
 
 
 def board():
-    found = Board(CONFIG, lambda: LAYOUT)
+    found = LiveStatus(CONFIG, lambda: LAYOUT)
     found.observe("step", STEP)
     for event in (told("lost", time=90.0, members=["virtual-9/0", "virtual-9/1"]),
                   told("slow", time=91.0, rank=2, factor=3.5), told("checkpoint", time=92.0, step=2)):
@@ -56,7 +56,7 @@ def test_a_run_that_answers(tmp_path, monkeypatch):
 
 def test_of_many_nodes_those_with_a_slow_rank():
     layout = choose(virtual_nodes(64, 2), *(CONFIG.layout.model_copy(update={"expert": 8, "data": 8}), CONFIG.model, CONFIG.stages))
-    many = Board(CONFIG, lambda: layout)
+    many = LiveStatus(CONFIG, lambda: layout)
     many.observe("event", told("slow", time=91.0, rank=5, factor=3.5))
     text = "\n".join(lines(many.state()))
     assert "64 nodes with 128 ranks; with a slow rank: 1" in text and "3.5x slow]" in text and text.count("[") == 2, text
@@ -76,7 +76,7 @@ def test_a_run_that_has_not_committed_a_step(tmp_path, monkeypatch, capsys):
     """It is in its first step, or waits: that is when one asks."""
     folder = tmp_path / "there"
     folder.mkdir()
-    empty = Board(CONFIG, lambda: LAYOUT)
+    empty = LiveStatus(CONFIG, lambda: LAYOUT)
     empty.observe("event", told("waiting", time=90.0, reason="1 of at least 2 nodes can be used"))
     exporter = Exporter(CollectorRegistry(), ("127.0.0.1",), 0, {"/status.json": json_route(empty.state)})
     (folder / "live.json").write_text(json.dumps({"address": f"127.0.0.1:{exporter.port}"}))
@@ -126,7 +126,7 @@ def test_a_lost_node_that_is_back_is_not_shown_as_lost():
 
 @pytest.mark.parametrize("count", [10, 800, 5000])
 def test_the_whole_run_stays_in_sight(count):
-    found = Board(CONFIG, lambda: None)
+    found = LiveStatus(CONFIG, lambda: None)
     for step in range(count):
         found.observe("step", STEP | {"step": step})
     points = [point[0] for point in found.state()["points"]]

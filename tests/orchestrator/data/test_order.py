@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.config.training import BatchRamp, TrainingSection
 from orchestrator.data.order import (
     Permutation,
-    Shape,
+    SplitShape,
     batch_size,
     deal,
     first_position,
@@ -20,7 +20,7 @@ from orchestrator.data.order import (
 )
 
 small = settings(max_examples=60, deadline=None)
-shapes = st.builds(Shape, st.integers(1, 150), st.integers(1, 9))
+shapes = st.builds(SplitShape, st.integers(1, 150), st.integers(1, 9))
 seeds, windows = st.integers(0, 2**40), st.integers(1, 6)
 
 
@@ -67,7 +67,7 @@ def test_a_window_is_a_permutation_of_its_groups(shape, seed, window):
 
 
 def test_a_step_touches_few_row_groups():
-    shape, window, count = Shape(100_003, 64), 8, 256
+    shape, window, count = SplitShape(100_003, 64), 8, 256
     for position in range(0, 300_000, 7_001):
         pieces = list(windows_of(shape, 5, window, position, count))
         groups = {row // 64 for row in sequences_of(shape, 5, window, position, count)}
@@ -76,18 +76,18 @@ def test_a_step_touches_few_row_groups():
 
 
 def test_no_work_grows_with_the_position():
-    assert len(sequences_of(Shape(10**12 + 7, 64), 1, 32, 10**17, 100)) == 100
+    assert len(sequences_of(SplitShape(10**12 + 7, 64), 1, 32, 10**17, 100)) == 100
 
 
 def test_the_order_is_pinned():
     """A run resumed by another version must go on with the same sequences: changing the order is a breaking change."""
-    assert sequences_of(Shape(20, 3), 1234, 2, 15, 10) == [4, 5, 12, 18, 19, 3, 5, 19, 4, 18]
+    assert sequences_of(SplitShape(20, 3), 1234, 2, 15, 10) == [4, 5, 12, 18, 19, 3, 5, 19, 4, 18]
 
 
 
 def test_shuffling_mixes():
     n = 4096
-    shape = Shape(n, 64)
+    shape = SplitShape(n, 64)
     for seed, window in itertools.product((1, 2), (4, 64)):
         order = sequences_of(shape, seed, window, 0, n)
         mean = (n - 1) / 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.config.run_config import ModelConfig
 from orchestrator.layout.balance import balanced, unevenness
 from orchestrator.layout.layout import Layout
-from orchestrator.layout.placement import Move, _apart, balanced_placement, default_placement, moves, place_experts
+from orchestrator.layout.placement import ExpertMove, _apart, balanced_placement, default_placement, moves, place_experts
 from orchestrator.model.parameters import stage_layers
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
@@ -213,9 +213,9 @@ def test_moves_name_what_changes_with_the_mirrors():
     assert found.at(0, 0, 2) == ((0, 1, 4, 5), (2, 3, 6, 7)) and found.at(0, 1, 2) == ((2, 3, 6, 7), (0, 1, 4, 5))
     there, back = {"before": (0, 3), "after": (1, 2)}, {"before": (1, 2), "after": (0, 3)}
     listed = moves(current, found)
-    assert listed == [Move(2, 2, **there), Move(2, 3, **there), Move(2, 4, **back), Move(2, 5, **back)]
+    assert listed == [ExpertMove(2, 2, **there), ExpertMove(2, 3, **there), ExpertMove(2, 4, **back), ExpertMove(2, 5, **back)]
     assert (listed[0].arrives_at, listed[0].leaves) == ((1, 2), (0, 3))
-    assert moves(found, current) == [Move(m.layer, m.expert, m.after, m.before) for m in listed]
+    assert moves(found, current) == [ExpertMove(m.layer, m.expert, m.after, m.before) for m in listed]
 
 
 def test_a_placement_of_another_layout_is_refused():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.plan.compare import Contestant, Refused, as_objects, compare, contestants, searched_contestants, table
+from orchestrator.plan.compare import Candidate, Refused, as_objects, compare, contestants, searched_contestants, table
 from orchestrator.schedule.ir.actions import to_csv
 from orchestrator.schedule.kinds.registry import KINDS, generate
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
@@ -68,7 +68,7 @@ def test_communication_without_anything_to_hide_it_is_all_exposed():
 def test_durations_by_stage_are_counted_in_mean_forwards():
     schedule = generate("1f1b", 2, 4)
     uneven = Durations(forward=(1.0, 3.0), backward_input=2.0, backward_weight=2.0)
-    assert compare([Contestant("uneven", schedule, uneven)])[0].makespan == pytest.approx(simulate(schedule, uneven).makespan / 2)
+    assert compare([Candidate("uneven", schedule, uneven)])[0].makespan == pytest.approx(simulate(schedule, uneven).makespan / 2)
 
 
 def test_kinds_that_do_not_take_the_numbers_say_why():
@@ -91,8 +91,8 @@ def test_chunks_are_limited_by_the_layers_of_a_rank():
 
 def test_table_and_objects_hold_the_same():
     schedule = generate("interleaved_1f1b", 4, 8, 2)
-    entry = Contestant("mine", schedule, per_chunk(Durations(2.0, 2.0, 2.0), schedule.stages), lower_bound=50.0)
-    results = compare([Contestant("1f1b", generate("1f1b", 4, 8), UNIT), entry])
+    entry = Candidate("mine", schedule, per_chunk(Durations(2.0, 2.0, 2.0), schedule.stages), lower_bound=50.0)
+    results = compare([Candidate("1f1b", generate("1f1b", 4, 8), UNIT), entry])
     shown = as_objects(results)["schedules"]
     assert [row["schedule"] for row in shown] == ["1f1b", "mine"]
     assert (shown[0]["makespan"], shown[0]["lower_bound"], shown[0]["above_bound"]) == (33, None, None)

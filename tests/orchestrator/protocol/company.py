@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Beat, Goal, Head, Holding, Recalled, Seen, Standing
-from orchestrator.protocol.membership import Member, Rules
+from orchestrator.protocol.membership import Member, MembershipRules
 from orchestrator.protocol.run import Run
 from orchestrator.topology import Node
 
@@ -21,10 +21,10 @@ class Halves:
     def plan(self, nodes, base, ready):
         members = {(member.node, member.local): member for member in ready}
         chosen = tuple(members[node.name, local] for node in nodes for local in range(node.ranks) if (node.name, local) in members)
-        return events.Plan(len(chosen), 0, chosen, nodes) if chosen else None
+        return events.WorkerAssignment(len(chosen), 0, chosen, nodes) if chosen else None
 
     def recorded(self, layout, placement, ready):
-        return events.Plan(layout, placement, tuple(sorted(ready)[:layout]), ()) if len(ready) >= layout else None
+        return events.WorkerAssignment(layout, placement, tuple(sorted(ready)[:layout]), ()) if len(ready) >= layout else None
 
     def _owners(self, size: int, key: int) -> set[int]:
         return {key % size, (key + 1) % size}
@@ -50,7 +50,8 @@ class Company:
     answer."""
 
     def __init__(self, nodes: int = 3, *, goal: Goal = Goal(6), checkpoints: tuple[Seen, ...] = (), head: Head = Head(),
-                 rules: Rules = Rules(silence_seconds=1.5, cool_down_seconds=5.0), bounds: Deadlines = Deadlines(),
+                 rules: MembershipRules = MembershipRules(silence_seconds=1.5, cool_down_seconds=5.0),
+                 bounds: Deadlines = Deadlines(),
                  left_behind: bool = False):
         self.run, self.now, self.goal = Run(rules, bounds, Halves()), 0.0, goal
         self.members = tuple(Member(chr(97 + number), 0) for number in range(nodes))

@@ -91,8 +91,8 @@ def test_a_collect_that_ends_while_groups_are_made_does_not_end_a_newcomer_whose
 
 
 def test_who_left_by_drain_is_not_told_as_lost_instead_of_the_one_with_the_error():
-    """b and c drain together and hand over (Plan.leaving): taking_part still names them long after they were ended. The next
-    interruption is put down to them; who raised the error stays."""
+    """b and c drain together and hand over (WorkerAssignment.leaving): taking_part still names them long after they were ended. The
+    next interruption is put down to them; who raised the error stays."""
     company = Company(5, goal=Goal(9))
     company.go(lambda: len(steps(company)) == 2)
     company.tell(events.NodeDraining("b"))

@@ -7,15 +7,15 @@ import time
 import pytest
 
 from orchestrator.config.run_config import parse
-from orchestrator.protocol.membership import ENDS_TOGETHER_SECONDS, STARTS_IN_VAIN, Decision, Member, Membership, Rules
+from orchestrator.protocol.membership import ENDS_TOGETHER_SECONDS, STARTS_IN_VAIN, Decision, Member, Membership, MembershipRules
 from orchestrator.topology import Node
 
-RULES = Rules(min_nodes=2, silence_seconds=1.0, cool_down_seconds=30.0)
+RULES = MembershipRules(min_nodes=2, silence_seconds=1.0, cool_down_seconds=30.0)
 A0, A1, B0, B1, C0, C1 = (Member(node, local) for node in "abc" for local in range(2))
 ALL = (A0, A1, B0, B1, C0, C1)
 
 
-def cluster(names: str = "abc", ranks: int = 2, rules: Rules = RULES, now: float = 0.0) -> Membership:
+def cluster(names: str = "abc", ranks: int = 2, rules: MembershipRules = RULES, now: float = 0.0) -> Membership:
     """All there, all ready."""
     state = Membership(rules)
     for name in names:
@@ -44,11 +44,11 @@ def test_names():
 
 
 def test_rules_of_a_configuration():
-    assert Rules.of(parse({}).elastic) == Rules(1, None, 1.5, 30.0)
-    assert Rules.of(parse({}).elastic, one_host=True) == Rules(1, None, 15.0, 30.0)
-    assert Rules.of(parse({}, ["elastic.beat_seconds=1"]).elastic) == Rules(1, None, 4.0, 30.0)
+    assert MembershipRules.of(parse({}).elastic) == MembershipRules(1, None, 1.5, 30.0)
+    assert MembershipRules.of(parse({}).elastic, one_host=True) == MembershipRules(1, None, 15.0, 30.0)
+    assert MembershipRules.of(parse({}, ["elastic.beat_seconds=1"]).elastic) == MembershipRules(1, None, 4.0, 30.0)
     section = parse({"elastic": {"min_nodes": 2, "max_nodes": 3, "silence_seconds": 2, "cool_down_seconds": 0}}).elastic
-    assert Rules.of(section) == Rules(2, 3, 2.0, 0.0)
+    assert MembershipRules.of(section) == MembershipRules(2, 3, 2.0, 0.0)
 
 
 def test_from_an_empty_cluster_to_the_first_layout():
@@ -235,7 +235,7 @@ def test_a_node_that_drains_for_ever_comes_back_under_its_name():
 
 
 def test_most_nodes_prefers_the_seated_then_the_longest_present():
-    rules = Rules(max_nodes=2)
+    rules = MembershipRules(max_nodes=2)
     state = cluster("ab", rules=rules).node_joined(Node("c", 2), 1.0).node_joined(Node("d", 2), 1.0)
     assert state.decide((), 2.0).start == ()
     for member in (C0, C1):
@@ -279,7 +279,7 @@ def test_hello_before_the_cluster_says_anything():
 def judged(nodes: int) -> float:
     """Seconds that it takes to hear of all members of so many nodes, and to decide: the least of twenty times."""
     names, members = [f"n{n}" for n in range(nodes)], [Member(f"n{n}", local) for n in range(nodes) for local in range(8)]
-    state = Membership(Rules())
+    state = Membership(MembershipRules())
     for name in names:
         state = state.node_joined(Node(name, 8), 0.0)
     for member in members:

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from orchestrator.protocol.membership import DOUBLINGS, Member, Membership, Rules
+from orchestrator.protocol.membership import DOUBLINGS, Member, Membership, MembershipRules
 from orchestrator.topology import Node
 
 NODES = {"a": 2, "b": 2, "c": 1, "d": 3}
@@ -31,7 +31,7 @@ class Process:
 class Machine(RuleBasedStateMachine):
     @initialize(most=st.sampled_from([None, 2, 3]), least=st.integers(1, 3))
     def begin(self, most, least):
-        self.rules_ = Rules(min(least, most or 3), most, 1.0, 5.0)
+        self.rules_ = MembershipRules(min(least, most or 3), most, 1.0, 5.0)
         self.state = Membership(self.rules_)
         self.now, self.seated, self.planned = 0.0, (), ()
         self.processes: dict[Member, Process] = {}

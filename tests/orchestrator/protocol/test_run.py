@@ -7,7 +7,7 @@ from company import Company, is_call, node
 
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Head, Seen
-from orchestrator.protocol.membership import Member, Rules
+from orchestrator.protocol.membership import Member, MembershipRules
 
 A, B, C = (Member(name, 0) for name in "abc")
 
@@ -176,7 +176,7 @@ def test_an_error_of_its_own_costs_the_member_its_place_once_and_the_run_the_sec
 
 
 def test_below_min_nodes_copies_are_made_again_and_a_stop_while_it_waits_saves():
-    company = Company(rules=Rules(min_nodes=3, silence_seconds=1.5, cool_down_seconds=10_000.0))
+    company = Company(rules=MembershipRules(min_nodes=3, silence_seconds=1.5, cool_down_seconds=10_000.0))
     company.go(lambda: len(steps(company)) == 2)
     company.tell(events.NodeLeft("c", "gone"))
     company.alive.discard(C)

@@ -12,7 +12,7 @@ from orchestrator.protocol import commands, events
 from orchestrator.protocol.base import Carry, choose
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import CallId, Ending, FailKind, Fault, Goal, Head, Holding, Recalled, Seen
-from orchestrator.protocol.membership import Member, Membership, Rules
+from orchestrator.protocol.membership import Member, Membership, MembershipRules
 from orchestrator.topology import Node
 
 A, B, C = (Member(name, 0) for name in "abc")
@@ -64,7 +64,8 @@ def test_where_all_that_is_left_drains_it_is_used_until_another_node_comes():
 
 
 def test_who_waits_for_nodes_says_so_once_and_no_longer_than_it_may():
-    company = Company(2, rules=Rules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=10_000.0), bounds=Deadlines(wait=60.0))
+    company = Company(2, rules=MembershipRules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=10_000.0),
+                      bounds=Deadlines(wait=60.0))
     company.go(lambda: len(steps(company)) == 2)
     company.tell(events.NodeLeft("b", "gone"))
     company.alive.discard(B)
@@ -209,7 +210,7 @@ def test_one_who_was_asleep_for_a_moment_does_not_cost_a_newcomer_its_place():
 
 
 def test_a_node_that_is_barred_or_cools_down_keeps_no_other_from_starting():
-    rules = Rules(max_nodes=2, silence_seconds=1.5, cool_down_seconds=1000.0)
+    rules = MembershipRules(max_nodes=2, silence_seconds=1.5, cool_down_seconds=1000.0)
     state = Membership(rules)
     for name in "abc":
         state = state.node_joined(Node(name, 1), 0.0)

@@ -10,7 +10,7 @@ from company import Company, Halves, cuts, fenced, gone, is_call, steps
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Head, Seen
-from orchestrator.protocol.membership import Member, Rules
+from orchestrator.protocol.membership import Member, MembershipRules
 from orchestrator.topology import Node
 
 A, B, C, D = (Member(name, 0) for name in "abcd")
@@ -18,7 +18,8 @@ A, B, C, D = (Member(name, 0) for name in "abcd")
 
 def test_a_long_wait_for_nodes_then_a_loss_is_not_no_progress():
     """`elastic.wait_seconds` null: for ever. give_up counts the waiting when a member is lost during it."""
-    company = Company(4, rules=Rules(min_nodes=4, silence_seconds=1.5, cool_down_seconds=5.0), bounds=Deadlines(wait=None))
+    company = Company(4, rules=MembershipRules(min_nodes=4, silence_seconds=1.5, cool_down_seconds=5.0),
+                      bounds=Deadlines(wait=None))
     company.go(lambda: len(steps(company)) == 2)
     gone(company, D)
     company.go(lambda: company.run.phase.name == "waiting for nodes")
@@ -34,7 +35,7 @@ def test_a_long_wait_for_nodes_then_a_loss_is_not_no_progress():
 
 
 def _stop_then_nobody(event):
-    company = Company(2, rules=Rules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=5.0), goal=Goal(9))
+    company = Company(2, rules=MembershipRules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=5.0), goal=Goal(9))
     company.go(lambda: len(steps(company)) == 3)
     company.twist = lambda command: [] if is_call(command, commands.Step) else None
     company.go(lambda: company.run.phase.name == "stepping", seconds=50)
@@ -105,14 +106,14 @@ def test_a_stop_while_no_layout_fits_ends_it_at_once_with_the_newest_checkpoint(
 
 
 def test_a_stop_in_opening_and_too_few_nodes():
-    company = Company(1, rules=Rules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=5.0))
+    company = Company(1, rules=MembershipRules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=5.0))
     company.tell(events.StopAsked())
     company.go(seconds=20_000.0)
     assert company.ended is not None, (company.run.phase.name, company.run.wake, company.now)
 
 
 def test_a_run_that_is_to_end_for_a_loss_that_is_not_finite_does_not_wait_for_nodes():
-    company = Company(2, rules=Rules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=5.0), goal=Goal(9))
+    company = Company(2, rules=MembershipRules(min_nodes=2, silence_seconds=1.5, cool_down_seconds=5.0), goal=Goal(9))
 
     def poison(command):
         if isinstance(command, commands.Append) and isinstance(command.line, commands.StepLine) and command.line.step == 3:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Split
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, SplitAction
 from orchestrator.schedule.ir.stages import BOTH, FORWARD_ONLY, LOOP, Stages, V
 from orchestrator.schedule.kinds.forward_only import forward_only
 from orchestrator.schedule.kinds.registry import KINDS, TABLE, generate, smallest_microbatches
@@ -37,8 +37,8 @@ def remade(schedule, rng):
             last = done[-1] if done else None
             if isinstance(action, Compute) and isinstance(last, Compute) and rng.random() < 0.15:
                 done[-1:] = paired(last, action)
-            elif isinstance(action, Compute) and action.kind is not Kind.BACKWARD_WEIGHT and rng.random() < 0.2:
-                done.append(Split(action))
+            elif isinstance(action, Compute) and action.kind is not ActionKind.BACKWARD_WEIGHT and rng.random() < 0.2:
+                done.append(SplitAction(action))
             else:
                 done.append(action)
         rows.append(tuple(done))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.layout.placement import balanced_placement, default_placement
 from orchestrator.model.parameters import ParameterSpec
 from orchestrator.state.ownership import Bucket, buckets, gates
-from orchestrator.state.transfer import GateTransfer, Piece, Plan, StateLost, Transfer, plan
+from orchestrator.state.transfer import GateTransfer, OwnedRange, StateLost, TransferPlan, WeightTransfer, plan
 from tests.orchestrator.layouts import DEEPSEEK, clusters, layout_of, small_model
 
 MODEL = small_model(hidden_size=2, vocab_size=5, intermediate_size=3, moe_intermediate_size=2, num_hidden_layers=2,
@@ -32,11 +32,11 @@ def owned(ownership) -> dict[int, set]:
     return found
 
 
-def elements(piece: Piece | Transfer) -> set:
+def elements(piece: OwnedRange | WeightTransfer) -> set:
     return {(piece.name, element) for element in range(piece.start, piece.stop)}
 
 
-def carried_out(old, found: Plan, came_from) -> list[dict]:
+def carried_out(old, found: TransferPlan, came_from) -> list[dict]:
     """What every new rank has afterwards: element -> value. A rank can keep and send only what it had."""
     had = owned(old)
     before = [{element: hash(element) for element in had[former]} if former is not None else {} for former in came_from]
@@ -49,7 +49,7 @@ def carried_out(old, found: Plan, came_from) -> list[dict]:
     return after
 
 
-def check(old, new, came_from, nodes, **more) -> Plan:
+def check(old, new, came_from, nodes, **more) -> TransferPlan:
     found = plan(old, new, came_from, nodes, **more)
     wanted = owned(new)
     assert carried_out(old, found, came_from) == [{e: hash(e) for e in wanted[rank]} for rank in range(len(came_from))]
@@ -59,7 +59,7 @@ def check(old, new, came_from, nodes, **more) -> Plan:
     return found
 
 
-def check_one_shard(old, new, found: Plan, came_from) -> None:
+def check_one_shard(old, new, found: TransferPlan, came_from) -> None:
     """Every range is in one shard of its source and in one of its target."""
     for ownership, rank_of in ((old, lambda transfer: came_from[transfer.source]), (new, lambda transfer: transfer.target)):
         pieces = defaultdict(list)
@@ -174,7 +174,8 @@ def test_ranges_end_where_old_shards_border():
     old = [bucket(0, [("a", 4), ("b", 6)], [(0,), (1,)])]  # b's first value is rank 0's
     new = [bucket(0, [("b", 6)], [(2,)]), bucket(1, [("a", 4)], [(0,)])]
     found = check(old, new, [0, 1, None], "xyz")
-    assert found.weights == (Transfer("b", 0, 1, 0, 2), Transfer("b", 1, 6, 1, 2)) and found.kept[0] == (Piece("a", 0, 4),)
+    assert found.weights == (WeightTransfer("b", 0, 1, 0, 2), WeightTransfer("b", 1, 6, 1, 2))
+    assert found.kept[0] == (OwnedRange("a", 0, 4),)
     assert found.bytes_moved == found.bytes_needed == 3 * 6 * 4
     assert plan(old, new, [0, 1, None], "xyz", number_bytes=8).bytes_moved == 3 * 6 * 8
     assert [(ends, len(message.weights)) for ends, message in found.messages.items()] == [((0, 2), 1), ((1, 2), 1)]

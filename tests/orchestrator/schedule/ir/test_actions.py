@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Schedule, Split, Transfer, dependencies, parse_csv, to_csv
+from orchestrator.schedule.ir.actions import (
+    ActionKind,
+    Compute,
+    Pair,
+    Schedule,
+    SplitAction,
+    Transfer,
+    dependencies,
+    parse_csv,
+    to_csv,
+)
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
 
 TWO = Stages(BOTH, 2)
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 
 SMALL = """\
 F0.0,F1.0,F0.1,B1.0,F1.1|B0.0,B1.1,I0.1,W0.1
@@ -29,8 +39,8 @@ def test_text_becomes_values_and_back():
     ("F0.1|F1.0", Pair(Compute(F, 0, 0, 1), Compute(F, 1, 1, 0))),
     ("F0.1|W0.0", Pair(Compute(F, 0, 0, 1), Compute(W, 0, 0, 0))),
     ("B1.0|I0.0", Pair(Compute(B, 1, 1, 0), Compute(I, 0, 0, 0))),
-    ("F0.1/2", Split(Compute(F, 0, 0, 1))),
-    ("I1.0/2", Split(Compute(I, 1, 1, 0))),
+    ("F0.1/2", SplitAction(Compute(F, 0, 0, 1))),
+    ("I1.0/2", SplitAction(Compute(I, 1, 1, 0))),
 ])
 def test_pairs_of_all_kinds_and_splits_round_trip(word, value):
     text = f"{word}\nF0.1\n"
@@ -44,7 +54,7 @@ def test_a_split_is_the_whole_action_to_others():
     split, whole = schedule.rows[1][4].first, Compute(F, 1, 0, 1)
     assert split == whole
     assert schedule.rows[0][2].computes == (Compute(F, 0, 0, 1),)
-    assert dependencies(Split(whole), schedule) == dependencies(whole, schedule) == (Compute(F, 0, 0, 1),)
+    assert dependencies(SplitAction(whole), schedule) == dependencies(whole, schedule) == (Compute(F, 0, 0, 1),)
 
 
 @pytest.mark.parametrize("word, quoted", [
@@ -122,12 +132,12 @@ def test_a_backward_waits_for_the_split_backward_of_the_next_stage():
 
 def test_values_of_the_wrong_kind_are_refused():
     with pytest.raises(ValueError, match="SEND is no compute action"):
-        Compute(Kind.SEND, 0, 0, 0)
+        Compute(ActionKind.SEND, 0, 0, 0)
     with pytest.raises(ValueError, match=r"W0.0\|W0.1 is no pair"):
         Pair(Compute(W, 0, 0, 0), Compute(W, 0, 0, 1))
     with pytest.raises(ValueError, match="both of one microbatch"):
         Pair(Compute(F, 0, 0, 0), Compute(B, 0, 0, 0))
     with pytest.raises(ValueError, match="W0.0 has no communication to hide"):
-        Split(Compute(W, 0, 0, 0))
+        SplitAction(Compute(W, 0, 0, 0))
     with pytest.raises(ValueError, match="REDUCE is no transfer"):
-        Transfer(Kind.REDUCE, "activation", 1, 1, 0, 0, 0)
+        Transfer(ActionKind.REDUCE, "activation", 1, 1, 0, 0, 0)

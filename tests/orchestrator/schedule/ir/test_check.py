@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Program, Reduce, Schedule, Split, Transfer, parse_csv, to_csv
+from orchestrator.schedule.ir.actions import (
+    ActionKind,
+    Compute,
+    Pair,
+    Program,
+    Reduce,
+    Schedule,
+    SplitAction,
+    Transfer,
+    parse_csv,
+    to_csv,
+)
 from orchestrator.schedule.ir.check import ScheduleError, check, peak_activations, relative_activations
 from orchestrator.schedule.ir.graph import compiled
 from orchestrator.schedule.ir.lower import lower
@@ -27,8 +38,8 @@ def changed(action, change):
     """The action with `change` (from compute action or transfer to another one) in it; None: there is no such action."""
     if isinstance(action, Pair):
         return attempt(lambda: Pair(change(action.first), action.second))
-    if isinstance(action, Split):
-        return attempt(lambda: Split(change(action.whole)))
+    if isinstance(action, SplitAction):
+        return attempt(lambda: SplitAction(change(action.whole)))
     return None if isinstance(action, Reduce) else change(action)
 
 
@@ -47,12 +58,13 @@ def mutations(actions, stages, position):
     changes = {
         "slot": other_slot, "place": other_place, "stage": lambda action: replace(action, stage=action.stage + 1),
         "microbatch": lambda action: replace(action, microbatch=action.microbatch ^ 1),
-        "kind": lambda action: replace(action, kind={Kind.BACKWARD: Kind.BACKWARD_INPUT, Kind.BACKWARD_INPUT: Kind.BACKWARD}.get(
-            action.kind, Kind.BACKWARD_WEIGHT)),
+        "kind": lambda action: replace(action, kind={
+            ActionKind.BACKWARD: ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_INPUT: ActionKind.BACKWARD}.get(
+            action.kind, ActionKind.BACKWARD_WEIGHT)),
     }
     ends = {
         "tag": lambda action: replace(action, tag=action.tag + 1), "peer": lambda action: replace(action, peer=action.peer + 1),
-        "turned": lambda action: replace(action, kind=Kind.SEND if action.kind is Kind.RECEIVE else Kind.RECEIVE),
+        "turned": lambda action: replace(action, kind=ActionKind.SEND if action.kind is ActionKind.RECEIVE else ActionKind.RECEIVE),
     }
     for i, action in enumerate(actions):
         rest = (*actions[:i], *actions[i + 1:])
@@ -244,16 +256,16 @@ def test_wrong_rows(text, kind, positions, message):
 
 def test_an_action_of_another_position_or_of_no_microbatch():
     schedule = forward_only(Stages(BOTH, 2), 2)
-    for stray, message in [(Compute(Kind.FORWARD, 1, 0, 0), "of stage 1 is not of this position"),
-                           (Compute(Kind.FORWARD, 0, 2, 0), "is for no microbatch 2.0"),
-                           (Compute(Kind.FORWARD, 0, 0, 5), "is for no microbatch 0.5")]:
+    for stray, message in [(Compute(ActionKind.FORWARD, 1, 0, 0), "of stage 1 is not of this position"),
+                           (Compute(ActionKind.FORWARD, 0, 2, 0), "is for no microbatch 2.0"),
+                           (Compute(ActionKind.FORWARD, 0, 0, 5), "is for no microbatch 0.5")]:
         rows = ((stray, *schedule.rows[0]), schedule.rows[1])
         with pytest.raises(ScheduleError, match=f"position 0, action 0: {stray} {message}"):
             check(replace(schedule, rows=rows), ())
 
 
 @pytest.mark.parametrize("rows, microbatches, message", [
-    (((Compute(Kind.FORWARD, 0, 0, 0),),), 1, "1 rows for 2 positions"), ((), 1, "0 rows for 2 positions"),
+    (((Compute(ActionKind.FORWARD, 0, 0, 0),),), 1, "1 rows for 2 positions"), ((), 1, "0 rows for 2 positions"),
     (((), ()), 3, "3 microbatches do not divide among 2 entrances"),
 ])
 def test_wrong_numbers(rows, microbatches, message):
@@ -311,7 +323,7 @@ def test_peaks_are_what_counting_finds(schedule):
         for index, action in enumerate(row):
             for compute in action.computes:
                 lives.setdefault((compute.slot, compute.microbatch), []).append(
-                    (index, compute.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_WEIGHT)))
+                    (index, compute.kind in (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_WEIGHT)))
         spans = [(min(i for i, _ in life), max(i for i, counts in life if counts)) for life in lives.values()]
         most = max(sum(first <= index <= last for first, last in spans) for index in range(len(row)))
         assert peak_activations(schedule)[position] == most

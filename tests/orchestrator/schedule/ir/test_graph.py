@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
-from orchestrator.schedule.ir.actions import Kind, Payload, dependencies, parse_csv
+from orchestrator.schedule.ir.actions import ActionKind, Payload, dependencies, parse_csv
 from orchestrator.schedule.ir.check import ScheduleError
 from orchestrator.schedule.ir.graph import compiled
 from orchestrator.schedule.ir.lower import lower
@@ -71,7 +71,8 @@ def test_crossings_go_from_position_to_position(schedule):
             receive.payload, receive.stage, receive.microbatch, receive.tag)
         assert any((c.slot, c.microbatch) == (send.slot, send.microbatch) and c.stage == send.stage + (
             -1 if send.payload is Payload.ACTIVATION else 1) for c in graph.actions[crossing.maker].computes)
-        assert any((c.stage, c.slot, c.kind is Kind.FORWARD) == (receive.stage, receive.slot, send.payload is Payload.ACTIVATION)
+        assert any((c.stage, c.slot, c.kind is ActionKind.FORWARD) == (receive.stage, receive.slot,
+                                                                       send.payload is Payload.ACTIVATION)
                    for c in graph.actions[crossing.user].computes)
 
 

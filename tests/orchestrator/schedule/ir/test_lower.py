@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.actions import Kind, Payload, Reduce, Transfer, parse_csv
+from orchestrator.schedule.ir.actions import ActionKind, Payload, Reduce, Transfer, parse_csv
 from orchestrator.schedule.ir.check import ScheduleError, check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
@@ -51,7 +51,7 @@ def test_what_crosses(positions, microbatches):
                                         (Payload.GRADIENT, 0, at - 1), (Payload.GRADIENT, 1, at + 1)]
             if 0 <= peer < positions
         ]
-        sends = [(a.payload, a.peer, a.slot, a.microbatch) for a in of(program, Kind.SEND)]
+        sends = [(a.payload, a.peer, a.slot, a.microbatch) for a in of(program, ActionKind.SEND)]
         assert sorted(sends) == sorted(expected)
 
 
@@ -62,8 +62,8 @@ def test_sends_and_receives_are_in_one_order_with_distinct_small_tags(positions,
     for program in lower(generate("dualpipe", positions, microbatches), lookahead):
         for action in program.actions:
             if isinstance(action, Transfer):
-                sender, receiver = (program.position, action.peer)[:: 1 if action.kind is Kind.SEND else -1]
-                ends[sender, receiver][action.kind is Kind.RECEIVE].append(action)
+                sender, receiver = (program.position, action.peer)[:: 1 if action.kind is ActionKind.SEND else -1]
+                ends[sender, receiver][action.kind is ActionKind.RECEIVE].append(action)
     for sent, received in ends.values():
         tags = [action.tag for action in sent]
         assert tags == [action.tag for action in received]
@@ -76,17 +76,18 @@ def test_receives_are_posted_ahead(lookahead):
     for program in lower(generate("dualpipe", 8, 20), lookahead):
         actions = program.actions
         computes = [index for index, action in enumerate(actions) if hasattr(action, "computes")]
-        users = {(compute.kind is Kind.FORWARD, compute.slot, compute.microbatch): number for number, index in enumerate(computes)
-                 for compute in actions[index].computes if compute.kind is not Kind.BACKWARD_WEIGHT}
+        users = {(compute.kind is ActionKind.FORWARD, compute.slot, compute.microbatch): number
+                 for number, index in enumerate(computes)
+                 for compute in actions[index].computes if compute.kind is not ActionKind.BACKWARD_WEIGHT}
         for index, action in enumerate(actions):
-            if action.kind is Kind.RECEIVE:
+            if action.kind is ActionKind.RECEIVE:
                 number = users[action.payload is Payload.ACTIVATION, action.slot, action.microbatch]
                 assert index < computes[max(0, number - lookahead)]
 
 
 def test_gradients_are_reduced_at_the_end():
     for program in lower(generate("dualpipe", 4, 8)):
-        assert program.actions[-1] == Reduce() and len(of(program, Kind.REDUCE)) == 1
+        assert program.actions[-1] == Reduce() and len(of(program, ActionKind.REDUCE)) == 1
 
 
 def test_one_position_transfers_nothing():
@@ -115,15 +116,15 @@ def test_any_kind_crosses_once_between_stages_on_different_positions(kind, posit
                 expected += [(Payload.ACTIVATION, before, after, stage + 1, m) for m in range(each)]
                 expected += [(Payload.GRADIENT, after, before, stage, m) for m in range(each)]
     programs = lower(schedule, lookahead)
-    sent = [(a.payload, p.position, a.peer, a.stage, a.microbatch) for p in programs for a in of(p, Kind.SEND)]
-    received = [(a.payload, a.peer, p.position, a.stage, a.microbatch) for p in programs for a in of(p, Kind.RECEIVE)]
+    sent = [(a.payload, p.position, a.peer, a.stage, a.microbatch) for p in programs for a in of(p, ActionKind.SEND)]
+    received = [(a.payload, a.peer, p.position, a.stage, a.microbatch) for p in programs for a in of(p, ActionKind.RECEIVE)]
     assert sorted(sent) == sorted(received) == sorted(expected)
-    tags = [(p.position, a.peer, a.tag) for p in programs for a in of(p, Kind.SEND)]
+    tags = [(p.position, a.peer, a.tag) for p in programs for a in of(p, ActionKind.SEND)]
     assert len(set(tags)) == len(tags) and all(0 <= tag < 2 * schedule.slots * each for _, _, tag in tags)
 
 
 def test_a_turn_and_a_loop_of_one_position_send_nothing():
-    assert not any(of(program, Kind.SEND) for program in lower(forward_only(Stages(LOOP, 1, 3), 2)))
+    assert not any(of(program, ActionKind.SEND) for program in lower(forward_only(Stages(LOOP, 1, 3), 2)))
     assert [str(action) for action in lower(forward_only(Stages(V, 2, 2), 1))[1].actions] == [
         "RECEIVE activation 0.0 from 0", "F0.0", "F1.0", "SEND activation 1.0 to 0"]
 
@@ -132,12 +133,12 @@ def outstanding(program):
     """Most receives posted whose tensors are not used, at any time."""
     most, posted = 0, set()
     for action in program.actions:
-        if action.kind is Kind.RECEIVE:
+        if action.kind is ActionKind.RECEIVE:
             posted.add((action.payload, action.slot, action.microbatch))
         most = max(most, len(posted))
         for compute in getattr(action, "computes", ()):
-            if compute.kind is not Kind.BACKWARD_WEIGHT:
-                posted.discard((Payload.ACTIVATION if compute.kind is Kind.FORWARD else Payload.GRADIENT, compute.slot,
+            if compute.kind is not ActionKind.BACKWARD_WEIGHT:
+                posted.discard((Payload.ACTIVATION if compute.kind is ActionKind.FORWARD else Payload.GRADIENT, compute.slot,
                                 compute.microbatch))
     return most
 

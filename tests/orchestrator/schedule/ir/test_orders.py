@@ -7,24 +7,24 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.ir.actions import Kind, parse_csv
+from orchestrator.schedule.ir.actions import ActionKind, parse_csv
 from orchestrator.schedule.ir.grid import ScheduleError
 from orchestrator.schedule.ir.lower import lower
-from orchestrator.schedule.ir.orders import check_orders, forms, strands_of, with_orders
-from orchestrator.schedule.ir.pieces import timed
+from orchestrator.schedule.ir.operations import timed
+from orchestrator.schedule.ir.orders import check_orders, forms, streams_of, with_orders
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import LOOP, Stages
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 COSTS = Durations(1.0, 1.0, 1.0, dispatch=0.5, combine=0.5, layers=2)
 
 
 def ordered(schedule, durations=COSTS):
     """The schedule's programs with orders, and what these were made from."""
     hosted = [schedule.stages.hosted(position) for position in range(schedule.positions)]
-    stages = [durations.strands(stage) for stage in range(schedule.stages.count)]
+    stages = [durations.operations(stage) for stage in range(schedule.stages.count)]
     return with_orders(lower(schedule), stages, hosted), stages, hosted
 
 
@@ -40,14 +40,14 @@ def test_every_action_has_an_order(kind):
 
 
 def test_the_order_takes_as_long_as_the_simulator_says():
-    """The same pieces, planned by the same rule, so an action's template is that of its order."""
+    """The same operations, planned by the same rule, so an action's template is that of its order."""
     schedule = generate("dualpipe", 4, 10, None)
     durations = replace(with_communication(UNIT, 0.913), layers=3)
     programs, stages, hosted = ordered(schedule, durations)
     for program in programs:
         orders = dict(program.orders)
         for action, form in forms(program.actions):
-            template = timed(strands_of(form, stages, hosted[program.position]), orders[form])
+            template = timed(streams_of(form, stages, hosted[program.position]), orders[form])
             assert template.duration == pytest.approx(durations.of(action, program.position))
 
 
@@ -62,10 +62,14 @@ def test_a_microbatch_of_which_anything_is_split_is_in_two_parts():
     assert counts[(B, 0, 1),] == {0: 8, ~0: 4} and counts[(F, 0, 1), (W, 0, 2)] == {0: 8, ~1: 8}
 
 
+def total(stream):
+    return sum(operation.duration for operation in stream.operations)
+
+
 def test_halves_are_half_as_long_and_alternate():
-    stage = COSTS.strands(0)
-    whole, (one, other) = stage.strands(F, 1), stage.strands(F, 2)
-    assert one == other and sum(piece.duration for piece in one.pieces) * 2 == sum(piece.duration for piece in whole[0].pieces)
+    stage = COSTS.operations(0)
+    whole, (one, other) = stage.streams(F, 1), stage.streams(F, 2)
+    assert one == other and 2 * total(one) == total(whole[0])
     order = dict(ordered(parse_csv("F0.0/2,B0.0\n", "1f1b", Stages(LOOP, 1)))[0][0].orders)[(F, 0, 2),]
     lanes = [stage.forward[order[:place].count(mark)].lane for place, mark in enumerate(order)]
     first = lanes.index(Lane.EXCHANGE)

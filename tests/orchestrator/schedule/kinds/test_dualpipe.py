@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.ir.actions import Kind, Pair, parse_csv, to_csv
+from orchestrator.schedule.ir.actions import ActionKind, Pair, parse_csv, to_csv
 from orchestrator.schedule.ir.check import check, peak_activations
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.registry import generate
@@ -63,10 +63,10 @@ def test_counts_in_closed_form(sizes):
         h = min(position, positions - 1 - position)
         kinds = Counter(action.kind for action in row)
         pairs = 2 * (each - positions + h + 1) + (half - h - 1) - (h == half - 1)
-        assert kinds[Kind.PAIR] == pairs
-        assert kinds[Kind.FORWARD] == microbatches - pairs
-        assert kinds[Kind.BACKWARD_INPUT] == kinds[Kind.BACKWARD_WEIGHT] == positions - 1 - h
-        assert kinds[Kind.BACKWARD] == microbatches - pairs - kinds[Kind.BACKWARD_INPUT]
+        assert kinds[ActionKind.PAIR] == pairs
+        assert kinds[ActionKind.FORWARD] == microbatches - pairs
+        assert kinds[ActionKind.BACKWARD_INPUT] == kinds[ActionKind.BACKWARD_WEIGHT] == positions - 1 - h
+        assert kinds[ActionKind.BACKWARD] == microbatches - pairs - kinds[ActionKind.BACKWARD_INPUT]
 
 
 @settings(max_examples=15, deadline=None)
@@ -78,7 +78,8 @@ def test_invariants_at_any_size(sizes):
     lines = to_csv(schedule).splitlines()
     assert lines[::-1] == [mirrored(line) for line in lines]
     for row in schedule.rows:
-        splits = [[(a.slot, a.microbatch) for a in row if a.kind is kind] for kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)]
+        splits = [[(a.slot, a.microbatch) for a in row if a.kind is kind]
+                  for kind in (ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)]
         assert splits[0] == splits[1], "weights are taken first in, first out"
         assert all(a.first.slot != a.second.slot for a in row if isinstance(a, Pair))
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.ir.actions import Kind, Reduce, to_csv
+from orchestrator.schedule.ir.actions import ActionKind, Reduce, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import BOTH, LOOP, Stages, V
@@ -48,7 +48,7 @@ def test_right_and_shortest(stages, wanted):
     schedule = forward_only(stages, microbatches)
     programs = lower(schedule)
     assert check(schedule, programs, most_activations=1) == (1,) * stages.positions
-    assert all(compute.kind is Kind.FORWARD for row in schedule.rows for action in row for compute in action.computes)
+    assert all(compute.kind is ActionKind.FORWARD for row in schedule.rows for action in row for compute in action.computes)
     assert not any(isinstance(action, Reduce) for program in programs for action in program.actions)
     assert simulate(schedule, UNIT).makespan == shortest(stages, microbatches)
 

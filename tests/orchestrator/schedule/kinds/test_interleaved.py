@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.refusal import ConfigError
-from orchestrator.schedule.ir.actions import Kind, Pair, to_csv
+from orchestrator.schedule.ir.actions import ActionKind, Pair, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.interleaved import groups
@@ -85,7 +85,7 @@ def test_peak(positions, rounds, chunks, merged):
 def test_every_merged_pair_is_of_different_microbatches(positions, microbatches, chunks):
     schedule = generate("merged_interleaved_1f1b", positions, microbatches, chunks)
     pairs = [action for row in schedule.rows for action in row if isinstance(action, Pair)]
-    assert all(pair.first.kind is Kind.FORWARD and pair.second.kind is Kind.BACKWARD for pair in pairs)
+    assert all(pair.first.kind is ActionKind.FORWARD and pair.second.kind is ActionKind.BACKWARD for pair in pairs)
     assert all(pair.first.microbatch != pair.second.microbatch for pair in pairs)
     ahead = (chunks - 1) * len(groups(microbatches, positions)[0]) + 1
     assert sum(isinstance(action, Pair) for action in schedule.rows[-1]) == max(0, chunks * microbatches - ahead)

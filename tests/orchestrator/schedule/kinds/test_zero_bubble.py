@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.actions import Kind, to_csv
+from orchestrator.schedule.ir.actions import ActionKind, to_csv
 from orchestrator.schedule.ir.check import check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.kinds.registry import generate
@@ -25,7 +25,8 @@ def test_zb_h1_by_hand():
 @settings(max_examples=30, deadline=None)
 @given(SIZES)
 def test_zb_h1_is_1f1b_with_weights_later(sizes):
-    without = [[str(a).replace("I", "B") for a in row if a.kind is not Kind.BACKWARD_WEIGHT] for row in generate("zb_h1", *sizes).rows]
+    without = [[str(a).replace("I", "B") for a in row if a.kind is not ActionKind.BACKWARD_WEIGHT]
+               for row in generate("zb_h1", *sizes).rows]
     assert without == [list(map(str, row)) for row in generate("1f1b", *sizes).rows]
 
 

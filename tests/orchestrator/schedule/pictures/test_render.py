@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.actions import Pair, Split, parse_csv
+from orchestrator.schedule.ir.actions import Pair, SplitAction, parse_csv
 from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds.forward_only import forward_only
@@ -20,7 +20,7 @@ from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.pictures.bars import without
 from orchestrator.schedule.pictures.render import as_json, svg
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
-from orchestrator.schedule.timing.measured import Measured
+from orchestrator.schedule.timing.measured import MeasuredStep
 from orchestrator.schedule.timing.simulate import simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -88,7 +88,7 @@ def test_every_action_is_drawn_to_scale(schedule, durations):
             for index, compute in enumerate(action.computes):
                 title, places = next(boxes)
                 assert title.startswith(f"{action} (stage {action.computes[0].stage}") and f"stage {compute.stage}" in title
-                assert len(places) == (2 if isinstance(action, Split) else 1)
+                assert len(places) == (2 if isinstance(action, SplitAction) else 1)
                 assert (places[0][0], places[-1][1]) == pytest.approx((span.start, span.end), abs=near)
                 assert all(a[1] == pytest.approx(b[0], abs=near) for a, b in pairwise(places))
                 share = 2 if isinstance(action, Pair) else 1
@@ -139,7 +139,7 @@ def test_legend_is_complete_and_within_the_picture(schedule):
     names = {"F": "forward", "B": "backward", "I": "backward, input only", "W": "backward, weights only"}
     assert {word.partition(";")[0] for word in words} & set(names.values()) == {names[kind] for kind in kinds}
     shapes = {type(action) for row in schedule.rows for action in row}
-    assert ("pair" in words, "split in two halves" in words) == (Pair in shapes, Split in shapes)
+    assert ("pair" in words, "split in two halves" in words) == (Pair in shapes, SplitAction in shapes)
     assert {"communication, hidden", "communication, exposed", "idle"} <= set(words)
     right = max(float(node.get("x")) + float(node.get("width")) for node in picture.root.iter(f"{SVG}rect"))
     assert right <= picture.width
@@ -176,7 +176,7 @@ def test_measured_beside_simulated_on_one_axis():
              (Lane.COMPUTE, "F0.1 attention 0", 9, 12), (Lane.EXCHANGE, "F0.1 dispatch 0", 12, 15),
              (Lane.PIPELINE, "B0.0", 12, 13), (Lane.COMPUTE, "B0.0 experts 0", 13, 14), (Lane.COMPUTE, "B0.0", 14, 18),
              (Lane.COMPUTE, "B0.1 experts 0", 20, 30), (Lane.REDUCE, "REDUCE", 30, 34)]
-    measured = Measured(7, (tuple(Span(0, *span) for span in spans),))
+    measured = MeasuredStep(7, (tuple(Span(0, *span) for span in spans),))
     timeline = simulate(schedule, Durations(10.0, 5.0, 5.0))
     text = svg(schedule, timeline, measured)
     picture = Picture(text)

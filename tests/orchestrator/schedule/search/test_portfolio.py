@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from orchestrator.config.run_config import ConfigError
-from orchestrator.schedule.ir.actions import Pair, Split, parse_csv, to_csv
+from orchestrator.schedule.ir.actions import Pair, SplitAction, parse_csv, to_csv
 from orchestrator.schedule.ir.check import check, peak_activations
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import Stages
@@ -35,7 +35,7 @@ def test_in_dualpipes_placement_and_memory():
     found = search(32, DEEPSEEK, options_for(8, 32, LAYERS, 9, splits=False, placement="both"))
     assert efficiency(found, 32, DEEPSEEK) >= 0.755
     assert max(peak_activations(found.schedule)) <= 9
-    assert not any(isinstance(action, Split) for row in found.schedule.rows for action in row)
+    assert not any(isinstance(action, SplitAction) for row in found.schedule.rows for action in row)
     assert found.published == ("dualpipe", pytest.approx(simulate(generate("dualpipe", 8, 32), DEEPSEEK).makespan))
     assert found.lower_bound < found.makespan and found.distance < 0.035
 
@@ -148,5 +148,5 @@ def test_too_few_activations_are_refused():
 def test_halves_that_cost_more_are_used_less():
     cheap, dear = (searched(Stages("both", 4), 12, replace(DEEPSEEK, halves=halves), effort=SOME_EFFORT).schedule
                    for halves in (1.0, 2.0))
-    count = [sum(isinstance(action, Split) for row in found.rows for action in row) for found in (cheap, dear)]
+    count = [sum(isinstance(action, SplitAction) for row in found.rows for action in row) for found in (cheap, dear)]
     assert count[0] > 2 * count[1]

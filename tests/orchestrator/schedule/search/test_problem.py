@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv, to_csv
+from orchestrator.schedule.ir.actions import ActionKind, Compute, SplitAction, parse_csv, to_csv
 from orchestrator.schedule.ir.check import ScheduleError, check
 from orchestrator.schedule.ir.lower import lower
 from orchestrator.schedule.ir.stages import LOOP, Stages
@@ -104,4 +104,4 @@ def test_a_split_action_is_kept_as_one():
     schedule = parse_csv(text, "1f1b", Stages(LOOP, 2))
     problem = problem_of(schedule, COSTS["communication"])
     assert to_csv(problem.schedule(problem.rows(schedule))) == text
-    assert problem.rows(schedule)[0][0].duration == COSTS["communication"].of(Split(Compute(Kind.FORWARD, 0, 0, 0)))
+    assert problem.rows(schedule)[0][0].duration == COSTS["communication"].of(SplitAction(Compute(ActionKind.FORWARD, 0, 0, 0)))

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.schedule.ir.actions import Compute, Kind, Pair, Split
+from orchestrator.schedule.ir.actions import ActionKind, Compute, Pair, SplitAction
 from orchestrator.schedule.ir.spans import Lane
 from orchestrator.schedule.ir.stages import Stages
 from orchestrator.schedule.timing.durations import UNIT, Durations, per_chunk, with_communication
 
-F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT
 
 
 def compute(kind, stage=0, microbatch=0):
@@ -19,7 +19,7 @@ def compute(kind, stage=0, microbatch=0):
 def test_unit_costs():
     assert [UNIT.of(compute(kind)) for kind in (F, B, I, W)] == [1, 2, 1, 1]
     assert UNIT.of(Pair(compute(F), compute(B, microbatch=1))) == 3
-    assert UNIT.of(Split(compute(F))) == 1
+    assert UNIT.of(SplitAction(compute(F))) == 1
 
 
 def test_durations_of_each_stage_and_position():
@@ -29,14 +29,14 @@ def test_durations_of_each_stage_and_position():
     assert durations.of(Pair(compute(F, stage=0), compute(W, 1, 1))) == 1.25
 
 
-def test_known_durations_of_pair_and_backward_go_before_pieces():
+def test_known_durations_of_pair_and_backward_go_before_operations():
     durations = replace(with_communication(UNIT, 1.0), pair=2.4, backward=7.0)
     assert durations.of(Pair(compute(F), compute(B, microbatch=1))) == 2.4
     assert durations.of(compute(B)) == 7.0
     assert durations.of(Pair(compute(F), compute(I, microbatch=1))) > 2.4
 
 
-def test_pieces_of_a_known_pair_are_stretched_to_it():
+def test_operations_of_a_known_pair_are_stretched_to_it():
     pair = Pair(compute(F), compute(B, microbatch=1))
     free = with_communication(UNIT, 1.0).template(pair)
     known = replace(with_communication(UNIT, 1.0), pair=2 * free.duration).template(pair)
@@ -58,7 +58,7 @@ def test_a_position_with_a_slow_link_communicates_slower_and_computes_as_fast():
 
 
 def test_known_durations_are_of_a_position_that_is_not_slow():
-    """A slow one takes as much longer as its pieces do."""
+    """A slow one takes as much longer as its operations do."""
     pair = Pair(compute(F), compute(B, microbatch=1))
     free = replace(with_communication(UNIT, 1.0), slowdown=(1.0, 1.0, 2.0), exchange_slowdown=(1.0, 4.0, 1.0))
     known = replace(free, pair=2.4)
@@ -76,7 +76,7 @@ def test_communication_is_a_share_of_all_compute_half_in_each_direction():
 
 
 def test_halves_can_cost_more_compute_than_the_whole():
-    assert replace(UNIT, halves=1.25).of(Split(compute(F))) == 1.25
+    assert replace(UNIT, halves=1.25).of(SplitAction(compute(F))) == 1.25
 
 
 def test_chunks_are_equal_parts_of_a_rank():

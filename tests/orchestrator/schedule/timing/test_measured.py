@@ -9,7 +9,7 @@ import pytest
 
 from actors.telemetry.trace import trace_json
 from orchestrator.layout.layout import Place
-from orchestrator.schedule.ir.actions import Compute, Kind, Split, parse_csv
+from orchestrator.schedule.ir.actions import ActionKind, Compute, SplitAction, parse_csv
 from orchestrator.schedule.ir.spans import Lane, Span
 from orchestrator.schedule.ir.stages import SEARCHED, Stages
 from orchestrator.schedule.kinds.registry import generate
@@ -18,8 +18,8 @@ from orchestrator.schedule.timing.durations import Durations
 from orchestrator.schedule.timing.measured import measured_durations, read_trace, refuse_another_schedule
 from orchestrator.schedule.timing.simulate import simulate
 
-SEGMENTS = {Kind.FORWARD: ("dispatch", "combine"), Kind.BACKWARD: ("combine", "dispatch"),
-            Kind.BACKWARD_INPUT: ("combine", "dispatch")}
+SEGMENTS = {ActionKind.FORWARD: ("dispatch", "combine"), ActionKind.BACKWARD: ("combine", "dispatch"),
+            ActionKind.BACKWARD_INPUT: ("combine", "dispatch")}
 COSTS = Durations(forward=(0.030, 0.020), backward_input=(0.040, 0.050), backward_weight=(0.010, 0.015), backward=(0.090, 0.100),
                   pair=(0.130, 0.140), dispatch=(0.004, 0.006), combine=(0.008, 0.002), layers=1)
 
@@ -46,10 +46,10 @@ def as_a_run_has_them(schedule, durations, offset=0.0, ranks=None):
 
 
 def segments(rank, compute, durations, start, end):
-    if compute.kind is Kind.BACKWARD_WEIGHT:
+    if compute.kind is ActionKind.BACKWARD_WEIGHT:
         return [Span(rank, Lane.COMPUTE, str(compute), start, end)]
     length = {"dispatch": durations.dispatch[compute.stage], "combine": durations.combine[compute.stage]}
-    if compute.kind is not Kind.FORWARD:                        # a backward sends the gradient of combine like a dispatch
+    if compute.kind is not ActionKind.FORWARD:                        # a backward sends the gradient of combine like a dispatch
         length = {"combine": length["dispatch"], "dispatch": length["combine"]}
     half = (end - start - sum(length.values())) / 2
     first, second = SEGMENTS[compute.kind]
@@ -110,7 +110,7 @@ def test_split_actions_and_weights_that_had_nothing_to_do():
     refuse_another_schedule(measured, schedule)
     found = measured_durations(measured, schedule)
     assert found.forward == pytest.approx([3e3]) and found.backward_weight == [0.0]
-    assert measured.length(0, Split(Compute(Kind.FORWARD, 0, 0, 0))) == pytest.approx(3e3)
+    assert measured.length(0, SplitAction(Compute(ActionKind.FORWARD, 0, 0, 0))) == pytest.approx(3e3)
 
 
 def test_where_ranks_stood_is_read_from_the_trace():

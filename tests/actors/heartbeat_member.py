@@ -1,7 +1,8 @@
-"""A process with a lifeline, for tests. Arguments: host, port, node, local, incarnation, beat seconds, what its main thread does.
+"""A process with a heartbeat client, for tests. Arguments: host, port, node, local, incarnation, beat seconds, what its
+main thread does.
 
 It prints a line for each thing that happens to it, and takes `move PORT` and `end` as lines of standard input. It moves as a rank
-does that another coordinator attaches: to a lifeline of its own.
+does that another coordinator attaches: to a client of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import sys
 import threading
 from collections.abc import Callable
 
-from actors.protocol.heartbeat_client import Lifeline
+from actors.protocol.heartbeat_client import HeartbeatClient
 from orchestrator.protocol.membership import Member
 
 
-def listen(begin: Callable[[int], Lifeline], port: int) -> None:
+def listen(begin: Callable[[int], HeartbeatClient], port: int) -> None:
     line = begin(port)
     for words in map(str.split, sys.stdin):
         line.close()
@@ -26,14 +27,14 @@ def listen(begin: Callable[[int], Lifeline], port: int) -> None:
 
 
 class Ends(logging.Handler):
-    """Says when a lifeline has lost its coordinator."""
+    """Says when a heartbeat client has lost its coordinator."""
 
     def __init__(self, tell: Callable[[str], None]):
         super().__init__()
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith("the coordinator's lifeline ended"):
+        if record.getMessage().startswith("the coordinator's heartbeat connection ended"):
             self._tell("orphaned")
 
 
@@ -66,9 +67,9 @@ def main(host: str, port: str, node: str, local: str, incarnation: str, beat: st
         with say:
             print(*words, flush=True)
 
-    def begin(at: int) -> Lifeline:
-        return Lifeline((host, at), Member(node, int(local), int(incarnation)), lambda generation: tell("abort", generation),
-                        float(beat), about=lambda: {"generation": 7}, run="a run")
+    def begin(at: int) -> HeartbeatClient:
+        return HeartbeatClient((host, at), Member(node, int(local), int(incarnation)), lambda generation: tell("abort", generation),
+                               float(beat), about=lambda: {"generation": 7}, run="a run")
 
     logger = logging.getLogger("actors.protocol.heartbeat_client")
     logger.setLevel(logging.INFO)

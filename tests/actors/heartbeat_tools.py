@@ -1,4 +1,4 @@
-"""For tests of lifelines: processes that have one, and waiting for what the coordinator's end sees."""
+"""For tests of heartbeat connections: processes that have one, and waiting for what the coordinator's end sees."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Process:
-    """One that runs lifeline_member.py; `told`: the next line that it said."""
+    """One that runs heartbeat_member.py; `told`: the next line that it said."""
 
     def __init__(self, address, member, how="idle", within=()):
         arguments = [address[0], address[1], member.node, member.local, member.incarnation, BEAT, how]
         self.member = member
         self._process = subprocess.Popen(
-            [*within, sys.executable, "-m", "tests.actors.lifeline_member", *map(str, arguments)],
+            [*within, sys.executable, "-m", "tests.actors.heartbeat_member", *map(str, arguments)],
             cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.pid, self._lines = self._process.pid, queue.Queue()
         self._reader = threading.Thread(target=lambda: [self._lines.put(line.strip()) for line in self._process.stdout])

@@ -1,4 +1,4 @@
-"""Strands in a program's order, with compute and exchanges that the test holds: what runs beside what, and what waits."""
+"""Streams in a program's order, with compute and exchanges that the test holds: what runs beside what, and what waits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from actors.model.segment import Lane, Segment
 from actors.model.weights import WeightGradients
 from actors.runtime.exchange_lane import ExchangeLane, InTurn
-from actors.runtime.weaver import Strand, Weaver, alternating
-from orchestrator.schedule.ir.actions import Kind
-from orchestrator.schedule.ir.orders import strands_of
-from orchestrator.schedule.ir.pieces import planned
+from actors.runtime.issuer import Issuer, SegmentStream, alternating
+from orchestrator.schedule.ir.actions import ActionKind
+from orchestrator.schedule.ir.operations import planned
+from orchestrator.schedule.ir.orders import streams_of
 from orchestrator.schedule.ir.spans import Span, figures
 from orchestrator.schedule.timing.durations import Durations
 
@@ -35,9 +35,9 @@ def segment(lane, name, run=lambda: None, after=1):
     return Segment(lane, name, -1, run, after)
 
 
-def run(strands, order, exchanges, queue=None):
+def run(streams, order, exchanges, queue=None):
     spans = []
-    Weaver(0, WeightGradients() if queue is None else queue, exchanges).run(strands, order, spans)
+    Issuer(0, WeightGradients() if queue is None else queue, exchanges).run(streams, order, spans)
     return spans
 
 
@@ -62,10 +62,10 @@ def together(one, other):
     return one.start < other.end and other.start < one.end
 
 
-def test_one_strands_exchange_runs_under_the_others_compute(lane):
+def test_one_streams_exchange_runs_under_the_others_compute(lane):
     gate, log = Gate(), []
-    one = Strand("F", [segment(C, "a"), segment(X, "x", gate), segment(C, "b", lambda: log.append("b"))])
-    other = Strand("B", [segment(C, "c", lambda: (log.append("c"), gate.open()))])
+    one = SegmentStream("F", [segment(C, "a"), segment(X, "x", gate), segment(C, "b", lambda: log.append("b"))])
+    other = SegmentStream("B", [segment(C, "c", lambda: (log.append("c"), gate.open()))])
     spans = run([one, other], (0, 0, 1, 0), lane)
     assert log == ["c", "b"]
     named = {span.label: span for span in spans}
@@ -74,9 +74,9 @@ def test_one_strands_exchange_runs_under_the_others_compute(lane):
 
 
 def test_in_turn_it_does_not(monkeypatch):
-    monkeypatch.setattr("test_weaver.BOUND_SECONDS", 0.01)
+    monkeypatch.setattr("test_issuer.BOUND_SECONDS", 0.01)
     gate = Gate()
-    one, other = Strand("F", [segment(C, "a"), segment(X, "x", gate)]), Strand("B", [segment(C, "c", gate.open)])
+    one, other = SegmentStream("F", [segment(C, "a"), segment(X, "x", gate)]), SegmentStream("B", [segment(C, "c", gate.open)])
     with pytest.raises(TimeoutError, match="nothing ran beside"):
         run([one, other], (0, 0, 1), InTurn())
 
@@ -84,44 +84,46 @@ def test_in_turn_it_does_not(monkeypatch):
 def test_what_does_not_need_an_exchange_does_not_wait_for_it(lane):
     gate = Gate()
     shared = segment(C, "shared", gate.open, after=2)
-    spans = run([Strand("F", [segment(C, "a"), segment(X, "dispatch", gate), shared, segment(C, "experts", after=2)])], (0,) * 4,
+    spans = run([SegmentStream("F", [segment(C, "a"), segment(X, "dispatch", gate), shared,
+                                     segment(C, "experts", after=2)])], (0,) * 4,
                 lane)
     named = {span.label: span for span in spans}
     assert together(named["F shared"], named["F dispatch"]) and named["F dispatch"].end <= named["F experts"].start
 
 
-def test_weight_gradients_run_under_their_own_strands_exchange(lane):
+def test_weight_gradients_run_under_their_own_streams_exchange(lane):
     gate, queue, log = Gate(), WeightGradients(), []
-    strand = Strand("B", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(X, "dispatch", gate),
-                          segment(C, "attention", lambda: log.append("attention"))], backward=True)
-    spans = run([strand], (0, 0, ~0, 0, ~0), lane, queue)
+    stream = SegmentStream("B", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(X, "dispatch", gate),
+                                 segment(C, "attention", lambda: log.append("attention"))], backward=True)
+    spans = run([stream], (0, 0, ~0, 0, ~0), lane, queue)
     assert log == ["attention"]
     assert [span.label for span in spans if span.lane == "compute"] == ["B experts", "B", "B attention"]
 
 
-def test_deferred_weight_gradients_fill_as_a_strand_of_their_own(lane):
+def test_deferred_weight_gradients_fill_as_a_stream_of_their_own(lane):
     gate, queue, later = Gate(), WeightGradients(), []
-    first = Strand("I", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(C, "nothing")], True, later)
+    first = SegmentStream("I", [segment(C, "experts", lambda: queue.defer(gate.open)), segment(C, "nothing")], True, later)
     run([first], (0, 0), lane, queue)
     assert [len(closures) for closures in later] == [1, 0]
-    run([Strand("F", [segment(X, "x", gate)]), Strand("W", released=later)], (0, ~1, ~1), lane, queue)
+    run([SegmentStream("F", [segment(X, "x", gate)]), SegmentStream("W", released=later)], (0, ~1, ~1), lane, queue)
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 0, 0), (~0, 0, 0), (0, 0)])
-def test_an_order_of_other_strands_is_refused(order, lane):
-    strand = Strand("B", [segment(C, "a"), segment(C, "b")], backward=True)
+def test_an_order_of_other_streams_is_refused(order, lane):
+    stream = SegmentStream("B", [segment(C, "a"), segment(C, "b")], backward=True)
     with pytest.raises(ValueError, match=r"is not one of B with 2 segments"):
-        run([strand], order, lane)
+        run([stream], order, lane)
 
 
 def test_an_error_inside_a_segment_is_its_own(lane):
     with pytest.raises(KeyError):
-        run([Strand("F", [segment(C, "a", lambda: {}.popitem())])], (0,), lane)
+        run([SegmentStream("F", [segment(C, "a", lambda: {}.popitem())])], (0,), lane)
 
 
-def test_without_an_order_strands_alternate():
-    backward = Strand("B", [segment(X, "combine"), segment(C, "experts")], backward=True)
-    forward, weights = Strand("F", [segment(C, "a"), segment(X, "x"), segment(C, "b")]), Strand("W", released=[[], []])
+def test_without_an_order_streams_alternate():
+    backward = SegmentStream("B", [segment(X, "combine"), segment(C, "experts")], backward=True)
+    forward = SegmentStream("F", [segment(C, "a"), segment(X, "x"), segment(C, "b")])
+    weights = SegmentStream("W", released=[[], []])
     assert alternating([forward, backward, weights]) == (0, 1, ~2, 0, 1, ~1, ~2, 0)
 
 
@@ -143,7 +145,7 @@ def test_everything_begins_after_what_it_needs_and_lanes_keep_the_order(shapes, 
     order = drawn_order(shape_of, [backward for _, backward in shapes], random)
     logs = []
     for exchanges in (ExchangeLane(), InTurn()):
-        log, queue, strands = [], WeightGradients(), []
+        log, queue, streams = [], WeightGradients(), []
         for s, (shape, (_, backward)) in enumerate(zip(shape_of, shapes, strict=True)):
             def made(s, i, lane, backward=backward, log=log, queue=queue):
                 pause = random.choice([0.0, 0.0, 0.0005]) if lane is X else 0.0
@@ -156,9 +158,9 @@ def test_everything_begins_after_what_it_needs_and_lanes_keep_the_order(shapes, 
                         queue.defer(lambda: log.append(("weights", s, i)))
                     log.append(("end", s, i))
                 return work
-            strands.append(Strand(str(s), [Segment(lane, str(i), -1, made(s, i, lane), after)
-                                           for i, (lane, after) in enumerate(shape)], backward))
-        run(strands, order, exchanges, queue)
+            streams.append(SegmentStream(str(s), [Segment(lane, str(i), -1, made(s, i, lane), after)
+                                                  for i, (lane, after) in enumerate(shape)], backward))
+        run(streams, order, exchanges, queue)
         if isinstance(exchanges, ExchangeLane):
             exchanges.close()
         logs.append(log)
@@ -187,41 +189,45 @@ def drawn_order(shapes, backward, random):
     return tuple(order)
 
 
-# --- against the plan: a held lane sleeps for as long as a piece takes; nothing waits for a sleep to have ended ---
+# --- against the plan: a held lane sleeps for as long as an operation takes; nothing waits for a sleep to have ended ---
 
 
-def held(pieces, unit, queue):
-    """Segments that take as long as the pieces say, in units of `unit` seconds."""
+def held(operations, unit, queue):
+    """Segments that take as long as the operations say, in units of `unit` seconds."""
     def hold(duration):
         return lambda: time.sleep(unit * duration)
 
-    def compute(piece):
+    def compute(operation):
         def work():
-            time.sleep(unit * piece.duration)
-            if piece.weights is not None:
-                queue.defer(hold(piece.weights))
+            time.sleep(unit * operation.duration)
+            if operation.weights is not None:
+                queue.defer(hold(operation.weights))
         return work
-    return [Segment(piece.lane, piece.name, piece.layer, compute(piece) if piece.lane is C else hold(piece.duration), piece.after)
-            for piece in pieces]
+    def run_of(operation):
+        return compute(operation) if operation.lane is C else hold(operation.duration)
+
+    return [Segment(operation.lane, operation.name, operation.layer, run_of(operation), operation.after)
+            for operation in operations]
 
 
 @pytest.mark.parametrize("form", [
-    ((Kind.FORWARD, 0, 1), (Kind.BACKWARD, 0, 1)), ((Kind.BACKWARD, 0, 1),), ((Kind.FORWARD, 0, 2),)],
+    ((ActionKind.FORWARD, 0, 1), (ActionKind.BACKWARD, 0, 1)), ((ActionKind.BACKWARD, 0, 1),), ((ActionKind.FORWARD, 0, 2),)],
     ids=["pair", "B", "halves"])
 def test_lanes_that_are_held_overlap_as_planned(form, lane):
     """Never faster than the plan, and closer to it than to the sum of all. Best of some runs: the machine is not ours alone."""
-    unit, stages = 0.04, [Durations(1.0, 1.0, 1.0, dispatch=0.7, combine=0.7, layers=2).strands(0)]
-    parts = strands_of(form, stages, [0])
+    unit, stages = 0.04, [Durations(1.0, 1.0, 1.0, dispatch=0.7, combine=0.7, layers=2).operations(0)]
+    parts = streams_of(form, stages, [0])
     plan = planned(parts)
-    in_series = sum(piece.duration + (piece.weights or 0.0) for part in parts for piece in part.pieces)
+    in_series = sum(operation.duration + (operation.weights or 0.0) for part in parts for operation in part.operations)
     hidden = planned_overlap(plan.template)
     best = 0.0
     for _ in range(3):
         queue = WeightGradients()
-        strands = [Strand(str(n), held(part.pieces, unit, queue), any(piece.weights is not None for piece in part.pieces))
+        streams = [SegmentStream(str(n), held(part.operations, unit, queue),
+                                 any(operation.weights is not None for operation in part.operations))
                    for n, part in enumerate(parts)]
         started = time.perf_counter()
-        spans = run(strands, plan.order, lane, queue)
+        spans = run(streams, plan.order, lane, queue)
         ended = time.perf_counter()
         assert ended - started >= unit * plan.template.duration
         found = figures(spans, started, ended)

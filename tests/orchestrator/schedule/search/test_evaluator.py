@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.schedule.kinds.registry import generate
 from orchestrator.schedule.search.anneal import OF_PAIRS, OF_SINGLES, is_mirrored, mirrored, shift
-from orchestrator.schedule.search.board import Board, differing
+from orchestrator.schedule.search.evaluator import IncrementalEvaluator, differing
 from orchestrator.schedule.search.problem import NEVER, Problem
 from orchestrator.schedule.timing.durations import UNIT, Durations, with_communication
 
@@ -18,11 +18,11 @@ COSTS = [UNIT, with_communication(UNIT, 0.913),
          replace(with_communication(UNIT, 0.913), exchange_slowdown=(6.0, 1.0, 1.0, 1.0))]
 
 
-def changes(problem, board, chance, count):
+def changes(problem, evaluator, chance, count):
     """Rows with one random change each, right or wrong."""
     while count:
         position = chance.randrange(problem.positions)
-        row = board.rows[position]
+        row = evaluator.rows[position]
         index = chance.randrange(len(row))
         change = chance.choice((shift, *(OF_PAIRS if len(row[index].parts) == 2 else OF_SINGLES)))
         changed = change(problem, position, row, index, chance)
@@ -36,21 +36,21 @@ def changes(problem, board, chance, count):
 def test_attempts_are_what_working_everything_out_gives(kind, kept, durations):
     schedule = generate(kind, 4, 10)
     problem = Problem(schedule.stages, 10, durations, kept, splits=True)
-    board, chance = Board(problem, problem.rows(schedule)), random.Random(5)
+    evaluator, chance = IncrementalEvaluator(problem, problem.rows(schedule)), random.Random(5)
     allowed = accepted = stuck = 0
-    for position, changed in changes(problem, board, chance, 600):
-        assert board.allows(position, changed) == problem.allows(changed)
+    for position, changed in changes(problem, evaluator, chance, 600):
+        assert evaluator.allows(position, changed) == problem.allows(changed)
         if not problem.allows(changed):
             continue
         allowed += 1
-        bound = board.makespan + chance.choice((1e-6, 0.5, 3.0, 1e9))
-        rows = [changed if p == position else row for p, row in enumerate(board.rows)]
-        trial, whole = board.attempt({position: changed}, bound), problem.makespan(rows, bound)
+        bound = evaluator.makespan + chance.choice((1e-6, 0.5, 3.0, 1e9))
+        rows = [changed if p == position else row for p, row in enumerate(evaluator.rows)]
+        trial, whole = evaluator.attempt({position: changed}, bound), problem.makespan(rows, bound)
         assert (trial is None) == (whole == NEVER)
         stuck += trial is None and bound > 1e8
         if trial is not None:
             assert trial.makespan == pytest.approx(whole)
-            board.accept(trial)
+            evaluator.accept(trial)
             accepted += 1
     assert allowed > 150 and accepted > 50 and stuck > 0
 
@@ -60,25 +60,25 @@ def test_actions_without_slack_are_those_whose_delay_delays_the_end(durations):
     schedule = generate("dualpipe", 4, 8)
     problem = Problem(schedule.stages, 8, durations, 5, splits=False)
     rows = problem.rows(schedule)
-    board = Board(problem, rows)
+    evaluator = IncrementalEvaluator(problem, rows)
     for position, row in enumerate(rows):
         for index, move in enumerate(row):
             late = [*row[:index], replace(move, duration=move.duration + 1e-3), *row[index + 1:]]
             delayed = problem.makespan([late if p == position else r for p, r in enumerate(rows)])
-            assert ((position, index) in board.critical) == (delayed > board.makespan + 0.5e-3)
+            assert ((position, index) in evaluator.critical) == (delayed > evaluator.makespan + 0.5e-3)
 
 
 def test_two_changes_at_once():
     schedule = generate("dualpipe", 4, 12)
     problem = Problem(schedule.stages, 12, COSTS[1], 6, splits=True)
-    board, chance = Board(problem, problem.rows(schedule)), random.Random(2)
+    evaluator, chance = IncrementalEvaluator(problem, problem.rows(schedule)), random.Random(2)
     for _ in range(200):
-        made = {p: row for p, row in changes(problem, board, chance, 3) if problem.allows(row)}
-        rows = [made.get(p, row) for p, row in enumerate(board.rows)]
-        trial, whole = board.attempt(made, board.makespan + 1.01), problem.makespan(rows, board.makespan + 1.01)
+        made = {p: row for p, row in changes(problem, evaluator, chance, 3) if problem.allows(row)}
+        rows = [made.get(p, row) for p, row in enumerate(evaluator.rows)]
+        trial, whole = evaluator.attempt(made, evaluator.makespan + 1.01), problem.makespan(rows, evaluator.makespan + 1.01)
         assert (trial.makespan if trial else NEVER) == pytest.approx(whole)
         if trial:
-            board.accept(trial)
+            evaluator.accept(trial)
 
 
 def test_rows_that_never_end_are_no_board():
@@ -87,7 +87,7 @@ def test_rows_that_never_end_are_no_board():
     rows = [[problem.move(0, ((kind, 0, m),)) for kind, m in ((0, 0), (1, 0), (0, 1), (1, 1))],
             [problem.move(1, ((0, 0, m),)) for m in (0, 1)] + [problem.move(1, ((1, 0, m),)) for m in (1, 0)]]
     with pytest.raises(ValueError, match="for ever"):
-        Board(problem, rows)
+        IncrementalEvaluator(problem, rows)
 
 
 def test_dualpipe_is_its_own_mirror_image():

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.schedule.search.problem import B, F, Move, Problem, Rows, W
+from orchestrator.schedule.search.problem import B, F, Problem, Rows, SearchAction, W
 
 _NEVER, _TINY = float("inf"), 1e-9
 
@@ -20,7 +20,7 @@ class Trial:
     """A change that ends within its bound. `kept`: by position, actions before the change in time; `starts`: of the others;
     `ready`: arrivals of the tensors that they make, `made`: when each of these starts."""
 
-    rows: Mapping[int, list[Move]]
+    rows: Mapping[int, list[SearchAction]]
     makespan: float
     kept: list[int]
     starts: list[list[float]]
@@ -28,7 +28,7 @@ class Trial:
     made: dict[int, float]
 
 
-class Board:
+class IncrementalEvaluator:
     """Raises ValueError: the rows wait for each other for ever."""
 
     def __init__(self, problem: Problem, rows: Rows):
@@ -44,8 +44,8 @@ class Board:
             raise ValueError("the rows wait for each other for ever")
         self.accept(first)
 
-    def attempt(self, changes: Mapping[int, list[Move]], bound: float) -> Trial | None:
-        """The board with other rows at some positions; None: it would end after `bound`, or never."""
+    def attempt(self, changes: Mapping[int, list[SearchAction]], bound: float) -> Trial | None:
+        """The rows, with others at some positions; None: it would end after `bound`, or never."""
         bound *= 1 + _TINY  # a tail is a sum in another order
         begin, end = _NEVER, 0.0
         suffix = {}
@@ -62,7 +62,7 @@ class Board:
             sure[position] = max(index, sure[position] + shift)
         return self._run(changes, kept, sure, bound, begin)
 
-    def allows(self, position: int, row: list[Move]) -> bool:
+    def allows(self, position: int, row: list[SearchAction]) -> bool:
         """`Problem.allows`, by looking at what differs from the present row only: what comes before and after it is right."""
         old = self.rows[position]
         first, common = differing(old, row)
@@ -80,7 +80,7 @@ class Board:
         self.makespan = trial.makespan
         self._find_tails()
 
-    def _run(self, changes: Mapping[int, list[Move]], kept: list[int], sure: list[int], bound: float,
+    def _run(self, changes: Mapping[int, list[SearchAction]], kept: list[int], sure: list[int], bound: float,
              begin: float = 0.0) -> Trial | None:
         """Times from `begin` on. `sure`: by position, from which action on tails hold."""
         positions = range(len(self.rows))
@@ -165,7 +165,7 @@ class Board:
                          if start + tail > limit]
 
 
-def _live(row: list[Move]) -> list[int]:
+def _live(row: list[SearchAction]) -> list[int]:
     """Activations kept before each action, and after the last."""
     found = [0]
     for move in row:
@@ -173,7 +173,7 @@ def _live(row: list[Move]) -> list[int]:
     return found
 
 
-def differing(old: list[Move], new: list[Move]) -> tuple[int, int]:
+def differing(old: list[SearchAction], new: list[SearchAction]) -> tuple[int, int]:
     """(first index at which two rows differ, how many actions at their ends are the same)."""
     shorter = min(len(old), len(new))
     first = next((i for i in range(shorter) if old[i] is not new[i]), shorter)

@@ -1,4 +1,4 @@
-"""What happens inside an action, by hand and against what any list of pieces must obey."""
+"""What happens inside an action, by hand and against what any list of operations must obey."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.schedule.ir.pieces import Cost, Piece, Strand, Template, overlapped, planned, strand, timed
+from orchestrator.schedule.ir.operations import Cost, Operation, OperationStream, Template, overlapped, planned, stream_of, timed
 from orchestrator.schedule.ir.spans import Lane
 
 C, X = Lane.COMPUTE, Lane.EXCHANGE
@@ -17,7 +17,7 @@ forward = Cost(2, compute=4.0, dispatch=1.0, combine=2.0)
 backward = Cost(2, compute=4.0, dispatch=1.0, combine=2.0, weights=4.0, backward=True)
 
 
-def test_a_lone_forward_walks_its_layers_piece_by_piece():
+def test_a_lone_forward_walks_its_layers_operation_by_operation():
     template = overlapped([forward])
     assert template.spans == ((C, 0, 1), (X, 1, 1.5), (C, 1.5, 2.5), (X, 2.5, 3.5),
                               (C, 3.5, 4.5), (X, 4.5, 5), (C, 5, 6), (X, 6, 7))
@@ -46,7 +46,7 @@ def test_without_communication_there_is_nothing_to_hide():
 
 
 def test_halves_of_a_microbatch_hide_each_other():
-    """Four pieces of 0.25 in each half, evenly: one half is one piece behind the other."""
+    """Four operations of 0.25 in each half, evenly: one half is one operation behind the other."""
     template = overlapped([Cost(1, 0.5, 0.25, 0.25)] * 2)
     assert template.duration == pytest.approx(1.25)
 
@@ -80,28 +80,28 @@ def test_the_order_of_the_two_does_not_matter(one, other):
 # --- orders ----------------------------------------------------------------------------------------------------------
 
 
-def ends_by_rules(strands, order):
-    """When each piece ends, from what must be before it: {(strand, place): end}, weight gradients at ("W", strand, place)."""
+def ends_by_rules(streams, order):
+    """When each operation ends, from what must be before it: {(stream, place): end}, weight gradients at ("W", stream, place)."""
     at, weights, on_lane, before, length = Counter(), Counter(), {C: [], X: []}, {}, {}
     for mark in order:
         s, last = mark if mark >= 0 else ~mark, {lane: done[-1:] for lane, done in on_lane.items()}
         if mark < 0:
-            carriers = [i for i, piece in enumerate(strands[s].pieces) if piece.weights is not None]
-            given = len(strands[s].released)
+            carriers = [i for i, operation in enumerate(streams[s].operations) if operation.weights is not None]
+            given = len(streams[s].released)
             n, weights[s] = weights[s], weights[s] + 1
             name = ("W", s, n)
-            length[name] = strands[s].released[n] if n < given else strands[s].pieces[carriers[n - given]].weights
+            length[name] = streams[s].released[n] if n < given else streams[s].operations[carriers[n - given]].weights
             before[name] = last[C] + ([] if n < given else [(s, carriers[n - given])])
             on_lane[C].append(name)
             continue
         place, at[s] = at[s], at[s] + 1
-        piece, name = strands[s].pieces[place], (s, place)
-        length[name] = piece.duration
-        if piece.lane is X:
+        operation, name = streams[s].operations[place], (s, place)
+        length[name] = operation.duration
+        if operation.lane is X:
             before[name] = last[X] + last[C] + [(s, i) for i in range(place)]
         else:
-            before[name] = last[C] + [(s, i) for i in range(place + 1 - piece.after)]
-        on_lane[piece.lane].append(name)
+            before[name] = last[C] + [(s, i) for i in range(place + 1 - operation.after)]
+        on_lane[operation.lane].append(name)
     ends = {}
     for name, others in before.items():                   # in order, so what is before is known
         ends[name] = max((ends[other] for other in others), default=0.0) + length[name]
@@ -109,32 +109,33 @@ def ends_by_rules(strands, order):
 
 
 def layered(layers, shared, backward):
-    """A strand as a stage with experts has it; all lengths of eighths, so sums are exact."""
+    """A stream as a stage with experts has it; all lengths of eighths, so sums are exact."""
     weight = 0.25 if backward else None
-    compute, sent = Piece(C, 0.5, weight), Piece(X, 0.375)
-    beside = (Piece(C, 0.125, weight, after=2),) if shared else ()
-    experts = Piece(C, 0.5, weight, after=1 + len(beside))
+    compute, sent = Operation(C, 0.5, weight), Operation(X, 0.375)
+    beside = (Operation(C, 0.125, weight, after=2),) if shared else ()
+    experts = Operation(C, 0.5, weight, after=1 + len(beside))
     layer = (sent, *beside, experts, sent, compute) if backward else (compute, sent, *beside, experts, sent)
-    return Strand((Piece(C, 0.0, weight), *layer * layers, Piece(C, 0.125, weight)))
+    return OperationStream((Operation(C, 0.0, weight), *layer * layers, Operation(C, 0.125, weight)))
 
 
-strands_drawn = st.builds(layered, st.integers(0, 3), st.booleans(), st.booleans()) | st.builds(
-    lambda n: Strand(released=(0.25,) * n), st.integers(0, 3))
+streams_drawn = st.builds(layered, st.integers(0, 3), st.booleans(), st.booleans()) | st.builds(
+    lambda n: OperationStream(released=(0.25,) * n), st.integers(0, 3))
 
 
 @settings(max_examples=150, deadline=None)
-@given(strands=st.lists(strands_drawn, min_size=1, max_size=3).map(tuple), seed=st.randoms(use_true_random=False))
-def test_an_order_takes_as_long_as_the_longest_chain_of_what_must_wait(strands, seed):
-    for order in (planned(strands).order, shuffled(strands, seed)):
-        ends = ends_by_rules(strands, order)
-        assert timed(strands, order).duration == max(ends.values(), default=0.0)
-        assert len(ends) == sum(len(s.pieces) + len(s.released) + sum(p.weights is not None for p in s.pieces) for s in strands)
+@given(streams=st.lists(streams_drawn, min_size=1, max_size=3).map(tuple), seed=st.randoms(use_true_random=False))
+def test_an_order_takes_as_long_as_the_longest_chain_of_what_must_wait(streams, seed):
+    for order in (planned(streams).order, shuffled(streams, seed)):
+        ends = ends_by_rules(streams, order)
+        assert timed(streams, order).duration == max(ends.values(), default=0.0)
+        assert len(ends) == sum(len(s.operations) + len(s.released) + sum(p.weights is not None for p in s.operations)
+                                for s in streams)
 
 
-def shuffled(strands, random):
-    """Any order that the strands allow."""
-    left, waiting, order = [list(s.pieces) for s in strands], [len(s.released) for s in strands], []
-    while choices := [k for k, pieces in enumerate(left) if pieces] + [~k for k, count in enumerate(waiting) if count]:
+def shuffled(streams, random):
+    """Any order that the streams allow."""
+    left, waiting, order = [list(s.operations) for s in streams], [len(s.released) for s in streams], []
+    while choices := [k for k, operations in enumerate(left) if operations] + [~k for k, count in enumerate(waiting) if count]:
         mark = random.choice(choices)
         order.append(mark)
         if mark < 0:
@@ -144,49 +145,51 @@ def shuffled(strands, random):
     return tuple(order)
 
 
-def best_by_search(strands):
+def best_by_search(streams):
     """The shortest of all orders."""
     def extend(order, left, waiting):
-        choices = [k for k, pieces in enumerate(left) if pieces] + [~k for k, count in enumerate(waiting) if count]
+        choices = [k for k, operations in enumerate(left) if operations] + [~k for k, count in enumerate(waiting) if count]
         if not choices:
-            return timed(strands, tuple(order)).duration
+            return timed(streams, tuple(order)).duration
         found = []
         for mark in choices:
-            pieces, count = [list(p) for p in left], list(waiting)
+            operations, count = [list(p) for p in left], list(waiting)
             if mark < 0:
                 count[~mark] -= 1
             else:
-                count[mark] += pieces[mark].pop(0).weights is not None
-            found.append(extend([*order, mark], pieces, count))
+                count[mark] += operations[mark].pop(0).weights is not None
+            found.append(extend([*order, mark], operations, count))
         return min(found)
-    return extend([], [list(s.pieces) for s in strands], [len(s.released) for s in strands])
+    return extend([], [list(s.operations) for s in streams], [len(s.released) for s in streams])
 
 
-@pytest.mark.parametrize("strands, off", [
+@pytest.mark.parametrize("streams, off", [
     ((layered(1, True, False),), 1.0), ((layered(1, True, True),), 1.0), ((layered(1, False, True),), 1.0),
-    ((Strand(layered(1, True, False).pieces[1:-1]), Strand(layered(1, False, False).pieces[1:-1])), 1.0),
-    ((Strand(layered(1, True, False).pieces[1:-1]), Strand(released=(0.25,) * 3)), 1.06),
-    ((Strand(layered(1, False, False).pieces[1:-1]), Strand(layered(1, False, True).pieces[1:-1])), 1.0)])
-def test_small_plans_are_as_short_as_any_order_or_nearly(strands, off):
-    assert planned(strands).template.duration <= off * best_by_search(strands) + 1e-9
+    ((OperationStream(layered(1, True, False).operations[1:-1]), OperationStream(layered(1, False, False).operations[1:-1])), 1.0),
+    ((OperationStream(layered(1, True, False).operations[1:-1]), OperationStream(released=(0.25,) * 3)), 1.06),
+    ((OperationStream(layered(1, False, False).operations[1:-1]), OperationStream(layered(1, False, True).operations[1:-1])), 1.0)])
+def test_small_plans_are_as_short_as_any_order_or_nearly(streams, off):
+    assert planned(streams).template.duration <= off * best_by_search(streams) + 1e-9
 
 
 QUEUED_EARLY = (
-    Strand((Piece(C, 2.0), Piece(X, 2.0), Piece(C, 1.0, after=2), Piece(C, 3.0, after=2), Piece(X, 1.0))),
-    Strand((Piece(C, 2.0), Piece(X, 3.0), Piece(C, 4.0), Piece(X, 3.0))))
-PATIENT = (Strand((Piece(X, 2.0), Piece(C, 1.0, 3.0, after=2), Piece(C, 2.0, 1.0, after=2), Piece(X, 3.0), Piece(C, 4.0, 4.0))),)
+    OperationStream((Operation(C, 2.0), Operation(X, 2.0), Operation(C, 1.0, after=2),
+                     Operation(C, 3.0, after=2), Operation(X, 1.0))),
+    OperationStream((Operation(C, 2.0), Operation(X, 3.0), Operation(C, 4.0), Operation(X, 3.0))))
+PATIENT = (OperationStream((Operation(X, 2.0), Operation(C, 1.0, 3.0, after=2), Operation(C, 2.0, 1.0, after=2),
+                            Operation(X, 3.0), Operation(C, 4.0, 4.0))),)
 
 
-@pytest.mark.parametrize("strands, shortest", [(QUEUED_EARLY, 13.0), (PATIENT, 16.0)])
-def test_what_only_one_of_the_rules_finds(strands, shortest):
+@pytest.mark.parametrize("streams, shortest", [(QUEUED_EARLY, 13.0), (PATIENT, 16.0)])
+def test_what_only_one_of_the_rules_finds(streams, shortest):
     """Communication queued before its lane is free; weight gradients that wait rather than delay others."""
-    assert planned(strands).template.duration == shortest == best_by_search(strands)
+    assert planned(streams).template.duration == shortest == best_by_search(streams)
 
 
 def test_a_shared_expert_runs_under_the_dispatch_it_does_not_need():
     """Attention 0 to 0.5, dispatch to 0.875 with the shared expert under it, experts to 1.375, combine to 1.75, output."""
-    strand = layered(1, True, False)
-    plan = planned((strand,))
+    stream = layered(1, True, False)
+    plan = planned((stream,))
     assert plan.order == (0,) * 7 and plan.template.duration == 1.875
     assert (C, 0.5, 0.625) in plan.template.spans and (X, 0.5, 0.875) in plan.template.spans
 
@@ -195,24 +198,25 @@ def test_the_order_of_a_pair_is_that_of_the_published_trace():
     """DeepSeek's profile-data, train.json: one layer of a forward and a backward, communication 0.913 of compute."""
     names = ["attn(F)", "dispatch(F)", "mlp(F)", "combine(F)"], ["combine(B)", "mlp(B)", "dispatch(B)", "attn(B)"]
     sent = 0.913 * 3 / 4
-    strands = tuple(strand(Cost(1, 1.0, sent, sent, weights, backward)) for weights, backward in ((0.0, False), (1.0, True)))
+    streams = tuple(stream_of(Cost(1, 1.0, sent, sent, weights, backward)) for weights, backward in ((0.0, False), (1.0, True)))
     at, released, lanes = [0, 0], ["mlp(W)", "attn(W)"], {C: [], X: []}
-    for mark in planned(strands).order:
+    for mark in planned(streams).order:
         if mark < 0:
             lanes[C].append(released.pop(0))
         else:
-            lanes[strands[mark].pieces[at[mark]].lane].append(names[mark][at[mark]])
+            lanes[streams[mark].operations[at[mark]].lane].append(names[mark][at[mark]])
             at[mark] += 1
     assert lanes == {C: ["attn(F)", "mlp(B)", "mlp(W)", "mlp(F)", "attn(B)", "attn(W)"],
                      X: ["combine(B)", "dispatch(F)", "dispatch(B)", "combine(F)"]}
 
 
 @pytest.mark.parametrize("order, words", [
-    ((0, 0, 0), "leaves out 1 pieces and 1 weight gradients of strand 0"), ((0, 0, 0, 0), "leaves out 0 pieces and 1 weight"),
-    ((~0, 0, 0, 0, 0), "place 0 of order .*: strand 0 has nothing more to release"), ((0,) * 5, "place 4 .*nothing more$"),
-    ((0, 0, 0, 0, ~0, ~0), "place 5 .*nothing more to release"), ((0, 1), "place 1 .*strand 1"), ((0, ~1), "place 1 .*strand 1")])
-def test_an_order_of_other_strands_is_refused(order, words):
-    strands = (Strand((Piece(C, 1.0), Piece(X, 1.0), Piece(C, 1.0, 0.5), Piece(C, 1.0))),)
-    assert timed(strands, (0, 0, 0, ~0, 0)).duration == 4.5
+    ((0, 0, 0), "leaves out 1 operations and 1 weight gradients of stream 0"),
+    ((0, 0, 0, 0), "leaves out 0 operations and 1 weight"),
+    ((~0, 0, 0, 0, 0), "place 0 of order .*: stream 0 has nothing more to release"), ((0,) * 5, "place 4 .*nothing more$"),
+    ((0, 0, 0, 0, ~0, ~0), "place 5 .*nothing more to release"), ((0, 1), "place 1 .*stream 1"), ((0, ~1), "place 1 .*stream 1")])
+def test_an_order_of_other_streams_is_refused(order, words):
+    streams = (OperationStream((Operation(C, 1.0), Operation(X, 1.0), Operation(C, 1.0, 0.5), Operation(C, 1.0))),)
+    assert timed(streams, (0, 0, 0, ~0, 0)).duration == 4.5
     with pytest.raises(ValueError, match=words):
-        timed(strands, order)
+        timed(streams, order)
