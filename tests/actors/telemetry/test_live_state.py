@@ -89,7 +89,8 @@ def test_what_is_newest_is_shown_with_its_time(board):
              told("checkpoint", time=200.0 + number, step=number, path=f"step-{number}", seconds=0.25))
         board.observe("timeline", {"step": number, "seconds": 0.5, "spans": [(0, "compute", 0.0, 0.1)]})
     state = board.state()
-    assert state["newest"] == {"step": 3, "time": 100.0, "loss": 2.5, "tokens_per_second": 1234.56, "seconds": 0.5, "busiest_expert": 1.5}
+    assert state["newest"] == {"step": 3, "time": 100.0, "loss": 2.5, "tokens_per_second": 1234.56, "seconds": 0.5,
+                               "busiest_expert": 1.5}
     assert state["validation"] == {"time": 104.0, "event": "validation", "step": 4, "loss": 0.5, "seconds": 0.5}
     assert state["checkpoint"] == {"time": 204.0, "event": "checkpoint", "step": 4, "path": "step-4", "seconds": 0.25}
     assert state["timeline_step"] == 4 and board.timeline() == {"step": 4, "seconds": 0.5, "spans": [(0, "compute", 0.0, 0.1)]}
@@ -98,10 +99,11 @@ def test_what_is_newest_is_shown_with_its_time(board):
 
 
 def test_the_ranks_of_each_node_in_their_order_there(board):
-    """Both positions of a pipeline of DualPipe host both stages."""
+    """Both positions of a pipeline of DualPipe host both stages, by direction."""
     assert board.state()["grid"] == [
         {"node": first.node, "ranks": [
-            {"rank": place.rank, "position": place.position, "row": place.row, "width": place.width, "stages": [0, 1], "slow": None}
+            {"rank": place.rank, "position": place.position, "row": place.row, "width": place.width,
+             "stages": [[0, 1], [1, 0]][place.position], "slow": None}
             for local in range(2) for place in LAYOUT.places if (place.node, place.local) == (first.node, local)]}
         for first in LAYOUT.places if first.local == 0]
     assert Board(CONFIG, lambda: None).state()["grid"] == []

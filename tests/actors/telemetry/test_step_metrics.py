@@ -60,9 +60,10 @@ def test_losses_and_scores_are_means_over_what_they_are_of(predicts):
 def test_a_timeline_has_what_took_a_thousandth_of_the_step_since_each_rank_began():
     spans = (Span(0, "compute", "F0.0", 10.0, 500.0), Span(0, "exchange", "F0.0 dispatch", 500.0, 503.75),
              Span(0, "compute", "F0.1", 600.0, 604.0))
-    reports = [report(0, seconds=2000.0, spans=spans), report(1, seconds=4000.00006, spans=(Span(1, "pipeline", "", 90.0, 96.12344),)),
-               report(2, seconds=3000.0)]
-    assert timeline(7, reports) == {"step": 7, "seconds": 4000.0001, "spans": [(0, "compute", 0.0, 490.0), (1, "pipeline", 0.0, 6.1234)]}
+    waits = (Span(1, "pipeline", "", 90.0, 96.12344),)
+    reports = [report(0, seconds=2000.0, spans=spans), report(1, seconds=4000.00006, spans=waits), report(2, seconds=3000.0)]
+    assert timeline(7, reports) == {
+        "step": 7, "seconds": 4000.0001, "spans": [(0, "compute", 0.0, 490.0), (1, "pipeline", 0.0, 6.1234)]}
     exact = [report(0, seconds=4000.0, spans=spans)]
     assert timeline(8, exact)["spans"] == [(0, "compute", 0.0, 490.0), (0, "compute", 590.0, 594.0)]
 
