@@ -150,6 +150,15 @@ def test_the_next_run_takes_the_same_port_at_once(serve):
     assert "dualray_loss" in read(second, "/metrics")[1]
 
 
+def test_a_client_that_says_nothing_holds_up_no_end():
+    exporter = Exporter(RunMetrics().registry, (HOST,), 0)
+    with socket.create_connection((HOST, exporter.port), timeout=10):
+        read(exporter, "/metrics")  # by then the silent one has been accepted, and is listened to
+        began = time.monotonic()
+        exporter.close()
+        assert time.monotonic() - began < 8  # it would be for 10 s
+
+
 def test_runs_beside_one_another_take_the_ports_that_are_looked_at(serve):
     assert 9464 <= serve(RunMetrics(), AUTO).port < serve(RunMetrics(), AUTO).port <= 9473
 

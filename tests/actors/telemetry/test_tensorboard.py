@@ -43,6 +43,30 @@ def test_a_run_that_goes_back_shows_each_step_once(tmp_path):
     assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("loss/training")] == [(0, 5.0), (1, 4.5), (2, 3.5)]
 
 
+def test_where_another_coordinator_goes_on_each_step_is_shown_once(tmp_path):
+    """It may commit a step anew that the one before had told."""
+    files = EventFiles(str(tmp_path))
+    files.observe("event", told("generation", step=0))
+    for number, loss in enumerate((5.0, 4.0, 3.0)):
+        files.observe("step", step(number, loss))
+    files.observe("event", told("coordinator_restarted", step=2, members=4))
+    files.observe("event", told("validation", step=2, time=101.5, loss=4.5))
+    for number, loss in ((2, 2.5), (3, 1.5)):
+        files.observe("step", step(number, loss))
+    files.close()
+    found = written(str(tmp_path))
+    assert [(entry.step, entry.value) for entry in found.Scalars("loss/training")] == [(0, 5.0), (1, 4.0), (2, 2.5), (3, 1.5)]
+    assert [(entry.step, entry.value) for entry in found.Scalars("validation/loss")] == [(2, 4.5)]
+
+
+def test_a_coordinator_that_takes_over_keeps_a_score_that_comes_before_its_first_step(tmp_path):
+    files = EventFiles(str(tmp_path))
+    files.observe("event", told("coordinator_restarted", step=2, members=4))
+    files.observe("event", told("validation", step=2, time=101.5, loss=4.5))
+    files.close()
+    assert [(entry.step, entry.value) for entry in written(str(tmp_path)).Scalars("validation/loss")] == [(2, 4.5)]
+
+
 def test_what_fails_is_said_and_begun_anew_later(tmp_path, monkeypatch):
     """torch's writer says for ever what its thread met once, as on a disk that was full."""
     files = EventFiles(str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.ledger import CUT, Cuts, LedgerDamaged, chained, entries, line_hash, read
+from orchestrator.data.ledger import CUT, Cuts, LedgerDamaged, chained, committed_by, entries, line_hash, read
 
 
 def written(*values: dict) -> list[str]:
@@ -87,3 +87,18 @@ def test_a_missing_line_is_noticed(number):
     del lines[number]
     with pytest.raises(LedgerDamaged, match=f"^line {max(1, number)} is damaged: "):
         read(lines)
+
+
+@pytest.mark.parametrize("values, committed", [
+    ([], 0), (WHOLE, 2), (WHOLE[:5], 3), (WHOLE[:7], 1), (WHOLE[:8], 1), ([step(0), cut(0)], 0),
+    ([step(0), step(1), {"kind": "epoch", "epoch": 7}], 2), ([{"kind": "origin", "generation": 9, "step": 5, "source": None}], 0)])
+def test_how_many_steps_are_committed_by_the_newest_lines(values, committed):
+    lines = written(*values)
+    assert committed_by(lines) == read(lines).committed == committed
+    newest = max((at for at, one in enumerate(values) if one.get("kind", "step") in ("step", "cut")), default=None)
+    assert newest is None or committed_by(lines[newest:]) == committed, "what is before is not looked at"
+
+
+@pytest.mark.parametrize("harm", ['{"step": null, "generation": 1}', '{"kind": "cut", "step": "1"}', "no JSON", '{"step": 7'])
+def test_what_is_damaged_says_nothing_of_what_is_committed(harm):
+    assert committed_by([json.dumps(step(3)), harm]) == 4 and committed_by([harm]) == 0

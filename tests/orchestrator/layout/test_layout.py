@@ -170,6 +170,11 @@ def test_refusals(ranks, pins, line):
     assert str(caught.value) == line
 
 
+def test_a_model_of_one_expert_is_refused_for_what_was_set():
+    with pytest.raises(ConfigError, match="^layout.pipeline = 4: needs 4 ranks .*, the cluster has 3 ranks on 1 node$"):
+        layout_of((3,), 4, small_model(n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1))
+
+
 @pytest.mark.parametrize("count", range(1, 9))
 def test_rows_beyond_the_expert_groups_of_one_replica_stay_out(count):
     layout = layout_of((1,) * count, 1, MODEL, data=1)

@@ -133,6 +133,35 @@ def test_a_link_that_carries_nothing_stays_as_it_was():
     assert told([(works(), {})] * 10, watch)[0] == []
 
 
+@pytest.mark.parametrize("seconds, named", [(0.026, False), (0.027, True)])
+def test_what_a_slow_rank_costs_a_step_counts(seconds, named):
+    """Beyond the 16 ms of all others it is 9.9 ms, which do not count, or 10.9, which do."""
+    steps = [({rank: Work(seconds - 1e-4 if rank == 3 else 0.016, 4, 100) for rank in range(8)}, {})] * 5
+    assert told(steps)[0] == ([(2, 3, None, Lane.COMPUTE, False)] if named else [])
+
+
+@pytest.mark.parametrize("seconds, named", [(1.2, False), (2.0, True)])
+@pytest.mark.parametrize("of_one, of_others", [((0, 100), (4, 100)), ((4, 0), (4, 100)), ((4, 100), (0, 0)), ((0, 0), (0, 0))])
+def test_who_has_no_tokens_or_no_experts_is_judged_by_the_rest(seconds, named, of_one, of_others):
+    """An empty stream, or experts that nobody chose: nothing to divide by."""
+    steps = [({rank: Work(seconds, *of_one) if rank == 3 else Work(1.0, *of_others) for rank in range(8)}, {})] * 3
+    assert told(steps)[0] == ([(2, 3, None, Lane.COMPUTE, False)] if named else [])
+
+
+@pytest.mark.parametrize("line, position, lane", [
+    (True, False, Lane.PIPELINE), (False, False, Lane.EXCHANGE), (False, True, Lane.EXCHANGE)])
+def test_a_link_is_called_after_what_it_is_for(line, position, lane):
+    """Ranks of one pipeline hand on activations; all others, of one position or not, only exchange tokens."""
+    layout = layout_of((2, 2, 2, 2), 4, small_model())
+    ends = [(one.rank, other.rank) for one in layout.places for other in layout.places if one.node != other.node
+            and ((one.row, one.width) == (other.row, other.width)) == line and (one.position == other.position) == position]
+    flows = {(one.rank, other.rank): Flow(BYTES, 0.1) for one in layout.places for other in layout.places if one.node != other.node}
+    for rank, peer in ends:
+        slow = flows | {(rank, peer): Flow(BYTES, 1.0)}
+        assert told([({}, slow)] * 3, Watch(layout))[0] == [(2, rank, peer, lane, False)]
+    assert ends
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_median_of_the_others_is_that_of_the_standard_library(seed):
     dice = random.Random(seed)
