@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from actors.telemetry.live_state import Board
+from actors.telemetry.live_state import LiveStatus
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
 from orchestrator.topology import virtual_nodes
@@ -23,7 +23,7 @@ ANEW = [told("generation", generation=2), told("generation", generation=2, secon
 
 @pytest.fixture
 def board():
-    return Board(CONFIG, lambda: LAYOUT)
+    return LiveStatus(CONFIG, lambda: LAYOUT)
 
 
 def tell(board, *events):
@@ -106,7 +106,7 @@ def test_the_ranks_of_each_node_in_their_order_there(board):
              "stages": [[0, 1], [1, 0]][place.position], "slow": None}
             for local in range(2) for place in LAYOUT.places if (place.node, place.local) == (first.node, local)]}
         for first in LAYOUT.places if first.local == 0]
-    assert Board(CONFIG, lambda: None).state()["grid"] == []
+    assert LiveStatus(CONFIG, lambda: None).state()["grid"] == []
 
 
 def test_the_last_sixty_events_are_kept(board):
@@ -116,7 +116,7 @@ def test_the_last_sixty_events_are_kept(board):
 
 def test_older_steps_are_shown_at_half_the_density():
     """Every other one goes once there are 800, but for the newest."""
-    found = Board(CONFIG, lambda: None)
+    found = LiveStatus(CONFIG, lambda: None)
     for number in range(800):
         found.observe("step", STEP | {"step": number})
     assert [point[0] for point in found.state()["points"]] == [*range(0, 799, 2), 799]
@@ -140,7 +140,7 @@ def test_what_is_recalled_takes_the_place_of_what_was_there(board):
 
 def test_since_when_this_coordinator_has_it(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1000.125)
-    found = Board(CONFIG, lambda: None)
+    found = LiveStatus(CONFIG, lambda: None)
     assert (found.state()["since"], found.state()["now"]) == (1000.125, 1000.125)
     monkeypatch.setattr(time, "time", lambda: 1500.25)
     assert (found.state()["since"], found.state()["now"]) == (1000.125, 1500.25)
