@@ -33,10 +33,15 @@ class ConfigError(ValueError):
 
     def __init__(self, key: str, value: Any, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(f"{_shown(key)} = {_shown(value)}: {allowed}")
+        super().__init__(f"{_shown(key)} = {_shown(value)}: {_on_one_line(allowed)}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, Any, str]]:
         return type(self), (self.key, self.value, self.allowed)  # an exception is pickled by its text alone, for which this takes more
+
+
+def _on_one_line(text: str) -> str:
+    """What is allowed may quote what was given."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def refusal(error: ValidationError, root: type[BaseModel], tree: dict[str, Any]) -> ConfigError:

@@ -205,6 +205,13 @@ def test_any_value_is_taken_or_refused_in_one_line_that_names_its_key(place, val
         assert error.allowed and (error.key.startswith(f"{section}.") or error.key.startswith(("model.", "layout.")))
 
 
+@pytest.mark.parametrize("label", ["\x1f", "x\ny", "a\u2028b"])
+def test_what_is_quoted_stays_on_the_line(label):
+    with pytest.raises(ConfigError) as caught:
+        parse({"topology": {"labels": {label: ""}}})
+    assert str(caught.value).isprintable() and str(caught.value).endswith(f"not {label.encode('unicode_escape').decode()}")
+
+
 @pytest.mark.parametrize("text, value", [
     ("1e-4", 1e-4), ("2E5", 2e5), ("+1.5e-3", 1.5e-3), (".5e1", 5.0), ("0.25", 0.25), ("1", 1.0)])
 def test_numbers_as_people_write_them(text, value):
