@@ -93,6 +93,7 @@ def test_a_ledger_keeps_where_every_expert_was():
     config = parse({}, ["layout.pipeline=2", "topology.virtual_nodes=2", "topology.ranks_per_node=2"])
     layout = choose(virtual_nodes(2, 2), config.layout, config.model, config.stages)
     found = generation_record(config, layout, placement)
-    assert list(found) == ["layout", "layers_per_stage", "schedule", "placement"] and found["placement"] == placement_record(placement)
+    assert list(found) == ["layout", "layers_per_stage", "schedule", "placement"]
+    assert found["placement"] == placement_record(placement)
     assert (found["layout"]["pipeline"], found["layout"]["nodes"], found["layout"]["cells"]) == (
         2, ["virtual-0", "virtual-1"], layout.cells)
