@@ -153,7 +153,7 @@ class Trial:
     """
 
     def __init__(self, root: Path, tests: Sequence[str], folder: Path):
-        self._root, self._tests, self._folder = root, tests, folder / "tree"
+        self._tests, self._folder = tests, folder / "tree"
         shutil.copytree(root, self._folder, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=True)
         (self._folder / f"{_PROFILE}.py").write_text(_PROFILE_SOURCE)
         began = time.monotonic()
@@ -164,7 +164,8 @@ class Trial:
 
     def kills(self, mutant: Mutant) -> bool:
         """Whether a test fails with it, or hangs."""
-        place, source = self._folder / mutant.path, (self._root / mutant.path).read_text(encoding="utf-8")
+        place = self._folder / mutant.path
+        source = place.read_text(encoding="utf-8")
         Path(importlib.util.cache_from_source(str(place))).unlink(missing_ok=True)  # of the first run; none is written in this one
         place.write_text(mutated(source, mutant), encoding="utf-8")
         try:

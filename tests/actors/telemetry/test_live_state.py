@@ -66,6 +66,14 @@ def test_of_the_nodes_that_never_came_back_the_last_eight_are_shown(board):
     assert [row["node"] for row in board.state()["lost"]] == [f"all-{number}" for number in range(3, 11)]
 
 
+@pytest.mark.parametrize("anew", ANEW, ids=["state loaded", "state in memory"])
+def test_a_node_that_is_back_is_not_shown_as_lost(board, anew):
+    tell(board, told("lost", members=["gone/0", "virtual-1/0", "virtual-1/1"]))
+    assert [row["node"] for row in board.state()["lost"]] == ["gone", "virtual-1"]
+    tell(board, anew)
+    assert [row["node"] for row in board.state()["lost"]] == ["gone"]
+
+
 def test_how_long_ago_a_node_was_lost(board):
     before = time.time()
     tell(board, told("lost", time=before - 50.0, members=["gone/0"]))

@@ -12,7 +12,8 @@ from tests.told_events import told
 
 STEP = {"step": 7, "loss": 4.5, "tokens": 512, "tokens_per_second": 2000.0, "seconds": 0.25, "overlap_ratio": 0.5,
         "bubble_ratio": 0.125, "exposed_comm_seconds": 0.0625, "gradient_norm": 1.5, "learning_rate": 1e-3, "busiest_expert": 1.25,
-        "generation": 1, "nodes": 2, "bytes_across_nodes": 300, "bytes_inside_nodes": 70, "time": 1600.5, "spent": {"useful": 0.5, "recovery": 0.25}}
+        "generation": 1, "nodes": 2, "bytes_across_nodes": 300, "bytes_inside_nodes": 70, "time": 1600.5,
+        "spent": {"useful": 0.5, "recovery": 0.25}}
 SPENT = ("useful", "exposed_communication", "bubble", "coordination", "data", "validation", "checkpoint", "placement", "recovery")
 
 
@@ -43,7 +44,8 @@ def test_a_run_that_has_just_begun():
 def test_a_step_is_in_every_series(metrics):
     metrics.observe("step", STEP | {"mfu": 0.375})
     assert values(metrics, "committed_step", "loss", "tokens_per_second", "step_seconds", "overlap_ratio", "bubble_ratio",
-                  "exposed_communication_seconds", "gradient_norm", "learning_rate", "expert_load_ratio", "generation", "nodes") == [
+                  "exposed_communication_seconds", "gradient_norm", "learning_rate", "expert_load_ratio", "generation",
+                  "nodes") == [
         7, 4.5, 2000.0, 0.25, 0.5, 0.125, 0.0625, 1.5, 1e-3, 1.25, 1, 2]
     assert values(metrics, "tokens_total", "exchange_across_nodes_bytes_total", "exchange_inside_nodes_bytes_total",
                   "committed_step_timestamp_seconds", "model_flops_utilisation_ratio") == [512, 300, 70, 1600.5, 0.375]

@@ -10,9 +10,21 @@ import pytest
 from actors.calls.messages import LossSums, StepReport
 from actors.comm.traffic import Sent
 from actors.data.batching import Batch
-from actors.telemetry.step_metrics import SHOWN_RANKS, busiest, losses_of, scores_of, step_metrics, timeline
+from actors.telemetry.step_metrics import (
+    SHOWN_RANKS,
+    busiest,
+    generation_record,
+    losses_of,
+    placement_record,
+    scores_of,
+    step_metrics,
+    timeline,
+)
 from orchestrator.config.run_config import parse
+from orchestrator.layout.layout import choose
+from orchestrator.layout.placement import Placed, Placement
 from orchestrator.schedule.ir.spans import Figures, Span
+from orchestrator.topology import virtual_nodes
 
 
 def report(rank: int = 0, **fields) -> StepReport:
@@ -71,3 +83,17 @@ def test_a_timeline_has_what_took_a_thousandth_of_the_step_since_each_rank_began
 def test_a_timeline_is_of_the_first_ranks():
     many = [report(rank, spans=(Span(rank, "compute", "F0.0", 0.0, 1.0),)) for rank in range(SHOWN_RANKS + 3)]
     assert [rank for rank, *_ in timeline(7, many)["spans"]] == list(range(32))
+
+
+def test_a_ledger_keeps_where_every_expert_was():
+    placement = Placement((Placed(0, 1, 2, (4, 5), ((0,), (1, 2))), Placed(1, 0, 3, (6,), ((0, 1, 2),))))
+    assert placement_record(placement) == [
+        {"replica": 0, "position": 1, "layer": 2, "experts": ((0,), (1, 2))},
+        {"replica": 1, "position": 0, "layer": 3, "experts": ((0, 1, 2),)}]
+    config = parse({}, ["layout.pipeline=2", "topology.virtual_nodes=2", "topology.ranks_per_node=2"])
+    layout = choose(virtual_nodes(2, 2), config.layout, config.model, config.stages)
+    found = generation_record(config, layout, placement)
+    assert list(found) == ["layout", "layers_per_stage", "schedule", "placement"]
+    assert found["placement"] == placement_record(placement)
+    assert (found["layout"]["pipeline"], found["layout"]["nodes"], found["layout"]["cells"]) == (
+        2, ["virtual-0", "virtual-1"], layout.cells)

@@ -121,6 +121,14 @@ def test_ranks_that_only_own_share_the_load():
             assert bucket.owners == ((holder, (holder + 2) % 6),)
 
 
+def test_a_rank_that_only_owns_has_the_position_of_the_holder():
+    """Two rows of two positions, a node for each rank: the other one of its position, not its neighbour in the row."""
+    layout = layout_of((1,) * 4, 2, MODEL, Stages(LOOP, 2))
+    assert [(place.row, place.position) for place in layout.places] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    found = {bucket.holders: bucket.owners for bucket in buckets(MODEL, layout, 1) if len(bucket.holders) == 1}
+    assert found == {(0,): ((0, 2),), (1,): ((1, 3),), (2,): ((2, 0),), (3,): ((3, 1),)}
+
+
 @pytest.mark.parametrize("folding, ends", [
     (Stages(BOTH, 1), [0]), (Stages(BOTH, 2), [0, 1]), (Stages(BOTH, 4), [0, 3]),
     (Stages(LOOP, 2), [0, 1]), (Stages(LOOP, 3), [0, 2]), (Stages(LOOP, 2, 2), [0, 1]), (Stages(V, 2, 2), [0]),
