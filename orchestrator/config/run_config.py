@@ -98,7 +98,7 @@ class ScheduleSection(Section):
     placement: Literal[*PLACEMENTS, "auto"] = Field("auto", description="how searched folds the stages")
     most_activations: Annotated[Real, Unit("microbatches"), Ge(1)] | Auto = Field(
         "auto", description="microbatches on all layers of a position that searched may keep at once")
-    costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with, and the order of pieces "
+    costs: CostsSection = Field(CostsSection(), description="what searched minimises the duration with, and the order of operations "
                                                             "inside an action follows from")
     overlap: bool = Field(True, description="false: dispatch and combine run in turn with compute, in the same order")
 
