@@ -12,7 +12,7 @@ from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement
 from orchestrator.protocol.events import CallId, Ending, Fault
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.recovery.replay import Replay
 from orchestrator.schedule.ir.actions import Program
 from orchestrator.schedule.ir.spans import Figures, Span

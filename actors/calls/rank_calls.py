@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Failed, Fault, NodeDraining, NodeJoined, NodeLeft, NodeStays
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 
 LOST = "its process or node was lost"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 NAMESPACE = "dualray"
 _BETWEEN = "|"  # which no run's name has

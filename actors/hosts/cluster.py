@@ -19,7 +19,7 @@ from actors.errors import named_line
 from actors.files import names
 from actors.protocol.silence import LOOK_SECONDS, Silence
 from orchestrator.config.run_config import RunConfig, TopologySection
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.kinds import ControlStoreAway, ControlStoreBack, Event
 from orchestrator.topology import Node, selects
 

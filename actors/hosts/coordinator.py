@@ -40,7 +40,7 @@ from actors.telemetry.live_state import LiveStatus
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.kinds import Event
 
 logger = logging.getLogger(__name__)

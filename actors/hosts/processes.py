@@ -27,7 +27,7 @@ from actors.protocol.heartbeat_wire import bell_and_rope, ring, silence
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from actors.files.run_folder import Token
 from actors.hosts.cluster import NodeWatch
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, NotMade
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 logger = logging.getLogger(__name__)
 

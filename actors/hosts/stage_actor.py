@@ -24,7 +24,7 @@ from actors.runtime.rank import Rank
 from actors.telemetry.exporter import Exporter, RankMetrics, listening, reachable
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.events import CallId, Fault
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 logger = logging.getLogger(__name__)
 

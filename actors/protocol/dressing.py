@@ -25,7 +25,7 @@ from orchestrator.plan.recipe import learning_rate
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.commands import Call, Form
 from orchestrator.protocol.events import Answer, Done, LayoutRef, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 _KEPT = 8
 OF_NONE = (commands.Recall, commands.Finish, commands.Probe, commands.Collect)

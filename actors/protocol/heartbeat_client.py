@@ -29,7 +29,7 @@ from actors.protocol.heartbeat_wire import (
     silence,
     wanted_events,
 )
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 logger = logging.getLogger(__name__)
 

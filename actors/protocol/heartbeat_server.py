@@ -31,7 +31,7 @@ from actors.protocol.heartbeat_wire import (
     wanted_events,
 )
 from orchestrator.protocol.events import Beat, LetGo
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.layout.placement import Placement, default_placement
 from orchestrator.protocol.events import Base, LayoutRef, PlacementRef, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.recovery.experts import relaid_placement
 from orchestrator.recovery.relayout import Relaid, relaid
 from orchestrator.state import ownership

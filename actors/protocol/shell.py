@@ -26,7 +26,7 @@ from orchestrator.layout.placement import Placement, balanced_placement, moves
 from orchestrator.protocol import commands
 from orchestrator.protocol.commands import Call, Command, CutLine, EpochLine, Line, OriginLine, StepLine, lane_of
 from orchestrator.protocol.events import Answered, CallId, Ended, Event, Failed, Heard, Hello, LineRefused, PlacementFound, Stored
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.run import Run
 
 logger = logging.getLogger(__name__)

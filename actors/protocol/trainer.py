@@ -35,7 +35,7 @@ from orchestrator.plan import cost
 from orchestrator.protocol.commands import EndRun
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Ending, Goal, Head, ReplayedChange, Seen, Started
-from orchestrator.protocol.membership import Member, MembershipRules
+from orchestrator.protocol.members import Member, MembershipRules
 from orchestrator.protocol.run import Run
 from orchestrator.told.kinds import CheckpointUnreadable, Event, StorageAway
 from orchestrator.told.lines import Told, details

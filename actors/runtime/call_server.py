@@ -29,7 +29,7 @@ from actors.runtime.rank import Rank
 from actors.state.checkpoint import CheckpointError
 from actors.state.hugging_face import FolderError
 from orchestrator.protocol.events import CallId, FailKind, Fault
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 
 from actors.protocol.heartbeat_wire import Address
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 ECHOED_BYTES = 1 << 16
 """More than fits one packet, or the first window: a link that lets only small ones through is not whole."""

@@ -50,7 +50,7 @@ from actors.state.optimizer import Optimizer, shards_of
 from actors.state.resharding import Carried, carry_over
 from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.placement import Placement
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.schedule.ir.actions import Program
 from orchestrator.schedule.ir.spans import figures
 from orchestrator.state import ownership, transfer

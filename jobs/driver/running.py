@@ -21,7 +21,7 @@ from jobs.driver.progress import Progress
 from orchestrator.config.run_config import ConfigError, RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.events import Ending
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.recovery.replay import Replay
 
 START_TIMEOUT_SECONDS = 300.0

@@ -18,7 +18,7 @@ from jobs import cli
 from jobs.driver.progress import Progress
 from jobs.driver.running import POLL_SECONDS, START_TIMEOUT_SECONDS, Interrupt, RunActors, newest
 from orchestrator.config.run_config import ConfigError, RunConfig
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.recovery.replay import Replay
 
 ANSWER_SECONDS = 10.0

@@ -8,12 +8,13 @@ from typing import Any
 
 from orchestrator.protocol import events as happened
 from orchestrator.protocol import suspicion
+from orchestrator.protocol.base import Planner
 from orchestrator.protocol.commands import Command, Fence, InReferences, Spawn, Tell
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Base
 from orchestrator.protocol.interruption import Trials
-from orchestrator.protocol.membership import Decision, Member, Membership, MembershipRules
-from orchestrator.protocol.planner import Planner
+from orchestrator.protocol.members import Decision, Member, MembershipRules
+from orchestrator.protocol.membership import Membership
 from orchestrator.protocol.saving import Saver
 from orchestrator.told.kinds import Event, NodeBarred, NodeIdle
 from orchestrator.topology import Node

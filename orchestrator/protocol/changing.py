@@ -19,7 +19,7 @@ from orchestrator.protocol.commands import (
     Restore,
 )
 from orchestrator.protocol.events import Base, Failed, Seen, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.phases import Phase, Recording
 from orchestrator.told.kinds import Resumed, StartedOver
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from orchestrator.protocol.events import Base, CallId, Ending, LayoutRef, PlacementRef, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told import kinds
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.membership import MembershipRules
+from orchestrator.protocol.members import MembershipRules
 from orchestrator.refusal import ConfigError
 
 _MARGIN_SECONDS = 30.0

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from orchestrator.protocol.events import Fault
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 MOST_TRIALS = 5
 _TOGETHER_SECONDS = 1.0  # losses of one node that are one

@@ -24,126 +24,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from orchestrator.config.run_config import ElasticSection
+from orchestrator.protocol.members import (
+    ENDS_TOGETHER_SECONDS,
+    STARTS_IN_VAIN,
+    Decision,
+    Member,
+    MembershipRules,
+    NodeRecord,
+    PlaceRecord,
+)
 from orchestrator.topology import Node
-
-SILENCE_SECONDS, SILENCE_ON_ONE_HOST_SECONDS = 1.5, 15.0
-"""What `elastic.silence_seconds` is where it is auto."""
-ENDS_TOGETHER_SECONDS = 0.5
-"""In which the ends of all processes of a node that is gone are told, mostly."""
-DOUBLINGS = 5
-"""Of the cool-down, at most."""
-STARTS_IN_VAIN = 3
-"""Of processes for rank 0 of a node that never were ready, after which a run does not count on it. It is tried again nevertheless."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Member:
-    """One rank process. `local`: its index on its node. A process that takes its place has the next incarnation."""
-
-    node: str
-    local: int
-    incarnation: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.node}/{self.local}" + (f"#{self.incarnation}" if self.incarnation else "")
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipRules:
-    """max_nodes: None: no limit. Seconds as in the section `elastic` of the configuration."""
-
-    min_nodes: int = 1
-    max_nodes: int | None = None
-    silence_seconds: float = 1.0
-    cool_down_seconds: float = 30.0
-
-    @classmethod
-    def of(cls, section: ElasticSection, *, one_host: bool = False) -> MembershipRules:
-        """one_host: all nodes are virtual. None of them is cut off, and a busy host keeps everybody waiting."""
-        most = None if section.max_nodes == "auto" else section.max_nodes
-        silence = section.silence_seconds
-        if silence == "auto":
-            silence = max(SILENCE_ON_ONE_HOST_SECONDS if one_host else SILENCE_SECONDS, 4 * section.beat_seconds)
-        return cls(section.min_nodes, most, silence, section.cool_down_seconds)
-
-    def cool_down(self, losses: int) -> float:
-        """Seconds after so many losses in a row; none after none."""
-        return self.cool_down_seconds * 2 ** min(losses - 1, DOUBLINGS) if losses > 0 else 0.0
-
-    def counted(self, losses: int, until: float, now: float) -> int:
-        """Losses in a row with one more now, where the cool-down of the last one ended at `until`."""
-        return (losses if now - until <= self.cool_down(DOUBLINGS + 1) else 0) + 1
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What follows from what was seen.
-
-    lost: seated, gone: abort and plan anew. leaving: seated, their node drains: plan anew at the next step boundary.
-    nodes: what the next layout may use, longest present first; `ranks` of each: its members 0..ranks-1 are ready.
-    draining: what could still be used until its deadline, if nothing else can.
-    joining: `nodes` has more than was seated, or than was planned for.
-    start: processes to start now, each in place of whatever is left of its earlier incarnations.
-    fence: lost, yet heard from: to be told to let go.
-    wait: there are fewer nodes than the minimum: a sentence that says which and why; else None.
-    reasons: why a member is lost or leaving, why a node is not in `nodes`.
-    """
-
-    lost: tuple[Member, ...]
-    leaving: tuple[Member, ...]
-    nodes: tuple[Node, ...]
-    draining: tuple[Node, ...]
-    joining: bool
-    start: tuple[Member, ...]
-    fence: tuple[Member, ...]
-    wait: str | None
-    reasons: Mapping[Member | str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where one rank process runs at a time.
-
-    trusted: the least incarnation that is. running: the one that was started; None: none is. since: when it was ready.
-    lost, reason: of its last loss. losses: in a row, by itself. until: end of its own cool-down. alone: the last was its own.
-    in_vain: processes in a row that were started and never were ready.
-    """
-
-    trusted: int = 0
-    running: int | None = None
-    warm: bool = False
-    since: float = float("-inf")
-    lost: float = float("-inf")
-    losses: int = 0
-    until: float = float("-inf")
-    alone: bool = False
-    reason: str = ""
-    in_vain: int = 0
-
-    def retired(self, now: float, reason: str) -> _Place:
-        return replace(self, trusted=self.running + 1, running=None, warm=False, lost=now, alone=False, reason=reason,
-                       in_vain=0 if self.warm else self.in_vain + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _NodeRecord:
-    """A node. down: its last loss is counted, and nothing on it has been ready since. until: end of its cool-down."""
-
-    ranks: int = 0
-    present: bool = False
-    since: float = float("-inf")
-    draining: bool = False
-    deadline: float | None = None
-    expired: bool = False
-    down: bool = False
-    losses: int = 0
-    until: float = float("-inf")
-    reason: str = ""
-
-    def open(self, now: float) -> bool:
-        """Whether processes on it may be started and used."""
-        return self.present and not self.draining and now >= self.until
 
 
 @dataclass(frozen=True)
@@ -152,8 +42,8 @@ class Membership:
     before, changes nothing."""
 
     rules: MembershipRules
-    hosts: Mapping[str, _NodeRecord] = field(default_factory=dict)
-    places: Mapping[str, Mapping[int, _Place]] = field(default_factory=dict)
+    hosts: Mapping[str, NodeRecord] = field(default_factory=dict)
+    places: Mapping[str, Mapping[int, PlaceRecord]] = field(default_factory=dict)
     heard: Mapping[Member, float] = field(default_factory=dict)
     listened_at: float | None = None
     awake_since: float = float("-inf")
@@ -163,7 +53,7 @@ class Membership:
     def node_joined(self, node: Node, now: float) -> Membership:
         """It appears in the cluster, or comes back. May be repeated; a node that fell silent is not back because of it."""
         state = self._at(now)
-        host = state.hosts.get(node.name, _NodeRecord())
+        host = state.hosts.get(node.name, NodeRecord())
         if not host.present:
             host = replace(host, present=True, since=now, draining=False, deadline=None, expired=False, down=False)
         beyond = [local for local in range(node.ranks, host.ranks) if state._place(node.name, local).running is not None]
@@ -406,7 +296,7 @@ class Membership:
         if place.running is not None and place.running < member.incarnation:
             state = state._lose_alone(replace(member, incarnation=place.running), now, f"{member} took its place")
             place = state._place(member.node, member.local)
-        host = state.hosts.get(member.node, _NodeRecord())
+        host = state.hosts.get(member.node, NodeRecord())
         if warm and not place.warm:
             place, host = replace(place, warm=True, since=now), replace(host, down=host.down and not host.present)
         place = replace(place, trusted=member.incarnation, running=member.incarnation)
@@ -427,29 +317,29 @@ class Membership:
             if place.alone and now - place.lost <= self.rules.silence_seconds:
                 place = replace(place, alone=False, losses=place.losses - 1, until=now)
             places[local] = place if place.running is None else place.retired(now, reason)
-        host = self.hosts.get(name, _NodeRecord())
+        host = self.hosts.get(name, NodeRecord())
         if not host.down:
             losses = self.rules.counted(host.losses, host.until, now)
             host = replace(host, down=True, losses=losses, until=now + self.rules.cool_down(losses), reason=reason)
         return replace(self, places={**self.places, name: places})._host_set(name, host)
 
-    def _place(self, name: str, local: int) -> _Place:
+    def _place(self, name: str, local: int) -> PlaceRecord:
         return self.places.get(name, {}).get(local, _NOWHERE)
 
-    def _warm(self) -> Iterator[tuple[Member, _Place]]:
+    def _warm(self) -> Iterator[tuple[Member, PlaceRecord]]:
         for name, places in self.places.items():
             for local, place in places.items():
                 if place.warm:
                     yield Member(name, local, place.running), place
 
-    def _place_set(self, name: str, local: int, place: _Place) -> Membership:
+    def _place_set(self, name: str, local: int, place: PlaceRecord) -> Membership:
         return replace(self, places={**self.places, name: {**self.places.get(name, {}), local: place}})
 
-    def _host_set(self, name: str, host: _NodeRecord) -> Membership:
+    def _host_set(self, name: str, host: NodeRecord) -> Membership:
         return replace(self, hosts={**self.hosts, name: host})
 
 
-_NOWHERE = _Place()
+_NOWHERE = PlaceRecord()
 
 
 def _more(nodes: Iterable[Node], planned: Iterable[Node], seated: Iterable[Member]) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.protocol.commands import EpochLine, Line, Request
 from orchestrator.protocol.events import Answer, Answered, CallId, Ending, Failed, Heard, LetGo, PlacementFound
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.kinds import CoordinatorRestarted, NodesAwaited, StorageAway
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from orchestrator.protocol.base import Begin, Carry, Load, Nothing, choose
 from orchestrator.protocol.changing import Finishing, Forming, cut
 from orchestrator.protocol.commands import Abort, Probe, Recall
 from orchestrator.protocol.events import Answered, Ending, Failed, FailKind, Fault, LetGo, Recalled, Seen
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.phases import Phase
 from orchestrator.told.kinds import CheckpointUnreadable, CommittedStateLost, Interrupted, RanksAborted, RanksLost, StorageAway
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.attendance import Attendance
+from orchestrator.protocol.base import Planner
 from orchestrator.protocol.commands import Append, Call, Command, EndRun, Line, NeedBatch, Request
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Base, CallId, Ending, Event, FailKind, Fault, Goal, Seen, WorkerAssignment
 from orchestrator.protocol.interruption import Interruption
-from orchestrator.protocol.membership import Member, MembershipRules
+from orchestrator.protocol.members import Member, MembershipRules
 from orchestrator.protocol.phases import Opening, Pausing, Phase, WaitingForNodes
-from orchestrator.protocol.planner import Planner
 from orchestrator.protocol.recovering import LettingGo
 from orchestrator.protocol.stepping import next_step
 from orchestrator.topology import Node

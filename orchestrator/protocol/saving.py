@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.protocol.commands import Collect, Discard, Snapshot, WriteManifest
 from orchestrator.protocol.events import CallId, Ending, FailKind, Seen
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.phases import Phase
 from orchestrator.told.kinds import CheckpointFailed, CheckpointNotDeleted, CheckpointWritten
 

@@ -19,7 +19,7 @@ from orchestrator.protocol.commands import (
     ValidatedStep,
 )
 from orchestrator.protocol.events import Base, Beat, Ending, Heard, PlacementFound
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.phases import Phase, Recording
 from orchestrator.protocol.saving import AwaitingSave, Snapshotting
 from orchestrator.told.kinds import DataAway, NodesDraining, NodesJoining, RanksLost, Replayed

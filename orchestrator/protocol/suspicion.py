@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from orchestrator.protocol.events import FailKind, Fault
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 
 @dataclass(frozen=True, slots=True)

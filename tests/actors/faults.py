@@ -22,7 +22,7 @@ from orchestrator.config.run_config import RunConfig
 from orchestrator.layout.layout import Layout
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.schedule.ir.actions import ActionKind
 from orchestrator.topology import Node
 

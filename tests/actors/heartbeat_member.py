@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from actors.protocol.heartbeat_client import HeartbeatClient
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 
 def listen(begin: Callable[[int], HeartbeatClient], port: int) -> None:

@@ -26,7 +26,7 @@ from orchestrator.config.run_config import RunConfig, parse
 from orchestrator.data import order
 from orchestrator.layout.layout import Layout, choose
 from orchestrator.layout.placement import Placement, default_placement
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.lines import to_json
 from orchestrator.topology import virtual_nodes
 

@@ -22,7 +22,7 @@ from actors.hosts.processes import ProcessRanks
 from actors.protocol.shell import RealShell
 from jobs.benches.shared.networks import Network, enter
 from orchestrator.config.run_config import RunConfig
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 # --- in a rank's process ---------------------------------------------------------------------------------------------
 

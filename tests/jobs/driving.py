@@ -14,7 +14,7 @@ from actors.calls.messages import Failure, Outcome
 from jobs.driver import session
 from jobs.driver.running import RunActors
 from orchestrator.config.run_config import parse
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.lines import Told
 
 RANK = Member("a", 0)

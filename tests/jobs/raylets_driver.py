@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.protocol.heartbeat_client import HeartbeatClient
 from actors.protocol.heartbeat_server import HeartbeatServer
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 BEAT = 0.1
 LOOK = 0.05

@@ -17,7 +17,7 @@ from actors.hosts import ray_ranks
 from actors.hosts.ray_ranks import RayRanks
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Ended, Failed, FailKind, Fault, NodeJoined, NotMade
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 
 SECONDS = 60.0

@@ -11,7 +11,7 @@ from typing import Any
 from actors.protocol.tables import Tables
 from orchestrator.protocol.commands import Call, CallLane, FormerRef, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed, FailKind
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.state import ownership
 from tests.simulation.hosted import STRIDE, Key
 from tests.simulation.invariants import Invariants

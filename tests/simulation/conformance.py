@@ -17,7 +17,7 @@ from orchestrator.layout.placement import Placement
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Request
 from orchestrator.protocol.events import Base, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 from tests.simulation.hosted import SECONDS, Processes
 from tests.simulation.sides import Move, Sides

@@ -8,7 +8,7 @@ from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.commands import Call
 from orchestrator.protocol.events import Answered, Beat, CallId, Ended, Event, Failed, FailKind, LetGo
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.run import Run
 from orchestrator.told.kinds import NodeBarred
 from orchestrator.topology import Node

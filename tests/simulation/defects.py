@@ -15,7 +15,7 @@ from unittest import mock
 
 from orchestrator.protocol import base, changing, phases, recovering, stepping, suspicion
 from orchestrator.protocol.events import Ending, FailKind, Recalled
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.run import Run
 from tests.simulation.explore import Explored, explore, seeds, tried
 from tests.simulation.rank_model import RankModel

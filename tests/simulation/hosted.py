@@ -18,7 +18,7 @@ from actors.runtime.meeting import MeetingPlace
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 SECONDS = 60.0
 STRIDE = 16

@@ -27,7 +27,7 @@ from orchestrator.protocol.commands import (
     WriteManifest,
 )
 from orchestrator.protocol.events import Base, Ending
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.simulation.checkpoint_model import Checkpoint
 from tests.simulation.histories import INITIAL, NEVER
 from tests.simulation.settings import COOL_DOWN

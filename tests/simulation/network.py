@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 if TYPE_CHECKING:
     from tests.simulation.rank_model import RankModel

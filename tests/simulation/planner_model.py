@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orchestrator.protocol.events import Base, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Call, CallLane
 from orchestrator.protocol.events import Done, FailKind, Fault, Formed, Holding, Recalled, Standing
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.simulation.histories import INITIAL, NEVER
 from tests.simulation.network import Group
 

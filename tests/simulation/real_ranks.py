@@ -16,7 +16,7 @@ from actors.protocol.tables import Tables
 from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol.commands import Call, CallLane, Rearrange, lane_of
 from orchestrator.protocol.events import Answered, CallId, Failed
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.simulation.hosted import SECONDS, Processes
 
 SITES = {"met": {"groups.meet"}, "moved": {"state.carry_over"}, "published": {"optimizer.publish"},

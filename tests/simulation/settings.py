@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Goal
-from orchestrator.protocol.membership import MembershipRules
+from orchestrator.protocol.members import MembershipRules
 
 
 @dataclass(frozen=True, slots=True)

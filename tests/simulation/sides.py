@@ -15,7 +15,7 @@ from orchestrator.config.run_config import RunConfig
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol.commands import Call, Request
 from orchestrator.protocol.events import Answered, CallId, FailKind, Formed, Recalled, Standing
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.simulation.bench import Bench, Mortal
 from tests.simulation.hosted import SECONDS, Key, Processes
 from tests.simulation.real_ranks import RealRanks

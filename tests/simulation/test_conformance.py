@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from runtime import configured
 
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.simulation.conformance import Play
 from tests.simulation.hosted import Processes
 from tests.simulation.rank_model import RankModel

@@ -6,7 +6,7 @@ from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.commands import Call, CallLane
 from orchestrator.protocol.events import Answered, Done, Failed, FailKind, Probed
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.simulation.network import meet
 from tests.simulation.rank_model import RankModel, Refused
 

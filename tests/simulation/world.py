@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.protocol import commands as orders
 from orchestrator.protocol import events as happened
 from orchestrator.protocol.commands import InReferences
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.run import Run
 from orchestrator.told.kinds import Event
 from tests.simulation.coordinator import Coordinator

@@ -40,7 +40,7 @@ from jobs.benches.chaos.text import Text, configured, tokens
 from jobs.benches.churn.rank import Home
 from jobs.benches.shared.networks import Network
 from orchestrator.layout.layout import Layout, choose
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.lines import Told
 from orchestrator.topology import Node
 

@@ -29,7 +29,7 @@ from jobs.driver import session
 from orchestrator.config.precision import PRODUCTS
 from orchestrator.config.run_config import RunConfig, Section, parse
 from orchestrator.layout.layout import choose
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 ROUNDS, STEPS, WARM_UP = 3, 16, 4
 _TIMEOUT_SECONDS = 900.0

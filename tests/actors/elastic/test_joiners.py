@@ -12,7 +12,7 @@ from faults import KILL, QUICK, STEPS, ranks_of, whole
 from runtime import TIMEOUT_SECONDS, Run
 from sabotage import Survivors, lost, newcomers, once
 
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 
 class AsItJoins:

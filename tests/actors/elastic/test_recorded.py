@@ -10,7 +10,7 @@ from faults import KILL, STEPS, Fault
 
 from orchestrator.protocol.commands import Append, Call, CallLane, Command, CutLine, EndRun, Fence, Form, Step, StepLine, lane_of
 from orchestrator.protocol.events import Answered, CallId, Ending, Event, Failed, Started, Stored
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.run import Run
 
 Exchange = tuple[Event, float, list[Command]]

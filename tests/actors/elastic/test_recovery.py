@@ -15,7 +15,7 @@ from runtime import Run
 from actors.calls.rank_calls import News
 from actors.protocol.trainer import TrainingFailed
 from actors.telemetry.exporter import RunMetrics
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 
 CHECKED = ("training.validate_every=3", "training.validation_sequences=6")

@@ -18,7 +18,7 @@ from actors.runtime import rank as rank_module
 from actors.state import checkpoint
 from orchestrator.protocol.commands import Append, Apply, Call, CutLine, Form, Initialise, Restore, Snapshot, Step, StepLine
 from orchestrator.protocol.events import Ending
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 
 class Died(Exception):

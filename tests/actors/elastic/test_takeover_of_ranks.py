@@ -18,7 +18,7 @@ from sabotage import Died, Survivors, check_curve, dies, stall
 
 from actors.calls.messages import Start
 from orchestrator.protocol.commands import Append, Call, CutLine, OriginLine, Restore
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 HERE = Path(__file__).parent
 

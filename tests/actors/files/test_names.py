@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.files.names import meaning, of_coordinator, of_rank, run_of
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 RUN = run_of("/shared/runs/tiny")
 

@@ -17,7 +17,7 @@ from actors.hosts.ray_ranks import RayRanks
 from actors.protocol.trainer import TrainingFailed
 from orchestrator.config.run_config import parse
 from orchestrator.protocol.events import Ending
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.told_events import told
 
 MEMBERS = (Member("a", 0), Member("b", 0))

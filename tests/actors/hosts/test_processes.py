@@ -31,7 +31,7 @@ from orchestrator.protocol.events import (
     NodeStays,
     NotMade,
 )
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 
 

@@ -23,7 +23,7 @@ from actors.protocol.heartbeat_client import HeartbeatClient
 from actors.protocol.heartbeat_server import End, HeartbeatServer
 from actors.protocol.heartbeat_wire import LineSocket
 from jobs.benches.shared.networks import Network
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from actors.protocol import heartbeat_server, heartbeat_wire
 from actors.protocol.heartbeat_client import HeartbeatClient
 from actors.protocol.heartbeat_server import End, HeartbeatServer
 from orchestrator.protocol.events import LetGo
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from actors.protocol.planning import RealPlanner
 from actors.protocol.tables import Tables
 from orchestrator.protocol.events import Base, WorkerAssignment
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.state import transfer
 from orchestrator.topology import Node
 from tests.actors.runtime import configured, placement_of

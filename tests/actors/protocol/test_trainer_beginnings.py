@@ -15,7 +15,7 @@ from actors.files.run_folder import RunFolder
 from actors.files.storage import Damaged, StorageError
 from actors.protocol.trainer import Sources, Trainer
 from actors.state import checkpoint
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.told.kinds import StorageAway
 
 

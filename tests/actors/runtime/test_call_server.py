@@ -20,7 +20,7 @@ from actors.runtime.probe import ProbeListener
 from actors.state.checkpoint import CheckpointError
 from actors.state.hugging_face import FolderError
 from orchestrator.protocol.events import CallId, FailKind, Fault
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 SECONDS = 20.0
 GENERATION = 4

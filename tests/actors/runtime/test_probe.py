@@ -17,7 +17,7 @@ from heartbeat_tools import REPOSITORY
 
 from actors.runtime.probe import ProbeListener, Prober
 from jobs.benches.shared.networks import Network
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 SECONDS = 20.0
 A, B, C = (Member(name, 0) for name in "abc")
@@ -32,7 +32,7 @@ sys.stdin.read()
 PROBER = """
 import sys
 from actors.runtime.probe import Prober
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 peers = {Member(text.split("=")[0], 0): (text.split("=")[1], int(text.split("=")[2])) for text in sys.argv[2:]}
 print(*(member.node for member in Prober().not_reached(peers, float(sys.argv[1]))))
 """

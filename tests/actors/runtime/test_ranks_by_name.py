@@ -19,7 +19,7 @@ from actors.protocol.heartbeat_server import HeartbeatServer
 from orchestrator.plan.scheduling import programs_for
 from orchestrator.protocol.commands import CallLane
 from orchestrator.protocol.events import CallId, Failed, FailKind
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 
 CONFIG, LAYOUT = configured("PP2", "model.num_hidden_layers=2")
 MEMBERS = [Member(place.node, place.local) for place in LAYOUT.places]

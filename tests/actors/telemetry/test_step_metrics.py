@@ -22,7 +22,7 @@ from actors.telemetry.step_metrics import (
 )
 from orchestrator.config.run_config import parse
 from orchestrator.layout.layout import choose
-from orchestrator.layout.placement import Placed, Placement
+from orchestrator.layout.placement import LayerExperts, Placement
 from orchestrator.schedule.ir.spans import Figures, Span
 from orchestrator.topology import virtual_nodes
 
@@ -86,7 +86,7 @@ def test_a_timeline_is_of_the_first_ranks():
 
 
 def test_a_ledger_keeps_where_every_expert_was():
-    placement = Placement((Placed(0, 1, 2, (4, 5), ((0,), (1, 2))), Placed(1, 0, 3, (6,), ((0, 1, 2),))))
+    placement = Placement((LayerExperts(0, 1, 2, (4, 5), ((0,), (1, 2))), LayerExperts(1, 0, 3, (6,), ((0, 1, 2),))))
     assert placement_record(placement) == [
         {"replica": 0, "position": 1, "layer": 2, "experts": ((0,), (1, 2))},
         {"replica": 1, "position": 0, "layer": 3, "experts": ((0, 1, 2),)}]

@@ -14,7 +14,7 @@ from jobs import cli
 from jobs.driver import session, takeover
 from jobs.driver.running import RunActors
 from orchestrator.config.run_config import ConfigError, parse
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from tests.jobs.driving import Method, Shown, Signals, get
 
 CONFIG = parse({}, [])

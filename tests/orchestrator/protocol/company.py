@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Beat, Goal, Head, Holding, Recalled, Seen, Standing
-from orchestrator.protocol.membership import Member, MembershipRules
+from orchestrator.protocol.members import Member, MembershipRules
 from orchestrator.protocol.run import Run
 from orchestrator.topology import Node
 

@@ -11,7 +11,7 @@ from orchestrator.config.run_config import parse
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Ending, FailKind, Goal, Recalled
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.refusal import ConfigError
 
 A, B, C = (Member(name, 0) for name in "abc")

@@ -8,7 +8,7 @@ from company import Company, cuts, fenced, is_call, steps
 
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Probed
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.topology import Node
 
 A, B, C, D = (Member(name, 0) for name in "abcd")

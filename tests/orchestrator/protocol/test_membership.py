@@ -7,7 +7,8 @@ import time
 import pytest
 
 from orchestrator.config.run_config import parse
-from orchestrator.protocol.membership import ENDS_TOGETHER_SECONDS, STARTS_IN_VAIN, Decision, Member, Membership, MembershipRules
+from orchestrator.protocol.members import ENDS_TOGETHER_SECONDS, STARTS_IN_VAIN, Decision, Member, MembershipRules
+from orchestrator.protocol.membership import Membership
 from orchestrator.topology import Node
 
 RULES = MembershipRules(min_nodes=2, silence_seconds=1.0, cool_down_seconds=30.0)

@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from orchestrator.protocol.membership import DOUBLINGS, Member, Membership, MembershipRules
+from orchestrator.protocol.members import DOUBLINGS, Member, MembershipRules
+from orchestrator.protocol.membership import Membership
 from orchestrator.topology import Node
 
 NODES = {"a": 2, "b": 2, "c": 1, "d": 3}

@@ -7,7 +7,7 @@ from company import Company, is_call, node
 
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Head, Seen
-from orchestrator.protocol.membership import Member, MembershipRules
+from orchestrator.protocol.members import Member, MembershipRules
 
 A, B, C = (Member(name, 0) for name in "abc")
 

@@ -12,7 +12,8 @@ from orchestrator.protocol import commands, events
 from orchestrator.protocol.base import Carry, choose
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import CallId, Ending, FailKind, Fault, Goal, Head, Holding, Recalled, Seen
-from orchestrator.protocol.membership import Member, Membership, MembershipRules
+from orchestrator.protocol.members import Member, MembershipRules
+from orchestrator.protocol.membership import Membership
 from orchestrator.topology import Node
 
 A, B, C = (Member(name, 0) for name in "abc")

@@ -7,7 +7,7 @@ from company import Company, fenced, is_call, steps
 
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.events import FailKind, Goal, Probed
-from orchestrator.protocol.membership import Member
+from orchestrator.protocol.members import Member
 from orchestrator.protocol.suspicion import by_links, cut_links
 
 A, B, C, D = (Member(name, 0) for name in "abcd")

@@ -10,7 +10,7 @@ from company import Company, Halves, cuts, fenced, gone, is_call, steps
 from orchestrator.protocol import commands, events
 from orchestrator.protocol.deadlines import Deadlines
 from orchestrator.protocol.events import Ending, FailKind, Fault, Goal, Head, Seen
-from orchestrator.protocol.membership import Member, MembershipRules
+from orchestrator.protocol.members import Member, MembershipRules
 from orchestrator.topology import Node
 
 A, B, C, D = (Member(name, 0) for name in "abcd")
