@@ -42,6 +42,7 @@ def test_rows_on_two_raylets_and_a_lost_rank_is_replaced(cluster, settings, two_
     restarted. Ctrl-C saves; no actor is left."""
     nodes = {"layout__pipeline": 1, "layout__expert": 2, "layout__data": 1, "topology__virtual_nodes": 0,
              "topology__ranks_per_node": "auto"}
+    nodes |= {"elastic__silence_seconds": 5.0}  # other tests run beside it, and neither of its nodes is to be lost for that
     nodes |= {"topology__resource": "seat", "topology__labels": {"pool": "in(train, both)"}}
     process = cluster.start(*settings("lost", **nodes, training__steps=100_000, training__validate_every=0))
     folder, out, err = settings.runs / "lost", "", ""

@@ -20,7 +20,8 @@ from tests.dashboards.build import build
 from tests.jobs.conftest import refused
 
 NODES = {"layout__pipeline": 1, "layout__expert": "auto", "layout__data": "auto", "topology__virtual_nodes": 0,
-         "topology__ranks_per_node": "auto"}
+         "topology__ranks_per_node": "auto", "elastic__silence_seconds": 5.0}
+"""Silence: other tests run beside this one, and a node that is busy is not to be lost for it."""
 
 
 def job(cluster, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
