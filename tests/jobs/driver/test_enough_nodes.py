@@ -29,8 +29,8 @@ def test_too_few_nodes_are_one_line(cluster, settings, changes, code, told):
 
 def test_it_waits_for_the_least_number_of_nodes(cluster, settings, ray_local):
     """The head offers ranks by CPUs until nodes with the resource `rank` come; the run takes these."""
-    process = cluster.start(*settings("waiting", elastic__min_nodes=2, elastic__silence_seconds=5.0, topology__virtual_nodes=0, topology__ranks_per_node=1,
-                                      training__steps=3))
+    process = cluster.start(*settings("waiting", elastic__min_nodes=2, elastic__silence_seconds=5.0, topology__virtual_nodes=0,
+                                      topology__ranks_per_node=1, training__steps=3))
     eventually(lambda: "waiting: 1 of at least 2 nodes are there" in process.stdout.readline(), 60, "it says that it waits")
     added = cluster.add_nodes({"rank": 1}, ["", ""])
     try:
