@@ -18,10 +18,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 train: setup
 	$(VENV)/bin/python -m jobs.train --config jobs/configs/tiny.yaml $(ARGS)
 
-# Two files at a time: most tests wait, for processes that start and for time that is part of a fault. Files as they are found, so
-# that the many short ones of orchestrator/ come last.
+# Whole runs, on clusters of their own, want the machine for themselves: one after the other. Of the rest two files at a time: much of
+# it waits, for processes that start and for time that is part of a fault.
+RUNS := tests/jobs tests/cluster
+
 test: setup
-	$(VENV)/bin/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+ifdef ARGS
+	$(VENV)/bin/python -m pytest $(ARGS)
+else
+	failed=0; \
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(RUNS)) || failed=1; \
+	$(VENV)/bin/python -m pytest $(RUNS) || failed=1; \
+	exit $$failed
+endif
 
 clean:
 	rm -rf $(VENV) runs
