@@ -13,15 +13,19 @@ from orchestrator.told.lines import Told
 Kind = type[Event]
 
 
+class IncompleteListener(TypeError):
+    """A listener does not say of each kind what it does with it, or looks for one that it said it leaves."""
+
+
 class Listener:
-    """takes: kinds that are of concern; leaves: all others. Raises NotImplementedError: a kind is in neither, or in both."""
+    """takes: kinds that are of concern; leaves: all others. Raises IncompleteListener: a kind is in neither, or in both."""
 
     def __init__(self, takes: Collection[Kind], leaves: Collection[Kind]):
         self._said = frozenset(takes), frozenset(leaves)
         if missing := self.missing(kinds.KINDS):
-            raise NotImplementedError(f"neither taken nor left: {', '.join(sorted(kind.__name__ for kind in missing))}")
+            raise IncompleteListener(f"neither taken nor left: {', '.join(sorted(kind.__name__ for kind in missing))}")
         if both := frozenset.intersection(*self._said):
-            raise NotImplementedError(f"taken and left: {', '.join(sorted(kind.__name__ for kind in both))}")
+            raise IncompleteListener(f"taken and left: {', '.join(sorted(kind.__name__ for kind in both))}")
 
     def missing(self, every: Iterable[Kind]) -> set[Kind]:
         """Of these kinds, those of which nothing is said here."""
@@ -45,7 +49,7 @@ class Selection(Listener):
     """For those who look events up."""
 
     def of(self, told: Iterable[Told], *wanted: Kind) -> list[Told]:
-        """Those of these kinds, in order. Raises NotImplementedError: one is not taken here."""
+        """Those of these kinds, in order. Raises IncompleteListener: one is not taken here."""
         if unsaid := set(wanted) - self._said[0]:
-            raise NotImplementedError(f"not taken: {', '.join(sorted(kind.__name__ for kind in unsaid))}")
+            raise IncompleteListener(f"not taken: {', '.join(sorted(kind.__name__ for kind in unsaid))}")
         return [one for one in told if isinstance(one.event, wanted)]

@@ -21,7 +21,7 @@ from jobs.driver import live, summary
 from jobs.driver.progress import Progress
 from orchestrator.config.run_config import parse
 from orchestrator.told import consumers, kinds
-from orchestrator.told.consumers import Handlers, Listener, Selection
+from orchestrator.told.consumers import Handlers, IncompleteListener, Listener, Selection
 from orchestrator.told.lines import Told, to_json
 from tests.told_events import EVERY, told
 
@@ -49,17 +49,17 @@ def test_a_module_that_says_nothing_of_a_kind_is_not_imported(monkeypatch, liste
     """As after a class was added: what is looked at are the tables that are made when a module is."""
     module = importlib.import_module(listener)
     monkeypatch.setattr(kinds, "KINDS", [*kinds.KINDS, MoonRose])
-    with pytest.raises(NotImplementedError, match="neither taken nor left: MoonRose"):
+    with pytest.raises(IncompleteListener, match="neither taken nor left: MoonRose"):
         exec(compile(Path(module.__file__).read_text(), listener, "exec"), {"__name__": listener})
 
 
 def test_no_kind_is_both_taken_and_left():
-    with pytest.raises(NotImplementedError, match="taken and left: Replayed"):
+    with pytest.raises(IncompleteListener, match="taken and left: Replayed"):
         Selection((kinds.Replayed,), leaves=kinds.KINDS)
 
 
 def test_what_is_not_said_to_be_taken_cannot_be_looked_up():
-    with pytest.raises(NotImplementedError, match="not taken: Replayed"):
+    with pytest.raises(IncompleteListener, match="not taken: Replayed"):
         summary._READ.of([], kinds.Replayed)
 
 

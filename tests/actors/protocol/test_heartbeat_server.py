@@ -145,7 +145,7 @@ def test_other_runs_members_are_refused_and_do_not_come_again(caplog):
 
     with HeartbeatServer("127.0.0.1", run="other") as other, HeartbeatClient(other.address, Member("a", 0), print, BEAT, run=RUN):
         expect(other, reasons)
-        time.sleep(0.5)
+        time.sleep(0.5)  # many beats: that nothing comes can only be waited for
         assert reasons() == ["refused by the coordinator: this is run 'other'"] and other.hello() == []
 
 
